@@ -1,0 +1,83 @@
+"""A base model as the method sees it: its geometry, and its tensors by canonical name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputRefused
+from .spaces import Layout
+
+Tensors = Mapping[str, Tensor]
+
+
+def tensors_of(model: nn.Module | Tensors) -> Tensors:
+    """The parameters and buffers of a module, or the mapping itself (a state dict, a lazy checkpoint)."""
+    return model.state_dict() if isinstance(model, nn.Module) else model
+
+
+@dataclass(frozen=True)
+class Base:
+    """Tensors of one model under canonical names; reads lazily, computes in float64.
+
+    Attributes:
+        layout: geometry.
+        tensors: as stored.
+        names: canonical name -> name as stored. A tied head is no tensor of its own.
+    """
+
+    layout: Layout
+    tensors: Tensors
+    names: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module | Tensors, layout: Layout | None = None, config: Any = None) -> Base:
+        """From a transformers module, or from tensors with a layout or a config."""
+        layout = layout or Layout.of(config if config is not None else getattr(model, "config", None) or {})
+        tensors = tensors_of(model)
+        names = layout.family.index(tensors)
+        if layout.tied:
+            names.pop("lm_head.weight", None)
+        return cls(layout, tensors, names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it where the mapping knows shapes."""
+        shapes = getattr(self.tensors, "shapes", None)
+        stored = self.names[name]
+        return tuple(shapes[stored] if shapes is not None else self.tensors[stored].shape)
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor in its own dtype, or None."""
+        return self.tensors[self.names[name]].detach() if name in self.names else None
+
+    def need(self, name: str) -> Tensor:
+        """The tensor in float64.
+
+        Raises:
+            InputRefused: the model has no such tensor.
+        """
+        tensor = self.get(name)
+        if tensor is None:
+            raise InputRefused(f"the model has no tensor {name}; is the checkpoint complete?")
+        return tensor.double()
+
+    def vector(self, name: str, size: int, default: float) -> Tensor:
+        """A gain or bias [size] in float64, or ``default`` everywhere where the model has none."""
+        tensor = self.get(name)
+        return torch.full((size,), default, dtype=torch.float64) if tensor is None else tensor.double()
+
+    def norm(self, name: str | None, size: int) -> tuple[Tensor, Tensor]:
+        """(gain, bias) of a norm, both [size]; (1, 0) where there is none."""
+        return self.vector(f"{name}.weight", size, 1.0), self.vector(f"{name}.bias", size, 0.0)
+
+    def augmented(self, layer: str) -> Tensor:
+        """[W b] of a linear layer, [out, in + 1]."""
+        weight = self.need(f"{layer}.weight")
+        return torch.cat([weight, self.vector(f"{layer}.bias", len(weight), 0.0).to(weight)[:, None]], 1)

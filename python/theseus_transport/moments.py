@@ -1,0 +1,183 @@
+"""Cross-moments between two models' activations: they add, and follow linear layers and norms without the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import theseus_ext
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import InputRefused
+from .tokens import RowMixing
+
+CHUNK = 2048  # tokens converted to float64 at a time
+
+
+@dataclass
+class CrossMoment:
+    """Sums over tokens of two activations x_S [tokens, dS] and x_T [tokens, dT], in float64.
+
+    Attributes:
+        cross: [dS, dT], sum of x_S^T x_T.
+        source_sum, target_sum: [dS] and [dT].
+        source_energy, target_energy: [dS] and [dT], sums of squares per feature; NaN where they were not observed
+            (moments derived through a linear layer).
+        count: number of tokens.
+    """
+
+    cross: Tensor
+    source_sum: Tensor
+    target_sum: Tensor
+    source_energy: Tensor
+    target_energy: Tensor
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, source: int, target: int, device: torch.device | str = "cpu") -> CrossMoment:
+        def zero(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        return cls(zero(source, target), zero(source), zero(target), zero(source), zero(target))
+
+    def update(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_mixing: RowMixing | None = None,
+        target_mixing: RowMixing | None = None,
+    ) -> None:
+        """Add tokens: ``source`` [tokens_S, dS] and ``target`` [tokens_T, dT], each through its row mixing if any."""
+        theseus_ext.cross_moment_(
+            source,
+            target,
+            cross=self.cross,
+            source_sum=self.source_sum,
+            target_sum=self.target_sum,
+            source_energy=self.source_energy,
+            target_energy=self.target_energy,
+            source_mixing=source_mixing and source_mixing.csr,
+            target_mixing=target_mixing and target_mixing.csr,
+        )
+        self.count += len(target) if target_mixing is None else target_mixing.rows
+
+    def __add__(self, other: CrossMoment) -> CrossMoment:
+        """Moments of the union of two sets of tokens."""
+        if self.cross.shape != other.cross.shape:
+            raise InputRefused(f"cannot merge a moment {list(self.cross.shape)} with {list(other.cross.shape)}")
+        return CrossMoment(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def augmented(self) -> Tensor:
+        """[dS + 1, dT + 1]: the cross-moment of [x 1], with sums in the last column and row and the count in the corner."""
+        top = torch.cat([self.cross, self.source_sum[:, None]], 1)
+        bottom = torch.cat([self.target_sum, self.target_sum.new_tensor([float(self.count)])])
+        return torch.cat([top, bottom[None]])
+
+    @classmethod
+    def _from_augmented(cls, m: Tensor, count: int) -> CrossMoment:
+        nan_source, nan_target = (torch.full_like(v, torch.nan) for v in (m[:-1, -1], m[-1, :-1]))
+        return cls(m[:-1, :-1], m[:-1, -1], m[-1, :-1], nan_source, nan_target, count)
+
+    def derive(self, source: Tensor, target: Tensor) -> CrossMoment:
+        """Moment of the outputs of ``y = W x + b``, without the data: M_out = W^_S M W^_T^T (energies unknown).
+
+        Args:
+            source: [out_S, dS + 1], the augmented weight [W b] of the source layer.
+            target: [out_T, dT + 1], likewise.
+        """
+        return self._from_augmented(affine(source) @ self.augmented @ affine(target).T, self.count)
+
+    def unfold(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> CrossMoment:
+        """Moment of ``z`` where this one is of ``x = z * gain + bias``; each side gives (gain, bias), both [d].
+
+        Raises:
+            InputRefused: a gain is zero, so z cannot be read back from x.
+        """
+        n = float(self.count)
+        (gain_s, bias_s), (gain_t, bias_t) = (tuple(v.to(self.cross) for v in side) for side in (source, target))
+        for side, gain in (("source", gain_s), ("target", gain_t)):
+            if bool((gain == 0).any()):
+                raise InputRefused(f"a norm of the {side} has gain 0 at feature {int((gain == 0).nonzero()[0])}")
+        sum_s, sum_t = self.source_sum - n * bias_s, self.target_sum - n * bias_t
+        cross = self.cross - bias_s[:, None] * self.target_sum - sum_s[:, None] * bias_t
+        energy_s = self.source_energy - 2 * bias_s * self.source_sum + n * bias_s**2
+        energy_t = self.target_energy - 2 * bias_t * self.target_sum + n * bias_t**2
+        return CrossMoment(
+            cross / gain_s[:, None] / gain_t,
+            sum_s / gain_s,
+            sum_t / gain_t,
+            energy_s / gain_s**2,
+            energy_t / gain_t**2,
+            self.count,
+        )
+
+    def centred(self) -> CrossMoment:
+        """The moment about both means; its sums are zero."""
+        n = max(self.count, 1)
+        return CrossMoment(
+            self.cross - self.source_sum[:, None] * (self.target_sum / n),
+            torch.zeros_like(self.source_sum),
+            torch.zeros_like(self.target_sum),
+            self.source_energy - self.source_sum**2 / n,
+            self.target_energy - self.target_sum**2 / n,
+            self.count,
+        )
+
+    def save(self, path: Path) -> None:
+        tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self) if f.name != "count"}
+        save_file({**tensors, "count": torch.tensor(self.count)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> CrossMoment:
+        tensors = load_file(path)
+        return cls(**{**tensors, "count": int(tensors["count"])})  # type: ignore[arg-type]
+
+
+@dataclass
+class Energy:
+    """Energies of a layer's output on both sides, float64: per feature, and in total with each token's mean removed.
+
+    Attributes:
+        source, target: [out_S] and [out_T], sums of squares over tokens.
+        centred: (source, target) totals after removing the mean over features of every token; what a LayerNorm reads.
+    """
+
+    source: Tensor
+    target: Tensor
+    centred: tuple[float, float] = (0.0, 0.0)
+
+    @classmethod
+    def zeros(cls, source: int, target: int, device: torch.device | str = "cpu") -> Energy:
+        return cls(*(torch.zeros(n, dtype=torch.float64, device=device) for n in (source, target)))
+
+    def update(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_mixing: RowMixing | None = None,
+        target_mixing: RowMixing | None = None,
+    ) -> None:
+        """Add tokens; arguments as for :meth:`CrossMoment.update`."""
+        centred = list(self.centred)
+        sides = ((self.source, source, source_mixing), (self.target, target, target_mixing))
+        for side, (energy, rows, mixing) in enumerate(sides):
+            for chunk in (rows if mixing is None else mixing(rows)).split(CHUNK):
+                x = chunk.double()
+                squares = x.square().sum(0)
+                energy += squares
+                centred[side] += float(squares.sum() - x.sum(1).square().sum() / x.shape[1])
+        self.centred = (centred[0], centred[1])
+
+    def __add__(self, other: Energy) -> Energy:
+        both = (self.centred[0] + other.centred[0], self.centred[1] + other.centred[1])
+        return Energy(self.source + other.source, self.target + other.target, both)
+
+
+def affine(weight: Tensor) -> Tensor:
+    """W^ = [W b; 0 1] from the augmented weight [W b] [out, in + 1]."""
+    last = weight.new_zeros(1, weight.shape[1])
+    last[0, -1] = 1
+    return torch.cat([weight, last])

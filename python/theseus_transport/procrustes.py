@@ -1,0 +1,115 @@
+"""Orthogonal Procrustes with an honest null space: the partial polar factor of a cross-moment, and its certificate.
+
+T = argmax tr(T^T C) over partial isometries. With C = U diag(s) V^T the maximiser is U_r V_r^T on the r directions the
+data determines (s > floor * s_1); what lies outside is a choice, named by ``null``.
+Reference: Schönemann, "A generalized solution of the orthogonal Procrustes problem", Psychometrika 31 (1966).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from .errors import InputRefused, NumericalError
+
+Null = Literal["partial", "completed", "svd"]
+FLOOR = 1e-6  # singular values below this share of the largest do not determine a direction
+
+
+@dataclass(frozen=True)
+class Polar:
+    """A map with what is known about it.
+
+    Attributes:
+        map: float64 [..., dS, dT], a partial isometry.
+        rank: int64 [...], how many directions the data determined.
+        gap: float64 [...], the smallest kept singular value over the largest; 0 when nothing was kept.
+    """
+
+    map: Tensor
+    rank: Tensor
+    gap: Tensor
+
+
+def procrustes(cross: Tensor, *, null: Null = "partial", floor: float = FLOOR, toward: Tensor | None = None) -> Polar:
+    """The map T [dS, dT] that best aligns source to target rows (``x_S @ T`` near ``x_T``).
+
+    Args:
+        cross: [..., dS, dT] cross-moment(s) x_S^T x_T; leading dimensions are a batch.
+        null: ``partial`` leaves undetermined directions out (deterministic); ``completed`` aligns them by what ``toward``
+            says about them; ``svd`` keeps LAPACK's full thin factors, noise included (for comparisons only).
+        floor: singular values at most ``floor`` times the largest count as undetermined.
+        toward: [..., dS, dT] companion cross-moment for ``completed``; without one, ``completed`` equals ``partial``.
+
+    Raises:
+        InputRefused: ``null`` is unknown or ``floor`` is not in [0, 1).
+        NumericalError: ``cross`` is not finite, or the result fails its certificate.
+    """
+    if null not in get_args(Null):
+        raise InputRefused(f"null is {null!r}; choose one of {', '.join(get_args(Null))}")
+    if not 0 <= floor < 1:
+        raise InputRefused(f"floor is {floor}; it must be at least 0 and below 1 (default {FLOOR:g})")
+    c = cross.double()
+    if not bool(torch.isfinite(c).all()):
+        raise NumericalError(f"the cross-moment {list(c.shape)} holds NaN or Inf")
+    u, s, vh = _svd(c)
+    largest = s[..., :1] if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
+    kept = torch.ones_like(s, dtype=torch.bool) if null == "svd" else (s > floor * largest)
+    rank = kept.sum(-1)
+    smallest = torch.where(kept, s, torch.inf).amin(-1) if s.shape[-1] else torch.full_like(largest[..., 0], torch.inf)
+    gap = torch.where((rank > 0) & (largest[..., 0] > 0), smallest / largest[..., 0], 0.0)
+    result = Polar((u * kept[..., None, :]) @ vh, rank, gap)
+    certify(result.map, c, rank, floor=floor)
+    if null == "completed" and toward is not None:
+        t = result.map
+        rest = toward.double() - t @ (t.mT @ toward.double())
+        added = procrustes(rest - (rest @ t.mT) @ t, floor=floor)
+        return Polar(t + added.map, rank + added.rank, gap)
+    return result
+
+
+def certify(t: Tensor, cross: Tensor, rank: Tensor, *, floor: float) -> None:
+    """Check that ``t`` is the partial polar factor of ``cross`` on ``rank`` directions, without trusting how it was made.
+
+    T is a partial isometry, H = T^T C is symmetric positive semidefinite, and what T leaves out of C is small:
+    |C - T T^T C| and |C - C T^T T| at most 2 floor s_1 sqrt(k - rank). Without the last, T = 0 would pass.
+
+    Raises:
+        NumericalError: one of these fails; the message says which, and by how much.
+    """
+    k = min(t.shape[-2:])
+    if k == 0:
+        return
+    eps = 64 * torch.finfo(torch.float64).eps * max(t.shape[-2:])
+    norm = torch.linalg.matrix_norm
+    adjoint = t.mT
+    scale = norm(cross).clamp(min=torch.finfo(torch.float64).tiny)
+    h = adjoint @ cross
+    left_out = 2 * floor * scale * (k - rank).double().sqrt() + eps * scale
+    shifted = (h + h.mT) / 2 / scale[..., None, None] + eps * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    checks = {
+        "|T T^T T - T|": (norm(t @ adjoint @ t - t), eps * k**0.5),
+        "|H - H^T|": (norm(h - h.mT), eps * scale),
+        "|C - T T^T C|": (norm(cross - t @ h), left_out),
+        "|C - C T^T T|": (norm(cross - (cross @ adjoint) @ t), left_out),
+        "the number of H that are not positive semidefinite": (torch.linalg.cholesky_ex(shifted)[1] != 0, 0.5),
+    }
+    for name, (value, bound) in checks.items():
+        if not bool((value <= bound).all()):
+            worst, limit = float(value.double().max()), float(torch.as_tensor(bound).max())
+            raise NumericalError(f"a map {list(t.shape)} failed its certificate: {name} is {worst:.3g}, above {limit:.3g}")
+
+
+def _svd(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        return torch.linalg.svd(c, full_matrices=False)
+    except torch.linalg.LinAlgError:  # divide and conquer did not converge: QR iteration is slower and surer
+        if c.ndim > 2:
+            u, s, vh = zip(*(_svd(one) for one in c))
+            return torch.stack(u), torch.stack(s), torch.stack(vh)
+        u, s, vh = scipy.linalg.svd(c.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+        return tuple(torch.from_numpy(x).to(c) for x in (u, s, vh))  # type: ignore[return-value]
