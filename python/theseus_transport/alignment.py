@@ -1,0 +1,228 @@
+"""The alignment of two base models: every map and scale between them, with pairing and provenance; made once, reused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from . import maps
+from .capture import Batch, capture
+from .errors import InputRefused
+from .maps import Map
+from .models import Base
+from .procrustes import FLOOR, Null
+from .recipes import Evidence, MapReport, Recipe, Rule, plan
+from .spaces import Layout
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """All that is needed to move updates from one base to another.
+
+    Attributes:
+        source, target: geometry of the two bases.
+        recipe: the choices it was made with.
+        maps: by name; ``x_S @ T``.
+        rules: canonical layer name -> maps and scales of its update.
+        vectors: canonical name of an embedding (or, in ``paper``, a norm's own vector) -> its rule.
+        reports: rank and gap of every map.
+        heads: per block, the source head of every target head.
+        lost: per block, the source heads that feed no target head.
+        provenance: what it was made from (references, fingerprints, calibration); free-form, JSON.
+    """
+
+    source: Layout
+    target: Layout
+    recipe: Recipe
+    maps: Mapping[str, Map]
+    rules: Mapping[str, Rule]
+    vectors: Mapping[str, Rule]
+    reports: list[MapReport]
+    heads: dict[int, list[int]]
+    lost: dict[int, list[int]]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``alignment.json`` and ``maps.safetensors`` into ``folder`` (created; must be empty or absent)."""
+        path = Path(folder)
+        if path.exists() and any(path.iterdir()):
+            raise InputRefused(f"{path} is not empty; choose another folder for the alignment")
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{name}/{part}": t for name, m in self.maps.items() for part, t in m.tensors().items()}
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path / "maps.safetensors")
+        record = {
+            "format": FORMAT,
+            **{side: _plain(getattr(self, side)) for side in ("source", "target")},
+            **{name: dataclasses.asdict(getattr(self, name)) for name in ("recipe",)},
+            **{name: {k: dataclasses.asdict(r) for k, r in getattr(self, name).items()} for name in ("rules", "vectors")},
+            "maps": list(self.maps),
+            "reports": [dataclasses.asdict(r) for r in self.reports],
+            "heads": self.heads,
+            "lost": self.lost,
+            "provenance": self.provenance,
+        }
+        (path / "alignment.json").write_text(json.dumps(record, indent=1))
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Alignment:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputRefused: the folder holds no alignment, or one of another format.
+        """
+        path = Path(folder)
+        try:
+            record = json.loads((path / "alignment.json").read_text())
+        except (OSError, ValueError) as error:
+            raise InputRefused(f"{path} holds no readable alignment ({error})") from error
+        if record.get("format") != FORMAT:
+            raise InputRefused(f"{path} has alignment format {record.get('format')}, this version reads {FORMAT}; align again")
+        parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in record["maps"]}
+        with safe_open(path / "maps.safetensors", "pt") as file:
+            for key in file.keys():
+                name, part = key.rsplit("/", 1)
+                parts[name][part] = file.get_tensor(key)
+        return cls(
+            source=Layout.of(record["source"]),
+            target=Layout.of(record["target"]),
+            recipe=Recipe(**record["recipe"]),
+            maps={name: maps.from_tensors(tensors) for name, tensors in parts.items()},
+            rules={k: Rule(**r) for k, r in record["rules"].items()},
+            vectors={k: Rule(**r) for k, r in record["vectors"].items()},
+            reports=[MapReport(**r) for r in record["reports"]],
+            heads={int(b): h for b, h in record["heads"].items()},
+            lost={int(b): h for b, h in record["lost"].items()},
+            provenance=record["provenance"],
+        )
+
+
+def align(
+    source: nn.Module,
+    target: nn.Module,
+    batches: Iterable[Batch | tuple[Batch, Batch]],
+    *,
+    recipe: str | Recipe = "coherent",
+    null: Null | None = None,
+    floor: float | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[], object] | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Alignment:
+    """Align two base models of one family and equal depth on a few unlabelled batches.
+
+    Args:
+        source, target: transformers models, with or without their heads.
+        batches: keyword arguments of the forward pass (``input_ids`` and ``attention_mask``, or ``pixel_values``), the
+            same for both models or a pair (source, target).
+        recipe: ``coherent``, ``paper``, or a :class:`Recipe`; ``null`` and ``floor`` override its fields.
+        device: where to run, or None to leave the models where they are.
+        progress: called after every batch.
+
+    Raises:
+        InputRefused: families, depths or batches do not fit each other.
+        NumericalError: activations are not finite, or a map fails its certificate.
+
+    Source: arXiv 2602.12952, section 3 (with the corrections this project documents in its README).
+    """
+    options = {k: v for k, v in (("null", null), ("floor", floor)) if v is not None}
+    chosen = Recipe.named(recipe, **options)
+    bases = tuple(Base.of(model) for model in (source, target))
+    layouts = (bases[0].layout, bases[1].layout)
+    check_pair(*layouts)
+    if device is not None:
+        source.to(device), target.to(device)
+    count = 0
+    with capture(source, target, layouts, energies=chosen.name == "coherent") as seen:
+        for batch in batches:
+            seen.run(*(batch if isinstance(batch, tuple) else (batch, batch)))
+            count += 1
+            if progress:
+                progress()
+    if not count:
+        raise InputRefused("no calibration batches were given; a few unlabelled ones are needed")
+    evidence = Evidence(bases[0], bases[1], seen.moments, seen.energies)
+    made = plan(evidence, chosen)
+    widest = max(max(la.width, la.middle) for la in layouts)
+    tokens = next(iter(seen.moments.values())).count
+    if tokens < 4 * widest:
+        log.warning("%d calibration tokens for a widest space of %d: give at least %d", tokens, widest, 4 * widest)
+    if weak := [r.space for r in made.reports if r.weak]:
+        log.warning("%d of %d maps have less than half their rank, first %s", len(weak), len(made.reports), weak[0])
+    return Alignment(
+        source=layouts[0],
+        target=layouts[1],
+        recipe=chosen,
+        maps=made.maps,
+        rules=made.rules,
+        vectors=made.vectors,
+        reports=made.reports,
+        heads={b: p.query.tolist() for b, p in made.pairings.items()},
+        lost={b: p.lost for b, p in made.pairings.items() if p.lost},
+        provenance=provenance or {},
+    )
+
+
+def check_pair(source: Layout, target: Layout) -> None:
+    """Refuse pairs this version cannot align.
+
+    Raises:
+        InputRefused: families differ, or depths do.
+    """
+    kinds = (source.family.model_type, target.family.model_type)
+    if kinds[0] != kinds[1]:
+        raise InputRefused(f"source is {kinds[0]}, target is {kinds[1]}; both must be of one family")
+    if source.depth != target.depth:
+        raise InputRefused(
+            f"source has {source.depth} blocks, target has {target.depth}; moving across depth is not supported yet, "
+            "choose a target of equal depth"
+        )
+
+
+def outline(source: Layout, target: Layout, recipe: Recipe) -> Alignment:
+    """An alignment before any map is computed: enough to decide the fate of every tensor, not to move one."""
+    check_pair(source, target)
+    fold = recipe.name == "coherent"
+    names = target.family.embeddings if fold else [f"{n}.{p}" for n in target.norms() for p in ("weight", "bias")]
+    return Alignment(
+        source=source,
+        target=target,
+        recipe=recipe,
+        maps={"identity": maps.Identity(), "final": maps.Identity()},
+        rules={layer.name: Rule("identity", "identity", fold=fold) for layer in target.layers()},
+        vectors={name: Rule("identity", "identity", fold=fold) for name in names},
+        reports=[],
+        heads={},
+        lost={},
+    )
+
+
+def _plain(layout: Layout) -> dict[str, Any]:
+    """The config keys :meth:`Layout.of` reads."""
+    return {
+        "model_type": layout.family.model_type,
+        "num_hidden_layers": layout.depth,
+        "hidden_size": layout.width,
+        "num_attention_heads": layout.heads,
+        "num_key_value_heads": layout.kv_heads,
+        "head_dim": layout.head_dim,
+        "intermediate_size": layout.middle,
+        "tie_word_embeddings": layout.tied,
+        "vocab_size": layout.vocabulary,
+        "image_size": layout.image,
+        "patch_size": layout.patch,
+        "num_channels": layout.channels,
+    }

@@ -1,0 +1,67 @@
+"""Which source head feeds which target head: similarity of context heads, assigned inside groups, then over groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from .moments import CrossMoment
+
+
+@dataclass(frozen=True)
+class HeadPairing:
+    """For every target head the source head it corresponds to.
+
+    Attributes:
+        query: int64 [heads_T], source query head of each target query head.
+        kv: int64 [kv_heads_T], source kv head of each target kv head; query heads are paired inside these groups.
+        similarity: float64 [heads_T], nuc(C_ij) / sqrt(E_i E_j) of the paired context heads, 1 for equal up to rotation and scale.
+        lost: source query heads that feed no target head.
+    """
+
+    query: Tensor
+    kv: Tensor
+    similarity: Tensor
+    lost: list[int]
+
+
+def pair_heads(context: CrossMoment, heads: tuple[int, int], kv_heads: tuple[int, int]) -> HeadPairing:
+    """Pair heads by their outputs.
+
+    Linear assignment of query heads inside every pair of kv groups, then of groups by the sum of their inner assignment;
+    target heads and groups left over copy the most similar one.
+
+    Args:
+        context: moment of the attention's context (input of its output projection), [heads * head_dim] on each side.
+        heads: query heads of (source, target).
+        kv_heads: key-value heads of (source, target).
+    """
+    score = similarity(context, heads)
+    groups = score.unflatten(1, (kv_heads[1], -1)).unflatten(0, (kv_heads[0], -1))  # [kv_S, in group, kv_T, in group]
+    inner = [[_assign(groups[i, :, j]) for j in range(kv_heads[1])] for i in range(kv_heads[0])]
+    quality = torch.tensor([[total for _, total in row] for row in inner], dtype=torch.float64)
+    kv, _ = _assign(quality)
+    size = heads[0] // kv_heads[0]
+    query = torch.cat([inner[i][j][0] + i * size for j, i in enumerate(kv.tolist())])
+    lost = sorted(set(range(heads[0])) - set(query.tolist()))
+    return HeadPairing(query, kv, score[query, torch.arange(heads[1])], lost)
+
+
+def similarity(context: CrossMoment, heads: tuple[int, int]) -> Tensor:
+    """nuc(C_ij) / sqrt(E_i E_j), float64 [heads_S, heads_T]; 0 for a head without energy."""
+    blocks = context.cross.unflatten(1, (heads[1], -1)).unflatten(0, (heads[0], -1)).transpose(1, 2).cpu()
+    energies = [e.unflatten(0, (n, -1)).sum(1).cpu() for e, n in zip((context.source_energy, context.target_energy), heads)]
+    norm = (energies[0][:, None] * energies[1]).sqrt()
+    nuclear = torch.linalg.matrix_norm(blocks, ord="nuc")
+    return torch.where(norm > 0, nuclear / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
+
+
+def _assign(score: Tensor) -> tuple[Tensor, float]:
+    """Source of each target column [columns] and the assigned total; columns left over take their best row."""
+    rows, columns = linear_sum_assignment(score.numpy(), maximize=True)
+    chosen = score.argmax(0)
+    chosen[torch.from_numpy(columns)] = torch.from_numpy(rows)
+    return chosen, float(score[rows, columns].sum())
