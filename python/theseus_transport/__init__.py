@@ -1,0 +1,22 @@
+"""Theseus: move a fine-tune or a LoRA adapter to another model, without training (arXiv 2602.12952)."""
+
+from .alignment import Alignment, align
+from .delta import Delta
+from .errors import InputRefused, NumericalError, ResourceError, TheseusError
+from .recipes import Recipe
+from .transport import Update, transport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Alignment",
+    "Delta",
+    "InputRefused",
+    "NumericalError",
+    "Recipe",
+    "ResourceError",
+    "TheseusError",
+    "Update",
+    "align",
+    "transport",
+]

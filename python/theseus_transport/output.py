@@ -1,0 +1,132 @@
+"""Writing a moved update: an adapter PEFT loads, a checkpoint ``from_pretrained`` loads, or the task vector alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .delta import PREFIX, Factors
+from .errors import InputRefused
+from .transport import Update
+from .writer import check_writable, write_checkpoint
+
+Kind = Literal["adapter", "checkpoint", "delta"]
+Planned = tuple[str, Sequence[int], torch.dtype, Callable[[], Tensor]]
+LOST = 0.1  # share of an update that rounding may swallow before it is worth a warning
+
+
+def write_update(
+    update: Update,
+    folder: str | Path,
+    kind: Kind,
+    *,
+    files: Mapping[str, bytes | str | Path] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    base_name: str | None = None,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Write the update, whole or not at all; values are computed one layer at a time while writing.
+
+    Args:
+        kind: ``adapter`` (for a LoRA), ``checkpoint`` (target base plus update, in the base's dtypes) or ``delta``.
+        files: what belongs beside it, by name: configuration, tokenizer, model card.
+        base_name: what an adapter's configuration should name as its base.
+        progress: called after every tensor.
+
+    Returns:
+        The manifest.
+    """
+    extra = dict(files or {})
+    if kind == "adapter":
+        extra["adapter_config.json"] = adapter_config(update, base_name)
+    tensors = [(n, s, d, partial(_then, make, progress)) for n, s, d, make in planned(update, kind)]
+    stem = {"adapter": "adapter_model", "checkpoint": "model", "delta": "delta"}[kind]
+    return write_checkpoint(
+        folder, tensors, stem=stem, files=extra, metadata=metadata, overwrite=overwrite, inputs=inputs
+    )
+
+
+def planned(update: Update, kind: Kind) -> list[Planned]:
+    """Name, shape, dtype and computation of every tensor the output will hold."""
+    return list({"adapter": _adapter, "checkpoint": _checkpoint, "delta": _delta}[kind](update))
+
+
+def check_output(update: Update, folder: str | Path, kind: Kind, *, overwrite: bool, inputs: Sequence[Path]) -> int:
+    """Bytes the output will take; refuses a folder that cannot be written, before anything heavy runs."""
+    nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype, _ in planned(update, kind))
+    check_writable(folder, nbytes, overwrite=overwrite, inputs=inputs)
+    return nbytes
+
+
+def adapter_config(update: Update, base_name: str | None) -> str:
+    """The source adapter's configuration with the target as its base; ranks and alphas stay."""
+    assert update.delta.adapter is not None
+    config = {**update.delta.adapter.config, "base_model_name_or_path": base_name, "inference_mode": True, "revision": None}
+    return json.dumps(config, indent=2, sort_keys=True)
+
+
+def _adapter(update: Update) -> Iterator[Planned]:
+    adapter = update.delta.adapter
+    if adapter is None:
+        raise InputRefused("a full fine-tune has no low-rank factors; write it as a checkpoint or a delta")
+    keys = {update.family.canonical(spelled): keys for spelled, keys in adapter.layers().items()}
+    for layer, compute in update.factor_jobs():
+        once = lru_cache(maxsize=1)(compute)
+        name = update.family.canonical(layer)
+        a, b = (adapter.tensors[key] for key in keys[name])
+        out_features, in_features = update.target.shape(f"{name}.weight")
+        yield f"{PREFIX}{layer}.lora_A.weight", (a.shape[0], in_features), a.dtype, partial(_factor, once, "a", a.dtype)
+        yield f"{PREFIX}{layer}.lora_B.weight", (out_features, b.shape[1]), b.dtype, partial(_factor, once, "b", b.dtype)
+    for name in adapter.whole():
+        stored = update.target.names.get(update.family.canonical(name))
+        if stored is not None:
+            value = update.target.tensors[stored]
+            yield f"{PREFIX}{stored}", value.shape, value.dtype, partial(_tuned, update, stored)
+
+
+def _checkpoint(update: Update) -> Iterator[Planned]:
+    for name in update.target.names.values():
+        tensor = update.target.tensors[name]
+        yield name, tensor.shape, tensor.dtype, partial(_tuned, update, name)
+
+
+def _delta(update: Update) -> Iterator[Planned]:
+    for name in update:
+        tensor = update.target.tensors[name]
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        yield name, tensor.shape, dtype, partial(update.__getitem__, name)
+
+
+def _tuned(update: Update, name: str) -> Tensor:
+    """Base plus update in the base's dtype; says where rounding swallows the update."""
+    base = update.target.tensors[name].detach().cpu()
+    if name not in update:
+        return base
+    change = update[name].cpu()
+    exact = base.to(change.dtype) + change
+    rounded = exact.to(base.dtype)
+    swallowed = float((rounded.to(change.dtype) - exact).norm() / change.norm().clamp(min=1e-30))
+    if swallowed > LOST and float(change.norm()) > 0:
+        update.warnings.append(
+            f"{name}: rounding to {str(base.dtype).removeprefix('torch.')} swallows {swallowed:.0%} of the update; "
+            "--output delta keeps it"
+        )
+    return rounded
+
+
+def _factor(once: Callable[[], Factors], part: Literal["a", "b"], dtype: torch.dtype) -> Tensor:
+    return getattr(once(), part).to(dtype).contiguous()
+
+
+def _then(make: Callable[[], Tensor], progress: Callable[[], object]) -> Tensor:
+    tensor = make()
+    progress()
+    return tensor

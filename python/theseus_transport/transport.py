@@ -1,0 +1,336 @@
+"""Alignment x delta -> the target's delta, layer by layer on demand, with the fate of every tensor."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .alignment import Alignment
+from .delta import Delta, Factors
+from .errors import InputRefused
+from .models import Base, Tensors
+from .moves import move_dense, move_factors, move_gain, move_vector
+from .recipes import Rule
+from .spaces import Family, Layer
+
+log = logging.getLogger(__name__)
+Fate = Literal["transported", "folded", "unchanged", "left"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The fate of one tensor (or adapted layer) of the update, by its name in the source, and why."""
+
+    tensor: str
+    fate: Fate
+    note: str = ""
+
+
+@dataclass
+class Update(Mapping[str, Tensor]):
+    """The update of the target, as a lazy mapping: the target's parameter name -> dense delta, alpha included.
+
+    Values are computed when asked for, in float64, and handed out in float32 (float64 where the target is float64).
+
+    Attributes:
+        coverage: fate of every tensor of the source's update.
+        warnings: what the user should know about single tensors; complete once every value was read.
+    """
+
+    target: Base
+    delta: Delta
+    alpha: float
+    coverage: list[Row] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    _jobs: dict[str, Callable[[], dict[str, Tensor]]] = field(default_factory=dict)
+    _factors: dict[str, Callable[[], Factors]] = field(default_factory=dict)
+    _last: tuple[object, dict[str, Tensor]] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        job = self._jobs[name]
+        if self._last is None or self._last[0] is not job:  # weight and bias of a layer come from one computation
+            self._last = (job, job())
+        value = self._last[1][name] * self.alpha
+        stored = self.target.tensors[name]
+        if value.shape != stored.shape:
+            raise InputRefused(f"the update of {name} is {list(value.shape)}, the target's is {list(stored.shape)}")
+        return value.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._jobs)
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def add_to(self, model: nn.Module) -> None:
+        """Add the update to the target's parameters in place."""
+        parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+        with torch.no_grad():
+            for name, value in self.items():
+                parameters[name] += value.to(parameters[name])
+
+    @property
+    def family(self) -> Family:
+        return self.target.layout.family
+
+    def factor_jobs(self) -> Iterator[tuple[str, Callable[[], Factors]]]:
+        """For a LoRA: (layer as an adapter of the target spells it, computation of its moved factors, alpha in B)."""
+        for layer, compute in self._factors.items():
+            yield layer, partial(_scaled, compute, self.alpha)
+
+    def save_adapter(self, folder: str | Path, *, base_name: str | None = None, overwrite: bool = False) -> None:
+        """Write a PEFT adapter for the target: LoRA updates only, same rank, same dtype.
+
+        Raises:
+            InputRefused: the update is no LoRA, or ``folder`` is not empty and ``overwrite`` is false.
+        """
+        from .output import write_update
+
+        write_update(self, folder, "adapter", base_name=base_name, overwrite=overwrite)
+
+
+
+def transport(
+    alignment: Alignment,
+    delta: Delta,
+    target: nn.Module | Tensors,
+    *,
+    alpha: float = 1.0,
+    leave: Sequence[str] = (),
+) -> Update:
+    """Move an update of the source to the target.
+
+    Args:
+        alignment: of the two bases.
+        delta: the update, with the source base it belongs to.
+        target: the target base.
+        alpha: strength of the update.
+        leave: glob patterns of canonical tensor names to leave behind.
+
+    Raises:
+        InputRefused: a changed tensor has no rule, nothing changed at all, or shapes do not fit the alignment.
+
+    Source: arXiv 2602.12952 (the map of an update), and RECIPE fields of :class:`Recipe` for gains, biases and scales.
+    """
+    return _Planner(alignment, delta, target, alpha, leave).plan()
+
+
+class _Planner:
+    """Decides the fate of every tensor; the arithmetic is in the functions below."""
+
+    def __init__(
+        self, alignment: Alignment, delta: Delta, target: nn.Module | Tensors, alpha: float, leave: Sequence[str]
+    ) -> None:
+        self.alignment, self.delta, self.leave = alignment, delta, leave
+        self.family = alignment.target.family
+        self.source = Base.of(delta.base, alignment.source)
+        self.target = Base.of(target, alignment.target)
+        self.tuned = delta.tuned_tensors(self.family)
+        self.update = Update(self.target, delta, alpha)
+        self.rows: dict[str, Row] = {}
+        self.changed = {name for name in self.tuned if self._is_changed(name)}
+
+    def plan(self) -> Update:
+        self._check_bases()
+        for layer in self.alignment.target.layers():
+            if layer.name in self.alignment.rules:
+                self._plan_layer(layer, self.alignment.rules[layer.name])
+        for name, rule in self.alignment.vectors.items():
+            axis = self.family.embeddings.get(name, 0)
+            self._plan_vector(name, partial(move_vector, self.alignment.maps[rule.output], rule, axis), axis)
+        if "final" in self.alignment.maps and not self.alignment.vectors.keys() & {f"{self.family.final_norm}.weight"}:
+            self._plan_unread_norm()
+        self._plan_factors()
+        self._settle()
+        order = {name: i for i, name in enumerate(self.source.names)}
+        self.update.coverage = sorted(self.rows.values(), key=lambda row: order.get(self.family.canonical(row.tensor), -1))
+        if not self.update._jobs:
+            raise InputRefused(
+                "nothing to transport: "
+                + ("no tensor differs from the base" if not self.changed else "every changed tensor was left behind")
+                + "; was the right base given?"
+            )
+        return self.update
+
+    def _is_changed(self, name: str) -> bool:
+        before, after = self.source.get(name), self.tuned[name]
+        if before is None:
+            return True
+        if before.shape != after.shape:
+            if self._left(name):
+                return True
+            raise InputRefused(
+                f"{name} is {list(after.shape)} in the tuned model and {list(before.shape)} in the base; "
+                f"was the right base given? (--leave '{name}' leaves it behind)"
+            )
+        return not torch.equal(before, after.to(before.device))
+
+    def _left(self, name: str) -> str | None:
+        """Why a tensor stays behind by rule."""
+        if any(fnmatchcase(name, pattern) for pattern in self.leave):
+            return "left on request"
+        if name in self.family.embeddings and name not in self.alignment.vectors:
+            return f"the {self.alignment.recipe.name} recipe leaves embeddings"
+        return next((why for pattern, why in self.family.left.items() if re.search(pattern, name)), None)
+
+    def _check_bases(self) -> None:
+        for side, base in (("source", self.source), ("target", self.target)):
+            name = f"{self.family.final_norm}.weight"
+            if name in base and base.shape(name) != (base.layout.width,):
+                raise InputRefused(
+                    f"{name} of the {side} is {list(base.shape(name))}, the alignment was made for width {base.layout.width}; "
+                    "was the right base given?"
+                )
+        if self.delta.tuned is not None:
+            skip = {"lm_head.weight"} if self.source.layout.tied else set()
+            for name in self.source.names.keys() - self.tuned.keys() - skip:
+                if not self._left(name) and name.split(".")[0] not in self.family.heads:
+                    raise InputRefused(f"the tuned model has no tensor {name}; is it complete, and is it a tune of the source?")
+
+    def _row(self, name: str, fate: Fate, note: str = "") -> None:
+        self.rows[name] = Row(name, fate, note)
+
+    def _plan_layer(self, layer: Layer, rule: Rule) -> None:
+        weight, own = f"{layer.name}.weight", {f"{layer.name}.{p}" for p in ("weight", "bias")}
+        norm = {f"{layer.norm}.{p}" for p in ("weight", "bias")} & self.changed if rule.fold else set()
+        if self.source.layout.tied and layer.role == "head" and weight not in self.target:
+            return
+        if not (own | norm) & self.changed:
+            return
+        if reason := self._unfit(layer, weight):
+            for name in own & self.changed:
+                self._row(name, "left", reason)
+            return
+        if norm and self.delta.adapter is not None:
+            raise InputRefused(f"the adapter saves {sorted(norm)[0]} whole; a moved adapter cannot carry a norm's change")
+        job = partial(self._dense, layer, rule)
+        self._add_job(layer.name, job)
+        for name in own & self.changed:
+            self._row(name, "transported")
+        for name in norm:
+            self._row(name, "folded", "into its readers")
+
+    def _unfit(self, layer: Layer, weight: str) -> str | None:
+        if why := self._left(weight):
+            return why
+        if weight not in self.source:
+            return "the source base has no such tensor"
+        if weight not in self.target:
+            tied = self.target.layout.tied and layer.role == "head"
+            return "the target ties its head to the embedding" if tied else "the target has no such tensor"
+        rows = self.source.shape(weight)[0], self.target.shape(weight)[0]
+        if layer.role == "head" and rows[0] != rows[1]:
+            return f"the source has {rows[0]} outputs, the target {rows[1]}"
+        return None
+
+    def _add_job(self, layer: str, job: Callable[[], dict[str, Tensor]]) -> None:
+        for part in ("weight", "bias"):
+            if f"{layer}.{part}" in self.target:
+                self.update._jobs[self.target.names[f"{layer}.{part}"]] = job
+
+    def _dense(self, layer: Layer, rule: Rule) -> dict[str, Tensor]:
+        moved = move_dense(layer, rule, self.alignment.maps, self.source, self.tuned, self.target, self.update.warnings)
+        return {self.target.names[f"{layer.name}.{part}"]: value for part, value in moved.items()}
+
+    def _plan_vector(self, name: str, move: Callable[[Tensor], Tensor], axis: int) -> None:
+        if name not in self.changed:
+            return
+        if why := self._left(name):
+            return self._row(name, "left", why)
+        if name not in self.source or name not in self.target:
+            side = "target" if name in self.source else "source base"
+            return self._row(name, "left", f"the {side} has no such tensor")
+        shapes = [list(base.shape(name)) for base in (self.source, self.target)]
+        rest = [s[:axis] + s[axis + 1 :] for s in shapes]
+        if rest[0] != rest[1]:
+            return self._row(name, "left", f"the source's is {shapes[0]}, the target's {shapes[1]}: rows do not correspond")
+
+        def job() -> dict[str, Tensor]:
+            return {self.target.names[name]: move(self.tuned[name].double() - self.source.need(name))}
+
+        self.update._jobs[self.target.names[name]] = job
+        self._row(name, "transported")
+
+    def _plan_unread_norm(self) -> None:
+        """The final norm where no linear layer that moves reads it: a tied head, or no head at all."""
+        norm = self.family.final_norm
+        if not {f"{norm}.weight", f"{norm}.bias"} & (self.changed - self.rows.keys()):
+            return
+        scale = self.alignment.rules[self.family.heads[0]].scale_in
+        gains = self.source.norm(norm, self.source.layout.width)[0], self.target.norm(norm, self.target.layout.width)[0]
+        t = self.alignment.maps["final"](torch.eye(len(gains[0]), dtype=torch.float64))
+        if self.family.norm == "layer":  # z has no mean, but a gain and a bias do: mean goes to mean
+            t = t + 1 / math.sqrt(t.shape[0] * t.shape[1])
+        self._plan_vector(f"{norm}.weight", partial(move_gain, t, *gains), 0)
+        self._plan_vector(f"{norm}.bias", lambda d: gains[1] * scale * ((d / gains[0]) @ t), 0)
+
+    def _plan_factors(self) -> None:
+        adapter = self.delta.adapter
+        if adapter is None:
+            return
+        layers = {layer.name: layer for layer in self.alignment.target.layers()}
+        prefixed = any(name.startswith(f"{self.family.prefix}.") for name in self.target.tensors)
+        for spelled in adapter.layers():
+            name = self.family.canonical(spelled)
+            if any(fnmatchcase(name, pattern) for pattern in self.leave):
+                self._row(name, "left", "left on request")
+                continue
+            rule = self.alignment.rules.get(name)
+            if rule is None:
+                raise InputRefused(f"the adapter changes {spelled}, which has no rule; --leave '{name}' leaves it behind")
+            if f"{name}.weight" in self.changed:
+                raise InputRefused(f"the adapter both factors {spelled} and saves it whole")
+            if reason := self._unfit(layers[name], f"{name}.weight"):
+                self._row(name, "left", reason)
+                continue
+            factors, shape = adapter.factors(spelled), self.source.shape(f"{name}.weight")
+            if (found := (factors.b.shape[0], factors.a.shape[1])) != shape:
+                raise InputRefused(
+                    f"the adapter's {spelled} is {list(found)}, the base's {list(shape)}; was the right base given?"
+                )
+            rest = spelled.removeprefix(f"{self.family.prefix}.")
+            own = f"{self.family.prefix}.{rest}" if prefixed and layers[name].role != "head" else rest
+            compute = partial(self._moved_factors, layers[name], rule, spelled)
+            self.update._factors[own] = compute
+            self.update._jobs[self.target.names[f"{name}.weight"]] = partial(self._product, name, compute)
+            self._row(name, "transported", "as factors")
+
+    def _moved_factors(self, layer: Layer, rule: Rule, spelled: str) -> Factors:
+        assert self.delta.adapter is not None
+        factors = self.delta.adapter.factors(spelled)
+        return move_factors(layer, rule, self.alignment.maps, factors, self.source, self.target, self.update.warnings)
+
+    def _product(self, name: str, compute: Callable[[], Factors]) -> dict[str, Tensor]:
+        f = compute()
+        return {self.target.names[f"{name}.weight"]: f.scaling * (f.b.double() @ f.a.double())}
+
+    def _settle(self) -> None:
+        """Every tensor has a fate; a changed one without a rule is an error."""
+        for name in {**self.source.names, **dict.fromkeys(self.tuned)}:
+            if name in self.rows or (self.delta.adapter is not None and name not in self.tuned):
+                continue
+            if name == "lm_head.weight" and self.source.layout.tied:
+                continue
+            if name not in self.changed:
+                self._row(name, "unchanged")
+            elif why := self._left(name):
+                self._row(name, "left", why)
+            elif name.split(".")[0] in self.family.heads:
+                self._row(name, "left", "the source base has no such tensor" if name not in self.source else "the target has no such tensor")
+            else:
+                raise InputRefused(f"{name} changed but has no rule; --leave '{name}' leaves it behind")
+
+
+def _scaled(compute: Callable[[], Factors], alpha: float) -> Factors:
+    moved = compute()
+    return Factors(moved.a, moved.b * alpha, moved.scaling)
