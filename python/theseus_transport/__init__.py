@@ -4,7 +4,8 @@ from .alignment import Alignment, align
 from .delta import Delta
 from .errors import InputRefused, NumericalError, ResourceError, TheseusError
 from .recipes import Recipe
-from .transport import Update, transport
+from .transport import transport
+from .update import Update
 
 __version__ = "0.1.0"
 

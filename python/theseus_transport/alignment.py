@@ -1,4 +1,4 @@
-"""The alignment of two base models: every map and scale between them, with pairing and provenance; made once, reused."""
+"""The alignment of two base models: every map and scale between them, made once and reused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .capture import Batch, capture
 from .errors import InputRefused
 from .maps import Map
 from .models import Base
-from .procrustes import FLOOR, Null
+from .procrustes import Null
 from .recipes import Evidence, MapReport, Recipe, Rule, plan
 from .spaces import Layout
 
@@ -67,7 +67,10 @@ class Alignment:
             "format": FORMAT,
             **{side: _plain(getattr(self, side)) for side in ("source", "target")},
             **{name: dataclasses.asdict(getattr(self, name)) for name in ("recipe",)},
-            **{name: {k: dataclasses.asdict(r) for k, r in getattr(self, name).items()} for name in ("rules", "vectors")},
+            **{
+                name: {k: dataclasses.asdict(r) for k, r in getattr(self, name).items()}
+                for name in ("rules", "vectors")
+            },
             "maps": list(self.maps),
             "reports": [dataclasses.asdict(r) for r in self.reports],
             "heads": self.heads,
@@ -90,10 +93,12 @@ class Alignment:
         except (OSError, ValueError) as error:
             raise InputRefused(f"{path} holds no readable alignment ({error})") from error
         if record.get("format") != FORMAT:
-            raise InputRefused(f"{path} has alignment format {record.get('format')}, this version reads {FORMAT}; align again")
+            raise InputRefused(
+                f"{path} has alignment format {record.get('format')}, this version reads {FORMAT}; align again"
+            )
         parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in record["maps"]}
         with safe_open(path / "maps.safetensors", "pt") as file:
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118 (no mapping)  # noqa: SIM118 (no mapping)
                 name, part = key.rsplit("/", 1)
                 parts[name][part] = file.get_tensor(key)
         return cls(

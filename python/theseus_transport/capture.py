@@ -38,8 +38,8 @@ class Capture:
         device = self._devices[1]
         widths = {name: tuple(side[name].width for side in self._spaces) for name in self._spaces[0]}
         outputs = {s.name for s in layouts[0].outputs()}
-        self.moments = {n: CrossMoment.zeros(*w, device=device) for n, w in widths.items() if n not in outputs}
-        self.energies = {n: Energy.zeros(*w, device=device) for n, w in widths.items() if n in outputs}
+        self.moments = {n: CrossMoment.zeros(w[0], w[1], device) for n, w in widths.items() if n not in outputs}
+        self.energies = {n: Energy.zeros(w[0], w[1], device) for n, w in widths.items() if n in outputs}
 
     def run(self, source: Batch, target: Batch) -> None:
         """Forward one pair of batches (keyword arguments of each model's forward pass) and add what was seen.
@@ -51,13 +51,15 @@ class Capture:
         self._done.clear()
         self._mixings = tuple(m and m.to(self._devices[1]) for m in mixings(self._layouts, source, target))  # type: ignore[assignment]
         with torch.no_grad():
-            for model, device, batch in zip(self._models, self._devices, (source, target)):
+            for model, device, batch in zip(self._models, self._devices, (source, target), strict=True):
                 inputs = {k: v.to(device) for k, v in batch.items() if k != "offsets"}
                 if "input_ids" in inputs:
                     inputs["use_cache"] = False
                 model(**inputs)
         if unseen := set(self._spaces[0]) - self._done:
-            raise InputRefused(f"{sorted(unseen)[0]} was not seen in the forward pass of both models ({len(unseen)} such)")
+            raise InputRefused(
+                f"{sorted(unseen)[0]} was not seen in the forward pass of both models ({len(unseen)} such)"
+            )
 
     def _observe(self, side: int, space: Space, activation: Tensor) -> None:
         rows = activation.detach().flatten(0, -2)
@@ -79,7 +81,9 @@ class Capture:
         names = self._layouts[side].family.index(name for name, _ in model.named_modules())
         for space in self._spaces[side].values():
             if space.module not in names:
-                raise InputRefused(f"{type(model).__name__} has no module {space.module}; is it a {self._layouts[side].family.model_type}?")
+                raise InputRefused(
+                    f"{type(model).__name__} has no {space.module}; is it a {self._layouts[side].family.model_type}?"
+                )
             module = model.get_submodule(names[space.module])
             if space.side == "input":
                 yield module.register_forward_pre_hook(_input_hook(self._observe, side, space))
@@ -88,7 +92,9 @@ class Capture:
 
 
 @contextmanager
-def capture(source: nn.Module, target: nn.Module, layouts: tuple[Layout, Layout], *, energies: bool) -> Iterator[Capture]:
+def capture(
+    source: nn.Module, target: nn.Module, layouts: tuple[Layout, Layout], *, energies: bool
+) -> Iterator[Capture]:
     """Open hooks on both models, in evaluation mode; both are as they were afterwards."""
     session = Capture(source, target, layouts, energies=energies)
     training = [(m, m.training) for model in (source, target) for m in model.modules()]
@@ -128,7 +134,9 @@ def mixings(layouts: tuple[Layout, Layout], source: Batch, target: Batch) -> Mix
         return _by_characters(source, target)
     shapes = [tuple(b[key].shape) for b in (source, target)]
     if shapes[0] != shapes[1]:
-        raise InputRefused(f"source input_ids are {list(shapes[0])}, target input_ids {list(shapes[1])}; they must pair up")
+        raise InputRefused(
+            f"source input_ids are {list(shapes[0])}, target input_ids {list(shapes[1])}; they must pair up"
+        )
     masks = [b.get("attention_mask") for b in (source, target)]
     if masks[0] is None and masks[1] is None:
         return None, None
@@ -142,7 +150,7 @@ def _by_characters(source: Batch, target: Batch) -> Mixings:
     """Row mixings of a batch whose two sides were cut by different tokenizers."""
     columns, pointers, weights, kept_rows = [], [torch.zeros(1, dtype=torch.int64)], [], []
     width, entries = source["offsets"].shape[1], 0
-    for i, (own, other) in enumerate(zip(source["offsets"], target["offsets"])):
+    for i, (own, other) in enumerate(zip(source["offsets"], target["offsets"], strict=True)):
         mixing, kept = tokens.overlap(own, other)
         assert mixing.row_ptr is not None and mixing.weight is not None
         columns.append(mixing.column + i * width)

@@ -62,17 +62,25 @@ def transport(
     ] = "builtin",
     recipe: Annotated[RecipeName, typer.Option(help="How maps and scales are chosen.")] = RecipeName.coherent,
     alpha: Annotated[float, typer.Option(help="Strength of the update.")] = 1.0,
-    null: Annotated[NullName, typer.Option(help="What fills directions the data does not determine.")] = NullName.partial,
-    floor: Annotated[float, typer.Option(help="Singular values below this share of the largest are undetermined.")] = FLOOR,
+    null: Annotated[
+        NullName, typer.Option(help="What fills directions the data does not determine.")
+    ] = NullName.partial,
+    floor: Annotated[
+        float, typer.Option(help="Singular values below this share of the largest are undetermined.")
+    ] = FLOOR,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     output: Annotated[OutputName, typer.Option(help="What to write; auto writes what TUNED is.")] = OutputName.auto,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Calibration tokens [default: 4 x the widest space].")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Calibration tokens [default: 4 x the widest space].")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
     seed: Annotated[int, typer.Option(help="Which calibration samples are drawn.")] = 0,
     leave: Annotated[list[str] | None, typer.Option(help="Glob of tensors to leave behind; may be repeated.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (weights only).")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the coverage, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the coverage, write nothing.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Move the update TUNED - SOURCE to TARGET and write it to OUT."""
@@ -109,7 +117,9 @@ def transport(
 
 
 @app.command()
-def inspect(out: Annotated[Path, typer.Argument(help="A folder this command wrote.")], as_json: JsonFlag = False) -> None:
+def inspect(
+    out: Annotated[Path, typer.Argument(help="A folder this command wrote.")], as_json: JsonFlag = False
+) -> None:
     """Show what a folder holds and how it was made; check its files against the manifest."""
     from .writer import read_manifest, verify
 
@@ -122,9 +132,15 @@ def inspect(out: Annotated[Path, typer.Argument(help="A folder this command wrot
             print(json.dumps({"damaged": damaged, **manifest}, indent=1))
         else:
             job = outcome.get("job", {})
-            screen.print(f"{outcome.get('kind', 'output')} of {job.get('tuned')} moved from {job.get('source')} to {job.get('target')}")
+            screen.print(
+                f"{outcome.get('kind', 'output')} of {job.get('tuned')}, "
+                f"moved from {job.get('source')} to {job.get('target')}"
+            )
             choices = job.get("recipe", {})
-            screen.print(f"recipe {choices.get('name')}, null {choices.get('null')}, alpha {job.get('alpha')}, {outcome.get('calibration')}")
+            screen.print(
+                f"recipe {choices.get('name')}, null {choices.get('null')}, alpha {job.get('alpha')}, "
+                f"calibration {outcome.get('calibration')}"
+            )
             screen.print(coverage_table(outcome.get("coverage", [])))
             screen.print(maps_table(outcome.get("maps", [])))
             for warning in outcome.get("warnings", []):
@@ -218,7 +234,13 @@ def _fail(message: str, code: int, as_json: bool) -> NoReturn:
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int], Callable[[], object]]]:
     """Progress bars with rate and time left on a terminal, nothing elsewhere."""
-    columns = (TextColumn("{task.description:>6}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:>6}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console(stderr=True), disable=not sys.stderr.isatty()) as bars:
 
         def stage(name: str, steps: int) -> Callable[[], object]:

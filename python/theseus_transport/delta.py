@@ -16,7 +16,13 @@ from .models import Tensors, tensors_of
 from .spaces import Family
 
 PREFIX = "base_model.model."
-REFUSED_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they change the base, so BA is no update of the plain one
+REFUSED_INIT = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # they change the base, so BA is no update of the plain one
 
 REFUSED_OPTIONS = (
     "use_dora",
@@ -55,7 +61,9 @@ class Adapter:
             raise InputRefused(f"the adapter is of type {config.get('peft_type')!r}; only LORA adapters can be moved")
         init = config.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(REFUSED_INIT):
-            raise InputRefused(f"the adapter was initialised by {init}, which changes the base; convert it to plain LoRA first")
+            raise InputRefused(
+                f"the adapter was initialised by {init}, which changes the base; convert it to plain LoRA first"
+            )
         for option in REFUSED_OPTIONS:
             if config.get(option):
                 raise InputRefused(f"the adapter uses {option}, which is not a plain B A update; train without it")
@@ -74,7 +82,7 @@ class Adapter:
         from .checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(folder)
-        if checkpoint.adapter_config is None:
+        if not checkpoint.adapter_config:
             raise InputRefused(f"{folder} has no adapter_config.json; is it a PEFT adapter?")
         return cls(checkpoint.adapter_config, checkpoint)
 
@@ -104,13 +112,19 @@ class Adapter:
 
     def whole(self) -> dict[str, str]:
         """Parameters saved whole (``modules_to_save``): name in the model -> key."""
-        return {re.sub(r"\.modules_to_save(\.default)?", "", k.removeprefix(PREFIX)): k for k in self.tensors if "lora_" not in k}
+        return {
+            re.sub(r"\.modules_to_save(\.default)?", "", k.removeprefix(PREFIX)): k
+            for k in self.tensors
+            if "lora_" not in k
+        }
 
     def factors(self, layer: str) -> Factors:
         key_a, key_b = self.layers()[layer]
         a, b = self.tensors[key_a], self.tensors[key_b]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise InputRefused(f"{layer}: lora_A is {list(a.shape)}, lora_B {list(b.shape)}; they do not multiply as B A")
+            raise InputRefused(
+                f"{layer}: lora_A is {list(a.shape)}, lora_B {list(b.shape)}; they do not multiply as B A"
+            )
         return Factors(a, b, self.scaling(layer))
 
 
@@ -176,4 +190,3 @@ def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) ->
         if re.match(rf"(.*\.)?({pattern})$", layer):
             return value
     return default
-

@@ -6,9 +6,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import theseus_ext
 import torch
 from transformers import ViTConfig, ViTModel
+
+import theseus_ext
 
 from .alignment import align
 from .delta import Delta
@@ -26,7 +27,8 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         **{f"extension {k}": v for k, v in theseus_ext.build_info().items()},
-        "gpu": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none seen by torch",
+        "gpu": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        or "none seen by torch",
         "threads": torch.get_num_threads(),
         "exact control": f"a tiny ViT with permuted neurons: error {error:.1e} (bound {BOUND:g})",
         "healthy": error <= BOUND,
@@ -48,12 +50,15 @@ def permuted_control() -> float:
     source, tuned, target = (ViTModel(config, add_pooling_layer=False).double().eval() for _ in range(3))
     state = {k: torch.rand(v.shape, generator=generator, dtype=v.dtype) + 0.5 for k, v in source.state_dict().items()}
     state |= {k: torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in state.items() if v.ndim > 1}
-    moved = {k: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in state.items() if "mlp" in k}
+    moved = {
+        k: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in state.items() if "mlp" in k
+    }
     order = torch.randperm(12, generator=generator)
 
     axes = {"mlp.fc1.weight": 0, "mlp.fc1.bias": 0, "mlp.fc2.weight": 1}
     permuted = {
-        k: next((v.index_select(axis, order) for end, axis in axes.items() if k.endswith(end)), v) for k, v in state.items()
+        k: next((v.index_select(axis, order) for end, axis in axes.items() if k.endswith(end)), v)
+        for k, v in state.items()
     }
     source.load_state_dict(state)
     tuned.load_state_dict(state | moved)

@@ -25,7 +25,8 @@ from .output import Kind, check_output, write_update
 from .recipes import Recipe
 from .report import model_card
 from .spaces import Layout
-from .transport import Update, transport
+from .transport import transport
+from .update import Update
 
 log = logging.getLogger(__name__)
 UNRELATED = 0.05  # cosine of weights below which TUNED cannot be a tune of SOURCE
@@ -155,7 +156,10 @@ class Session:
         return transport(alignment, self.delta, self.target, alpha=self.job.alpha, leave=self.job.leave)
 
     def calibration(self) -> Calibration:
-        sides = [_side(c, la, name) for c, la, name in zip((self.source, self.target), self.layouts, ("SOURCE", "TARGET"))]
+        sides = [
+            _side(c, la, name)
+            for c, la, name in zip((self.source, self.target), self.layouts, ("SOURCE", "TARGET"), strict=True)
+        ]
         job = self.job
         return load_calibration(
             job.calibration, *sides, tokens_wanted=self.tokens_wanted, batch_size=job.batch_size, seed=job.seed
@@ -191,15 +195,16 @@ class Session:
             seconds[stage], clock = now - clock, now
 
         data = self.calibration()
-        models = [load_model(c, la) for c, la in zip((self.source, self.target), self.layouts)]
+        source, target = (load_model(c, la) for c, la in zip((self.source, self.target), self.layouts, strict=True))
         lap("load")
         collected = _Warnings()
         package = logging.getLogger(__package__)
         package.addHandler(collected)
         try:
             alignment = align(
-                *models,
-                _with_offsets(data),
+                source,
+                target,
+                data.batches,
                 recipe=self.job.recipe,
                 device=self.device,
                 progress=progress("align", len(data.batches)),
@@ -207,14 +212,20 @@ class Session:
             )
         finally:
             package.removeHandler(collected)
-        del models
+        del source, target
         lap("align")
         update = self.transport(alignment)
+
+        def record() -> dict[str, Any]:
+            outcome.warnings = [*collected.messages, *update.warnings]
+            return {"outcome": asdict(outcome), "provenance": alignment.provenance}
+
         outcome = self.outcome(
             maps=[asdict(r) for r in alignment.reports],
             lost_heads=alignment.lost,
             calibration=data.description,
             tokens=data.tokens,
+            warnings=list(collected.messages),
         )
         files: dict[str, Any] = {"README.md": model_card(outcome)}
         if self.kind != "adapter":
@@ -225,14 +236,13 @@ class Session:
             self.job.out,
             self.kind,
             files=files,
-            metadata={"outcome": asdict(outcome), "provenance": alignment.provenance},
+            metadata=record,
             base_name=self.job.target,
             overwrite=self.job.overwrite,
             inputs=self.inputs,
             progress=progress("write", self.steps),
         )
         lap("move and write")
-        outcome.warnings = [*collected.messages, *update.warnings]
         outcome.seconds = seconds
         outcome.used_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         outcome.written = str(self.job.out)
@@ -279,10 +289,10 @@ def load_model(checkpoint: Checkpoint, layout: Layout) -> nn.Module:
 
 
 def predict_bytes(source: Checkpoint, target: Checkpoint, s: Layout, t: Layout) -> int:
-    """Peak host memory in bytes: weights in float32, moments and maps in float64, workspace of the widest decomposition."""
+    """Peak host memory in bytes: float32 weights, float64 moments and maps, workspace of the widest decomposition."""
     elements = sum(torch.Size(shape).numel() for c in (source, target) for shape in c.shapes.values())
-    spaces = sum(a.width * b.width for a, b in zip(s.spaces(), t.spaces()))
-    widest = max(a.width * b.width for a, b in zip(s.spaces(), t.spaces()))
+    spaces = sum(a.width * b.width for a, b in zip(s.spaces(), t.spaces(), strict=True))
+    widest = max(a.width * b.width for a, b in zip(s.spaces(), t.spaces(), strict=True))
     runtime = 500 << 20  # the interpreter with torch and transformers
     return runtime + 4 * elements + 3 * 8 * spaces + 5 * 8 * widest
 
@@ -330,16 +340,6 @@ def _side(checkpoint: Checkpoint, layout: Layout, name: str) -> SideInfo:
         max_positions=checkpoint.config.get("max_position_embeddings"),
         tokens_per_image=layout.grid[0] * layout.grid[1] + 1 if vision else 1,
     )
-
-
-def _with_offsets(data: Calibration) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    pairs = []
-    for pair in data.batches:
-        source, target = dict(pair[0]), dict(pair[1])
-        if pair.source_offsets is not None:
-            source["offsets"], target["offsets"] = pair.source_offsets, pair.target_offsets
-        pairs.append((source, target))
-    return pairs
 
 
 def _available() -> int | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import theseus_ext
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+import theseus_ext
 
 from .errors import InputRefused
 from .tokens import RowMixing
@@ -58,8 +59,8 @@ class CrossMoment:
             target_sum=self.target_sum,
             source_energy=self.source_energy,
             target_energy=self.target_energy,
-            source_mixing=source_mixing and source_mixing.csr,
-            target_mixing=target_mixing and target_mixing.csr,
+            source_mixing=None if source_mixing is None else source_mixing.csr,
+            target_mixing=None if target_mixing is None else target_mixing.csr,
         )
         self.count += len(target) if target_mixing is None else target_mixing.rows
 
@@ -71,7 +72,7 @@ class CrossMoment:
 
     @property
     def augmented(self) -> Tensor:
-        """[dS + 1, dT + 1]: the cross-moment of [x 1], with sums in the last column and row and the count in the corner."""
+        """[dS + 1, dT + 1]: the cross-moment of [x 1]; sums in the last column and row, the count in the corner."""
         top = torch.cat([self.cross, self.source_sum[:, None]], 1)
         bottom = torch.cat([self.target_sum, self.target_sum.new_tensor([float(self.count)])])
         return torch.cat([top, bottom[None]])
@@ -151,7 +152,10 @@ class Energy:
 
     @classmethod
     def zeros(cls, source: int, target: int, device: torch.device | str = "cpu") -> Energy:
-        return cls(*(torch.zeros(n, dtype=torch.float64, device=device) for n in (source, target)))
+        return cls(
+            torch.zeros(source, dtype=torch.float64, device=device),
+            torch.zeros(target, dtype=torch.float64, device=device),
+        )
 
     def update(
         self,

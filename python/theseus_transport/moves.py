@@ -1,10 +1,12 @@
-"""The arithmetic of a move: one layer's update through its maps, with norms folded in at the source and out at the target.
+"""The arithmetic of a move: one layer's update through its maps, norms folded in at the source, out at the target.
 
 With z the norm's output before gain and bias, a layer that reads ``z * gain + bias_norm`` has effective weight
 ``W~ = W diag(gain)`` and bias ``b~ = b + W bias_norm``; updates of these move, then unfold at the target.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ AMPLIFIED = 1.0  # a bias correction larger than the update that carries it is w
 def move_dense(
     layer: Layer,
     rule: Rule,
-    maps: dict[str, Map],
+    maps: Mapping[str, Map],
     source: Base,
     tuned: Tensors,
     target: Base,
@@ -56,12 +58,12 @@ def move_dense(
 
 
 def move_factors(
-    layer: Layer, rule: Rule, maps: dict[str, Map], factors: Factors, source: Base, target: Base, warnings: list[str]
+    layer: Layer, rule: Rule, maps: Mapping[str, Map], factors: Factors, source: Base, target: Base, warnings: list[str]
 ) -> Factors:
     """LoRA update of a linear layer, of the same rank: A' [r, in_T], B' [out_T, r], in float64.
 
-    ``A' = A diag(gain_S) T_in diag(1 / gain_T)``, ``B' = (s_out / s_in) T_out^T B``; the norm's bias, for which a factor
-    has no place, goes where LayerNorm never looks.
+    ``A' = A diag(gain_S) T_in diag(1 / gain_T)``, ``B' = (s_out / s_in) T_out^T B``; the norm's bias, for which a
+    factor has no place, goes where LayerNorm never looks.
     """
     a, b = factors.a.double(), factors.b.double()
     width = source.shape(f"{layer.name}.weight")[1]
@@ -92,18 +94,23 @@ def _target_norm(layer: Layer, rule: Rule, target: Base, width: int) -> tuple[Te
     norm = layer.norm if rule.fold else None
     gain, shift = target.norm(norm, width)
     if bool((gain == 0).any()):
-        raise InputRefused(f"{norm} of the target has gain 0 at feature {int((gain == 0).nonzero()[0])}; nothing passes there")
+        raise InputRefused(
+            f"{norm} of the target has gain 0 at feature {int((gain == 0).nonzero()[0])}; nothing passes there"
+        )
     return gain, shift
 
 
 def _into_mean(rest: Tensor, weight: Tensor, zeta: Tensor, layer: Layer, target: Base, warnings: list[str]) -> Tensor:
-    """A bias change ``rest`` [rows] as a weight [rows, width] along the ones direction, which is 0 in z of a LayerNorm.
+    """A bias change ``rest`` [rows] as a weight [rows, width] along the ones direction, 0 in z of a LayerNorm.
 
-    ``zeta = bias / gain`` of the norm is what that direction then reads; where nothing does, the change is lost and said.
+    ``zeta = bias / gain`` of the norm is what that direction then reads; where it reads nothing, the change is lost,
+    and a warning says so.
     """
     total = float(zeta.sum())
     if target.layout.family.norm != "layer" or layer.norm is None or total == 0:
-        warnings.append(f"{layer.name}: the target has no bias to take up a bias change of norm {float(rest.norm()):.3g}; it is lost")
+        warnings.append(
+            f"{layer.name}: a bias change of norm {float(rest.norm()):.3g} is lost, the target has no bias to take it"
+        )
         return torch.zeros_like(weight)
     added = (rest / total)[:, None].expand_as(weight)
     if float(added.norm()) > AMPLIFIED * float(weight.norm()):

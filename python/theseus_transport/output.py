@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .delta import PREFIX, Factors
 from .errors import InputRefused
-from .transport import Update
+from .update import Update
 from .writer import check_writable, write_checkpoint
 
 Kind = Literal["adapter", "checkpoint", "delta"]
@@ -27,7 +27,7 @@ def write_update(
     kind: Kind,
     *,
     files: Mapping[str, bytes | str | Path] | None = None,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Callable[[], Mapping[str, Any]] | None = None,
     base_name: str | None = None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
@@ -39,6 +39,7 @@ def write_update(
         kind: ``adapter`` (for a LoRA), ``checkpoint`` (target base plus update, in the base's dtypes) or ``delta``.
         files: what belongs beside it, by name: configuration, tokenizer, model card.
         base_name: what an adapter's configuration should name as its base.
+        metadata: makes what the manifest should record, once all tensors are written.
         progress: called after every tensor.
 
     Returns:
@@ -69,7 +70,12 @@ def check_output(update: Update, folder: str | Path, kind: Kind, *, overwrite: b
 def adapter_config(update: Update, base_name: str | None) -> str:
     """The source adapter's configuration with the target as its base; ranks and alphas stay."""
     assert update.delta.adapter is not None
-    config = {**update.delta.adapter.config, "base_model_name_or_path": base_name, "inference_mode": True, "revision": None}
+    config = {
+        **update.delta.adapter.config,
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "revision": None,
+    }
     return json.dumps(config, indent=2, sort_keys=True)
 
 
@@ -84,7 +90,12 @@ def _adapter(update: Update) -> Iterator[Planned]:
         a, b = (adapter.tensors[key] for key in keys[name])
         out_features, in_features = update.target.shape(f"{name}.weight")
         yield f"{PREFIX}{layer}.lora_A.weight", (a.shape[0], in_features), a.dtype, partial(_factor, once, "a", a.dtype)
-        yield f"{PREFIX}{layer}.lora_B.weight", (out_features, b.shape[1]), b.dtype, partial(_factor, once, "b", b.dtype)
+        yield (
+            f"{PREFIX}{layer}.lora_B.weight",
+            (out_features, b.shape[1]),
+            b.dtype,
+            partial(_factor, once, "b", b.dtype),
+        )
     for name in adapter.whole():
         stored = update.target.names.get(update.family.canonical(name))
         if stored is not None:

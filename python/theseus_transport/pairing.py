@@ -18,7 +18,7 @@ class HeadPairing:
     Attributes:
         query: int64 [heads_T], source query head of each target query head.
         kv: int64 [kv_heads_T], source kv head of each target kv head; query heads are paired inside these groups.
-        similarity: float64 [heads_T], nuc(C_ij) / sqrt(E_i E_j) of the paired context heads, 1 for equal up to rotation and scale.
+        similarity: float64 [heads_T], nuc(C_ij) / sqrt(E_i E_j) of the paired heads; 1 if equal up to rotation, scale.
         lost: source query heads that feed no target head.
     """
 
@@ -31,8 +31,8 @@ class HeadPairing:
 def pair_heads(context: CrossMoment, heads: tuple[int, int], kv_heads: tuple[int, int]) -> HeadPairing:
     """Pair heads by their outputs.
 
-    Linear assignment of query heads inside every pair of kv groups, then of groups by the sum of their inner assignment;
-    target heads and groups left over copy the most similar one.
+    Linear assignment of query heads inside every pair of kv groups, then of groups by the sum of their inner
+    assignment; target heads and groups left over copy the most similar one.
 
     Args:
         context: moment of the attention's context (input of its output projection), [heads * head_dim] on each side.
@@ -53,7 +53,10 @@ def pair_heads(context: CrossMoment, heads: tuple[int, int], kv_heads: tuple[int
 def similarity(context: CrossMoment, heads: tuple[int, int]) -> Tensor:
     """nuc(C_ij) / sqrt(E_i E_j), float64 [heads_S, heads_T]; 0 for a head without energy."""
     blocks = context.cross.unflatten(1, (heads[1], -1)).unflatten(0, (heads[0], -1)).transpose(1, 2).cpu()
-    energies = [e.unflatten(0, (n, -1)).sum(1).cpu() for e, n in zip((context.source_energy, context.target_energy), heads)]
+    energies = [
+        e.unflatten(0, (n, -1)).sum(1).cpu()
+        for e, n in zip((context.source_energy, context.target_energy), heads, strict=True)
+    ]
     norm = (energies[0][:, None] * energies[1]).sqrt()
     nuclear = torch.linalg.matrix_norm(blocks, ord="nuc")
     return torch.where(norm > 0, nuclear / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)

@@ -40,8 +40,8 @@ def procrustes(cross: Tensor, *, null: Null = "partial", floor: float = FLOOR, t
 
     Args:
         cross: [..., dS, dT] cross-moment(s) x_S^T x_T; leading dimensions are a batch.
-        null: ``partial`` leaves undetermined directions out (deterministic); ``completed`` aligns them by what ``toward``
-            says about them; ``svd`` keeps LAPACK's full thin factors, noise included (for comparisons only).
+        null: ``partial`` leaves undetermined directions out (deterministic); ``completed`` aligns them by what
+            ``toward`` says about them; ``svd`` keeps LAPACK's full thin factors, noise included (for comparisons only).
         floor: singular values at most ``floor`` times the largest count as undetermined.
         toward: [..., dS, dT] companion cross-moment for ``completed``; without one, ``completed`` equals ``partial``.
 
@@ -73,7 +73,7 @@ def procrustes(cross: Tensor, *, null: Null = "partial", floor: float = FLOOR, t
 
 
 def certify(t: Tensor, cross: Tensor, rank: Tensor, *, floor: float) -> None:
-    """Check that ``t`` is the partial polar factor of ``cross`` on ``rank`` directions, without trusting how it was made.
+    """Check that ``t`` is the partial polar factor of ``cross`` on ``rank`` directions, however it was made.
 
     T is a partial isometry, H = T^T C is symmetric positive semidefinite, and what T leaves out of C is small:
     |C - T T^T C| and |C - C T^T T| at most 2 floor s_1 sqrt(k - rank). Without the last, T = 0 would pass.
@@ -101,7 +101,9 @@ def certify(t: Tensor, cross: Tensor, rank: Tensor, *, floor: float) -> None:
     for name, (value, bound) in checks.items():
         if not bool((value <= bound).all()):
             worst, limit = float(value.double().max()), float(torch.as_tensor(bound).max())
-            raise NumericalError(f"a map {list(t.shape)} failed its certificate: {name} is {worst:.3g}, above {limit:.3g}")
+            raise NumericalError(
+                f"a map {list(t.shape)} failed its certificate: {name} is {worst:.3g}, above {limit:.3g}"
+            )
 
 
 def _svd(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +111,7 @@ def _svd(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.linalg.svd(c, full_matrices=False)
     except torch.linalg.LinAlgError:  # divide and conquer did not converge: QR iteration is slower and surer
         if c.ndim > 2:
-            u, s, vh = zip(*(_svd(one) for one in c))
+            u, s, vh = zip(*(_svd(one) for one in c), strict=True)
             return torch.stack(u), torch.stack(s), torch.stack(vh)
         u, s, vh = scipy.linalg.svd(c.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
         return tuple(torch.from_numpy(x).to(c) for x in (u, s, vh))  # type: ignore[return-value]

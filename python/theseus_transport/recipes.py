@@ -1,7 +1,8 @@
 """Which map and which scale each layer gets, from moments and energies: the recipes, field by field.
 
-``coherent``: every space has one map, scales included, gains folded into the layers that read them; exact where the two
-bases are re-parametrisations of each other. ``paper``: every layer's own input and output, no scales (arXiv 2602.12952).
+``coherent``: every space has one map, scales included, gains folded into the layers that read them; exact where the
+two bases are re-parametrisations of each other. ``paper``: every layer's own input and output, no scales
+(arXiv 2602.12952).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from .models import Base
 from .moments import CrossMoment, Energy
 from .pairing import HeadPairing, pair_heads
 from .procrustes import FLOOR, Null, Polar, procrustes
-from .spaces import Layer
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one layer's update moves: ``dW_T = scale_out / scale_in * T_out^T dW_S T_in``, ``db_T = scale_out T_out^T db_S``.
+    """How one layer's update moves: ``dW_T = s_out / s_in * T_out^T dW_S T_in``, ``db_T = s_out T_out^T db_S``.
 
     ``input`` and ``output`` name maps; ``fold`` says whether the norm in front is folded into the weight.
     """
@@ -123,7 +123,9 @@ def plan(evidence: Evidence, recipe: Recipe) -> Plan:
     """
     for name, moment in evidence.moments.items():
         if not bool(torch.isfinite(moment.augmented).all()):
-            raise NumericalError(f"activations of space {name} held NaN or Inf; check the base models and the calibration")
+            raise NumericalError(
+                f"activations of space {name} held NaN or Inf; check the base models and the calibration"
+            )
     return (_coherent if recipe.name == "coherent" else _paper)(evidence, recipe)
 
 
@@ -177,7 +179,7 @@ def _coherent(e: Evidence, recipe: Recipe) -> Plan:
 
 
 def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
-    """Maps ``b.query``, ``b.key``, ``b.value`` (outputs) and ``b.context`` (input of the output projection) of a block."""
+    """Maps ``b.query``, ``b.key``, ``b.value`` (outputs) and ``b.context`` (read by the output projection)."""
     source, target, family = e.source.layout, e.target.layout, e.target.layout.family
     context = e.moments[f"{b}.context"]
     heads, kv_heads = (source.heads, target.heads), (source.kv_heads, target.kv_heads)
@@ -186,7 +188,7 @@ def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
 
     def energies(energy: tuple[Tensor, Tensor], counts: tuple[int, int], chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Per target kv head, (source, target) energy over its heads; a source head counts once per copy."""
-        per = [v.unflatten(0, (n, -1)).sum(1).cpu() for v, n in zip(energy, counts)]
+        per = [v.unflatten(0, (n, -1)).sum(1).cpu() for v, n in zip(energy, counts, strict=True)]
         per[0] = per[0][chosen]
         return tuple(_by_group(v, target.kv_heads) for v in per)  # type: ignore[return-value]
 
@@ -225,7 +227,10 @@ def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
     out.add(f"{b}.context", t_context, context.count, read)
     out.maps[f"{b}.value"] = blocks(t_context, _ratios(e_value, recipe), pairing.kv, every, source.kv_heads)
     out.add(
-        f"{b}.query", t_shared, context.count, blocks(t_shared, _ratios(e_query, recipe), pairing.query, group, source.heads)
+        f"{b}.query",
+        t_shared,
+        context.count,
+        blocks(t_shared, _ratios(e_query, recipe), pairing.query, group, source.heads),
     )
     out.maps[f"{b}.key"] = blocks(t_shared, _ratios(e_key, recipe), pairing.kv, every, source.kv_heads)
 
@@ -299,7 +304,9 @@ def _scale(source: float, target: float, recipe: Recipe) -> float:
 
 
 def _ratios(energies: tuple[Tensor, Tensor], recipe: Recipe) -> Tensor:
-    return torch.tensor([_scale(float(s), float(t), recipe) for s, t in zip(*energies)], dtype=torch.float64)
+    return torch.tensor(
+        [_scale(float(s), float(t), recipe) for s, t in zip(*energies, strict=True)], dtype=torch.float64
+    )
 
 
 def _by_group(per_head: Tensor, groups: int) -> Tensor:

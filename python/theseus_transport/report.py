@@ -34,12 +34,12 @@ evaluated; measure it on your task before you rely on it.
 | | |
 |---|---|
 | output | {{ kind }} |
-| recipe | {{ job.recipe.name }} (null {{ job.recipe.null }}, floor {{ job.recipe.floor }}, scale {{ job.recipe.scale }}) |
+| recipe | {{ job.recipe.name }}, null {{ job.recipe.null }}, floor {{ job.recipe.floor }} |
 | alpha | {{ job.alpha }} |
 | calibration | {{ calibration }} |
 | tensors | {% for fate, n in fates %}{{ n }} {{ fate }}{% if not loop.last %}, {% endif %}{% endfor %} |
 {% if maps %}| maps | {{ maps | length }}, lowest rank {{ "%.0f" | format(100 * lowest) }} % of its width |
-{% endif %}| versions | {% for name, v in job.versions.items() %}{{ name }} {{ v }}{% if not loop.last %}, {% endif %}{% endfor %} |
+{% endif %}| versions | {% for name, v in job.versions.items() %}{{ name }} {{ v }} {% endfor %}|
 {% if warnings %}
 ## Warnings
 
@@ -54,7 +54,9 @@ def model_card(outcome: Outcome) -> str:
     """README.md of an output folder: recipe, numbers, warnings."""
     fates = sorted(Counter(row["fate"] for row in outcome.coverage).items())
     lowest = min((_share(m) for m in outcome.maps), default=1.0)
-    title = {"adapter": "Moved LoRA adapter", "checkpoint": "Moved fine-tune", "delta": "Moved task vector"}[outcome.kind]
+    title = {"adapter": "Moved LoRA adapter", "checkpoint": "Moved fine-tune", "delta": "Moved task vector"}[
+        outcome.kind
+    ]
     return CARD.render(**vars(outcome), fates=fates, lowest=lowest, title=title)
 
 
@@ -70,7 +72,16 @@ def coverage_table(rows: list[dict[str, str]]) -> Table:
 
 def maps_table(maps: list[dict[str, Any]]) -> Table:
     """Rank and gap of the maps, one line per kind of space: the weakest of all blocks."""
-    table = Table("space", "maps", "source x target", "lowest rank", "smallest gap", title="Maps", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        "space",
+        "maps",
+        "source x target",
+        "lowest rank",
+        "smallest gap",
+        title="Maps",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
     kinds: dict[str, list[dict[str, Any]]] = {}
     for m in maps:
         kinds.setdefault(re.sub(r"\d+", "*", m["space"]), []).append(m)

@@ -1,7 +1,7 @@
 """Families as data: which linear layers a model has, which space each reads, and where they are kept.
 
-Names are canonical: those of transformers' modules, relative to the backbone (``LlamaModel``, ``ViTModel``), with ``{b}``
-for the block. Checkpoints and adapters may spell them otherwise; a family's ``aliases`` bring them back.
+Names are canonical: those of transformers' modules, relative to the backbone (``LlamaModel``, ``ViTModel``).
+Checkpoints and adapters may spell them otherwise; a family's ``aliases`` bring them back.
 """
 
 from __future__ import annotations

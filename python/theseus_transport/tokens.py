@@ -101,13 +101,13 @@ def mean(tokens: int) -> RowMixing:
 
 
 def linear(tokens: int, rows: int) -> RowMixing:
-    """Linear interpolation of ``tokens`` positions to ``rows`` (half-pixel centres, as ``torch.nn.functional.interpolate``)."""
+    """Linear interpolation of ``tokens`` positions to ``rows``, with half-pixel centres."""
     basis = torch.eye(tokens, dtype=torch.float64)[None]  # [1, channels = tokens, positions]
     return from_dense(F.interpolate(basis, size=rows, mode="linear", align_corners=False)[0].T.contiguous())
 
 
 def bilinear(grid: tuple[int, int], to: tuple[int, int], *, prefix: int = 1) -> RowMixing:
-    """Bilinear interpolation of a patch grid to another, behind ``prefix`` tokens (class token) that map to themselves."""
+    """Bilinear interpolation of a patch grid to another; ``prefix`` tokens in front (class token) map to themselves."""
     patches, rows = grid[0] * grid[1], to[0] * to[1]
     basis = torch.eye(patches, dtype=torch.float64).reshape(1, patches, *grid)
     mixed = F.interpolate(basis, size=to, mode="bilinear", align_corners=False).reshape(patches, rows).T

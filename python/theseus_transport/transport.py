@@ -1,16 +1,12 @@
-"""Alignment x delta -> the target's delta, layer by layer on demand, with the fate of every tensor."""
+"""Alignment x delta -> the target's delta: which tensor gets which move, decided before any is computed."""
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,83 +17,8 @@ from .errors import InputRefused
 from .models import Base, Tensors
 from .moves import move_dense, move_factors, move_gain, move_vector
 from .recipes import Rule
-from .spaces import Family, Layer
-
-log = logging.getLogger(__name__)
-Fate = Literal["transported", "folded", "unchanged", "left"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """The fate of one tensor (or adapted layer) of the update, by its name in the source, and why."""
-
-    tensor: str
-    fate: Fate
-    note: str = ""
-
-
-@dataclass
-class Update(Mapping[str, Tensor]):
-    """The update of the target, as a lazy mapping: the target's parameter name -> dense delta, alpha included.
-
-    Values are computed when asked for, in float64, and handed out in float32 (float64 where the target is float64).
-
-    Attributes:
-        coverage: fate of every tensor of the source's update.
-        warnings: what the user should know about single tensors; complete once every value was read.
-    """
-
-    target: Base
-    delta: Delta
-    alpha: float
-    coverage: list[Row] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    _jobs: dict[str, Callable[[], dict[str, Tensor]]] = field(default_factory=dict)
-    _factors: dict[str, Callable[[], Factors]] = field(default_factory=dict)
-    _last: tuple[object, dict[str, Tensor]] | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        job = self._jobs[name]
-        if self._last is None or self._last[0] is not job:  # weight and bias of a layer come from one computation
-            self._last = (job, job())
-        value = self._last[1][name] * self.alpha
-        stored = self.target.tensors[name]
-        if value.shape != stored.shape:
-            raise InputRefused(f"the update of {name} is {list(value.shape)}, the target's is {list(stored.shape)}")
-        return value.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._jobs)
-
-    def __len__(self) -> int:
-        return len(self._jobs)
-
-    def add_to(self, model: nn.Module) -> None:
-        """Add the update to the target's parameters in place."""
-        parameters = dict(model.named_parameters()) | dict(model.named_buffers())
-        with torch.no_grad():
-            for name, value in self.items():
-                parameters[name] += value.to(parameters[name])
-
-    @property
-    def family(self) -> Family:
-        return self.target.layout.family
-
-    def factor_jobs(self) -> Iterator[tuple[str, Callable[[], Factors]]]:
-        """For a LoRA: (layer as an adapter of the target spells it, computation of its moved factors, alpha in B)."""
-        for layer, compute in self._factors.items():
-            yield layer, partial(_scaled, compute, self.alpha)
-
-    def save_adapter(self, folder: str | Path, *, base_name: str | None = None, overwrite: bool = False) -> None:
-        """Write a PEFT adapter for the target: LoRA updates only, same rank, same dtype.
-
-        Raises:
-            InputRefused: the update is no LoRA, or ``folder`` is not empty and ``overwrite`` is false.
-        """
-        from .output import write_update
-
-        write_update(self, folder, "adapter", base_name=base_name, overwrite=overwrite)
-
+from .spaces import Layer
+from .update import Fate, Row, Update
 
 
 def transport(
@@ -153,7 +74,9 @@ class _Planner:
         self._plan_factors()
         self._settle()
         order = {name: i for i, name in enumerate(self.source.names)}
-        self.update.coverage = sorted(self.rows.values(), key=lambda row: order.get(self.family.canonical(row.tensor), -1))
+        self.update.coverage = sorted(
+            self.rows.values(), key=lambda row: order.get(self.family.canonical(row.tensor), -1)
+        )
         if not self.update._jobs:
             raise InputRefused(
                 "nothing to transport: "
@@ -188,14 +111,16 @@ class _Planner:
             name = f"{self.family.final_norm}.weight"
             if name in base and base.shape(name) != (base.layout.width,):
                 raise InputRefused(
-                    f"{name} of the {side} is {list(base.shape(name))}, the alignment was made for width {base.layout.width}; "
-                    "was the right base given?"
+                    f"{name} of the {side} is {list(base.shape(name))}, the alignment was made for width "
+                    f"{base.layout.width}; was the right base given?"
                 )
         if self.delta.tuned is not None:
             skip = {"lm_head.weight"} if self.source.layout.tied else set()
             for name in self.source.names.keys() - self.tuned.keys() - skip:
                 if not self._left(name) and name.split(".")[0] not in self.family.heads:
-                    raise InputRefused(f"the tuned model has no tensor {name}; is it complete, and is it a tune of the source?")
+                    raise InputRefused(
+                        f"the tuned model has no tensor {name}; is it complete, and is it a tune of the source?"
+                    )
 
     def _row(self, name: str, fate: Fate, note: str = "") -> None:
         self.rows[name] = Row(name, fate, note)
@@ -212,7 +137,9 @@ class _Planner:
                 self._row(name, "left", reason)
             return
         if norm and self.delta.adapter is not None:
-            raise InputRefused(f"the adapter saves {sorted(norm)[0]} whole; a moved adapter cannot carry a norm's change")
+            raise InputRefused(
+                f"the adapter saves {sorted(norm)[0]} whole; a moved adapter cannot carry a norm's change"
+            )
         job = partial(self._dense, layer, rule)
         self._add_job(layer.name, job)
         for name in own & self.changed:
@@ -253,7 +180,9 @@ class _Planner:
         shapes = [list(base.shape(name)) for base in (self.source, self.target)]
         rest = [s[:axis] + s[axis + 1 :] for s in shapes]
         if rest[0] != rest[1]:
-            return self._row(name, "left", f"the source's is {shapes[0]}, the target's {shapes[1]}: rows do not correspond")
+            return self._row(
+                name, "left", f"the source's is {shapes[0]}, the target's {shapes[1]}: rows do not correspond"
+            )
 
         def job() -> dict[str, Tensor]:
             return {self.target.names[name]: move(self.tuned[name].double() - self.source.need(name))}
@@ -287,7 +216,9 @@ class _Planner:
                 continue
             rule = self.alignment.rules.get(name)
             if rule is None:
-                raise InputRefused(f"the adapter changes {spelled}, which has no rule; --leave '{name}' leaves it behind")
+                raise InputRefused(
+                    f"the adapter changes {spelled}, which has no rule; --leave '{name}' leaves it behind"
+                )
             if f"{name}.weight" in self.changed:
                 raise InputRefused(f"the adapter both factors {spelled} and saves it whole")
             if reason := self._unfit(layers[name], f"{name}.weight"):
@@ -326,11 +257,12 @@ class _Planner:
             elif why := self._left(name):
                 self._row(name, "left", why)
             elif name.split(".")[0] in self.family.heads:
-                self._row(name, "left", "the source base has no such tensor" if name not in self.source else "the target has no such tensor")
+                self._row(
+                    name,
+                    "left",
+                    "the source base has no such tensor"
+                    if name not in self.source
+                    else "the target has no such tensor",
+                )
             else:
                 raise InputRefused(f"{name} changed but has no rule; --leave '{name}' leaves it behind")
-
-
-def _scaled(compute: Callable[[], Factors], alpha: float) -> Factors:
-    moved = compute()
-    return Factors(moved.a, moved.b * alpha, moved.scaling)

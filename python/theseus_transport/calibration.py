@@ -1,0 +1,250 @@
+"""Calibration data: batches for both models, from a tensor file, a text file, or the text Python itself ships."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Checkpoint, check_finite
+from .errors import InputRefused
+from .text import Tokenizer, builtin_pieces, read_pieces, rows_of_text
+
+log = logging.getLogger(__name__)
+
+KEYS = ("input_ids", "attention_mask", "pixel_values", "offsets")
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SideInfo:
+    """What calibration has to know of one model; `tokens_per_image` is what one image counts as (patches)."""
+
+    folder: Path
+    kind: str  # "text" or "vision"
+    name: str
+    vocab_size: int | None = None
+    channels: int | None = None
+    image_size: int | tuple[int, int] | None = None  # pixels: side, or (height, width)
+    max_positions: int | None = None  # tokens
+    tokens_per_image: int = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches, the tokens (vision: patches) that pair, and where they came from.
+
+    Each batch is (source_kwargs, target_kwargs), the same object where both models read the same. Rows pair: row i of
+    both sides is the same text or image, and token i pairs with token i, unless both sides hold `offsets`
+    [n, tokens, 2]: the first and last character of each token (end exclusive) from the row's first; (0, 0) marks
+    special tokens and padding.
+    """
+
+    batches: list[tuple[Tensors, Tensors]]
+    tokens: int
+    description: str
+    fingerprint: str  # BLAKE2b of every tensor
+
+
+def load_calibration(
+    reference: str | Path,
+    source: SideInfo,
+    target: SideInfo,
+    *,
+    tokens_wanted: int,
+    batch_size: int,
+    sequence_length: int = 512,
+    seed: int = 0,
+) -> Calibration:
+    """Batches for both models from a `.safetensors` of ready tensors, a utf-8 text file, or "builtin".
+
+    A tensor file holds `input_ids` [n, tokens] with optional `attention_mask` [n, tokens], or `pixel_values`
+    [n, c, h, w]; names may carry `source.` and `target.` where the sides differ, then `offsets` [n, tokens, 2] may join
+    (see Calibration). Text is tokenized by each model's own tokenizer and packed into rows of `sequence_length`.
+    Of more data than `tokens_wanted` a sample drawn with `seed` is used, in its order; of less, all, with a warning.
+
+    Raises InputRefused, with values and the cure, for data that do not fit the models.
+    """
+    if source.kind != target.kind:
+        raise InputRefused(
+            f"{source.name} is a {source.kind} model, {target.name} a {target.kind} model: no common data"
+        )
+    path = Path(reference).expanduser()
+    if str(reference) != "builtin" and not path.is_file():
+        raise InputRefused(f"calibration {str(reference)!r} is no file; give a .safetensors, a text file or 'builtin'")
+    builtin = str(reference) == "builtin"
+    if path.suffix == ".safetensors" and not builtin:
+        sides = _ready_tensors(path, source, target)
+    elif source.kind == "vision":
+        raise InputRefused(
+            f"{source.name} reads images, which {str(reference)!r} does not hold; "
+            "give --calibration images.safetensors with pixel_values [n, c, h, w]"
+        )
+    else:
+        length = min([sequence_length, *(side.max_positions for side in (source, target) if side.max_positions)])
+        own = Tokenizer(source.folder, source.name, source.vocab_size)
+        same = Path(source.folder).resolve() == Path(target.folder).resolve()
+        other = own if same else Tokenizer(target.folder, target.name, target.vocab_size)
+        groups = builtin_pieces() if builtin else [read_pieces(path)]
+        sides = rows_of_text(groups, (own, other), tokens=tokens_wanted, length=length, seed=seed)
+        for side, info in zip(sides, (source, target), strict=True):
+            _check_ids(f"the tokenizer of {info.name}", side["input_ids"], info)
+    sides = _sample(sides, (source, target), tokens_wanted, seed)
+    origin = f"text of Python {platform.python_version()}" if builtin else path.name
+    counts = _counts(sides, (source, target))
+    tokens, rows = int(counts.sum()), len(counts)
+    if tokens < tokens_wanted:
+        log.warning("calibration %s has %d tokens, %d were wanted: maps of wide layers may be poor", origin, tokens,
+                    tokens_wanted)  # fmt: skip
+    return Calibration(
+        batches=batches_of(*sides, batch_size=batch_size),
+        tokens=tokens,
+        description=f"{origin}: {rows} rows, {tokens} tokens, seed {seed}",
+        fingerprint=_fingerprint(sides),
+    )
+
+
+def batches_of(source: Tensors, target: Tensors | None = None, *, batch_size: int) -> list[tuple[Tensors, Tensors]]:
+    """Cut tensors of equal leading dimension into pairs of at most `batch_size` rows.
+
+    Without a target (or with the same object) both sides of each pair are one dict.
+    """
+    if batch_size < 1:
+        raise InputRefused(f"batch size is {batch_size}, expected at least 1")
+
+    def cut(side: Tensors, start: int) -> Tensors:
+        return {k: v[start : start + batch_size] for k, v in side.items()}
+
+    pairs = []
+    for start in range(0, len(next(iter(source.values()))), batch_size):
+        own = cut(source, start)
+        pairs.append((own, own if target is None or target is source else cut(target, start)))
+    return pairs
+
+
+def _ready_tensors(path: Path, source: SideInfo, target: SideInfo) -> tuple[Tensors, Tensors]:
+    file = Checkpoint.open(path)
+    split = [name.rpartition(".") for name in file]
+    wrong = [name for name, (side, _, key) in zip(file, split, strict=True) if key not in KEYS or side not in
+             ("", "source", "target")]  # fmt: skip
+    if wrong:
+        raise InputRefused(f"{path}: {wrong[0]!r} is not known; names are {', '.join(KEYS)}, or source.… and target.…")
+    prefixes = {side for side, _, _ in split}
+    if prefixes not in ({""}, {"source", "target"}):
+        raise InputRefused(f"{path} holds {', '.join(file)}; give both source.… and target.…, or plain names only")
+    if prefixes == {""}:
+        shared = dict(file)
+        _check_side(path, "", shared, source)
+        _check_side(path, "", shared, target)
+        return shared, shared
+    sides = []
+    for prefix, info in (("source.", source), ("target.", target)):
+        sides.append({name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)})
+        _check_side(path, prefix, sides[-1], info)
+    rows = [len(next(iter(side.values()))) for side in sides]
+    if rows[0] != rows[1]:
+        raise InputRefused(
+            f"{path}: {rows[0]} source rows and {rows[1]} target rows; row i must be the same text or image"
+        )
+    if ("offsets" in sides[0]) != ("offsets" in sides[1]):
+        raise InputRefused(f"{path}: offsets on one side only; give source.offsets and target.offsets")
+    if source.kind == "text" and "offsets" not in sides[0]:
+        masks = [side["attention_mask"] for side in sides]
+        if masks[0].shape != masks[1].shape or not torch.equal(masks[0], masks[1]):
+            raise InputRefused(
+                f"{path}: source tokens {list(masks[0].shape)} and target tokens {list(masks[1].shape)} differ in "
+                "shape or mask, so they cannot pair one to one; add source.offsets and target.offsets [n, tokens, 2]"
+            )
+    return sides[0], sides[1]
+
+
+def _check_side(path: Path, prefix: str, side: Tensors, info: SideInfo) -> None:
+    """Validate one side in place (integers become int64); every refusal names values and the model."""
+    main = "pixel_values" if info.kind == "vision" else "input_ids"
+    allowed = {main} if info.kind == "vision" else {main, "attention_mask"} | ({"offsets"} if prefix else set())
+    if main not in side or not set(side) <= allowed:
+        raise InputRefused(
+            f"{path} holds {', '.join(prefix + key for key in side)}; {info.name} is a {info.kind} model and needs "
+            f"{prefix}{main}" + ("" if len(allowed) == 1 else f", with {prefix}attention_mask if wanted")
+        )
+    data = side[main]
+    if data.numel() == 0:
+        raise InputRefused(f"{path}: {prefix}{main} {list(data.shape)} is empty")
+    if info.kind == "vision":
+        size = (info.image_size, info.image_size) if isinstance(info.image_size, int) else info.image_size
+        expected = (info.channels, *(size or (None, None)))
+        fits = data.ndim == 4 and all(want in (None, have) for have, want in zip(data.shape[1:], expected, strict=True))
+        if not fits or not data.is_floating_point():
+            raise InputRefused(
+                f"{path}: {prefix}pixel_values is {list(data.shape)} {data.dtype}, {info.name} reads floats "
+                f"[n, {', '.join('any' if want is None else str(want) for want in expected)}]; preprocess for it"
+            )
+        check_finite(f"{path}: {prefix}pixel_values", data)
+        return
+    for key in side:
+        if side[key].is_floating_point() or side[key].is_complex() or (key != "attention_mask" and side[key].dtype is
+                                                                       torch.bool):  # fmt: skip
+            raise InputRefused(f"{path}: {prefix}{key} is {side[key].dtype}, expected integers")
+        expected = (*data.shape, 2) if key == "offsets" else tuple(data.shape)
+        if data.ndim != 2 or tuple(side[key].shape) != expected:
+            raise InputRefused(
+                f"{path}: {prefix}{key} is {list(side[key].shape)}, expected {list(expected)} ([n, tokens])"
+            )
+        side[key] = side[key].long()
+    _check_ids(f"{path}: {prefix}input_ids", side["input_ids"], info)
+    if info.max_positions and data.shape[1] > info.max_positions:
+        raise InputRefused(
+            f"{path}: rows of {data.shape[1]} tokens, {info.name} has {info.max_positions} positions; cut them"
+        )
+    mask = side.setdefault("attention_mask", torch.ones_like(side["input_ids"]))
+    if not (((mask == 0) | (mask == 1)).all() and mask.any(dim=1).all()):
+        raise InputRefused(f"{path}: {prefix}attention_mask must hold 0 and 1 only, and a 1 in every row")
+    if "offsets" in side and ((side["offsets"] < 0).any() or (side["offsets"].diff(dim=-1) < 0).any()):
+        raise InputRefused(f"{path}: {prefix}offsets must be [start, stop] with 0 <= start <= stop")
+
+
+def _check_ids(where: str, ids: torch.Tensor, info: SideInfo) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (info.vocab_size is not None and high >= info.vocab_size):
+        raise InputRefused(
+            f"{where} holds ids {low} to {high}, {info.name} has a vocabulary of {info.vocab_size}; "
+            "was it made with this model's tokenizer?"
+        )
+
+
+def _counts(sides: tuple[Tensors, Tensors], infos: tuple[SideInfo, SideInfo]) -> torch.Tensor:
+    """Tokens per row [n]: on the side that has fewer."""
+    per_side = [
+        torch.full((len(side["pixel_values"]),), info.tokens_per_image)
+        if info.kind == "vision"
+        else side["attention_mask"].sum(dim=1)
+        for side, info in zip(sides, infos, strict=True)
+    ]
+    return torch.minimum(*per_side)
+
+
+def _sample(
+    sides: tuple[Tensors, Tensors], infos: tuple[SideInfo, SideInfo], wanted: int, seed: int
+) -> tuple[Tensors, Tensors]:
+    """As many rows as hold `wanted` tokens, drawn at random, in their order; all rows where they hold fewer."""
+    counts = _counts(sides, infos)
+    drawn = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
+    enough = int((counts[drawn].cumsum(0) < wanted).sum()) + 1
+    if enough >= len(counts):
+        return sides
+    kept = drawn[:enough].sort().values
+    cut = {key: value[kept] for key, value in sides[0].items()}
+    return cut, cut if sides[1] is sides[0] else {key: value[kept] for key, value in sides[1].items()}
+
+
+def _fingerprint(sides: tuple[Tensors, Tensors]) -> str:
+    running = hashlib.blake2b(digest_size=32)
+    for label, side in zip(("source", "target"), sides, strict=True):
+        for key in sorted(side):
+            running.update(f"{label}.{key} {side[key].dtype} {list(side[key].shape)}".encode())
+            running.update(side[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return running.hexdigest()
