@@ -15,17 +15,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from . import maps
+from . import coherent, maps, paper
 from .capture import Batch, capture
 from .errors import InputRefused
 from .maps import Map
 from .models import Base
 from .procrustes import Null
-from .recipes import Evidence, MapReport, Recipe, Rule, plan
+from .recipes import Evidence, MapReport, Recipe, Rule
 from .spaces import Layout
 
 log = logging.getLogger(__name__)
 FORMAT = 1
+PLANS = {"coherent": coherent.plan, "paper": paper.plan}
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def align(
     if not count:
         raise InputRefused("no calibration batches were given; a few unlabelled ones are needed")
     evidence = Evidence(bases[0], bases[1], seen.moments, seen.energies)
-    made = plan(evidence, chosen)
+    evidence.check()
+    made = PLANS[chosen.name](evidence, chosen)
     widest = max(max(la.width, la.middle) for la in layouts)
     tokens = next(iter(seen.moments.values())).count
     if tokens < 4 * widest:
