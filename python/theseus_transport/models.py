@@ -71,7 +71,11 @@ class Base:
     def vector(self, name: str, size: int, default: float) -> Tensor:
         """A gain or bias [size] in float64, or ``default`` everywhere where the model has none."""
         tensor = self.get(name)
-        return torch.full((size,), default, dtype=torch.float64) if tensor is None else tensor.double()
+        if tensor is None:
+            return torch.full((size,), default, dtype=torch.float64)
+        return tensor.to(
+            torch.float64, copy=True
+        )  # an update may be added to the model while others are still computed
 
     def norm(self, name: str | None, size: int) -> tuple[Tensor, Tensor]:
         """(gain, bias) of a norm, both [size]; (1, 0) where there is none."""

@@ -117,7 +117,7 @@ class Evidence:
         for name, moment in self.moments.items():
             if not bool(torch.isfinite(moment.augmented).all()):
                 raise NumericalError(
-                    f"activations of space {name} held NaN or Inf; check the base models and the calibration"
+                    f"activations of space {name} held NaN or Inf; check both bases and the calibration"
                 )
 
     def norm_of(self, space: str) -> str | None:
