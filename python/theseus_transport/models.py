@@ -20,9 +20,26 @@ def tensors_of(model: nn.Module | Tensors) -> Tensors:
     return model.state_dict() if isinstance(model, nn.Module) else model
 
 
+def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
+    """Shape of a tensor, without reading it where the mapping knows shapes."""
+    shapes = getattr(tensors, "shapes", None)
+    return tuple(shapes[name] if shapes is not None else tensors[name].shape)
+
+
+def dtype_of(tensors: Tensors, name: str) -> torch.dtype:
+    """Dtype of a tensor, without reading it where the mapping knows dtypes."""
+    dtypes = getattr(tensors, "dtypes", None)
+    return dtypes[name] if dtypes is not None else tensors[name].dtype
+
+
+def double(tensor: Tensor) -> Tensor:
+    """Detached, in float64 on the CPU, where updates are computed."""
+    return tensor.detach().to("cpu", torch.float64)
+
+
 @dataclass(frozen=True)
 class Base:
-    """Tensors of one model under canonical names; reads lazily, computes in float64.
+    """Tensors of one model under canonical names; reads lazily, computes in float64 on the CPU.
 
     Attributes:
         layout: geometry.
@@ -48,17 +65,14 @@ class Base:
         return name in self.names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it where the mapping knows shapes."""
-        shapes = getattr(self.tensors, "shapes", None)
-        stored = self.names[name]
-        return tuple(shapes[stored] if shapes is not None else self.tensors[stored].shape)
+        return shape_of(self.tensors, self.names[name])
 
     def get(self, name: str) -> Tensor | None:
         """The tensor in its own dtype, or None."""
         return self.tensors[self.names[name]].detach() if name in self.names else None
 
     def need(self, name: str) -> Tensor:
-        """The tensor in float64.
+        """The tensor in float64 on the CPU.
 
         Raises:
             InputRefused: the model has no such tensor.
@@ -66,16 +80,14 @@ class Base:
         tensor = self.get(name)
         if tensor is None:
             raise InputRefused(f"the model has no tensor {name}; is the checkpoint complete?")
-        return tensor.double()
+        return double(tensor)
 
     def vector(self, name: str, size: int, default: float) -> Tensor:
         """A gain or bias [size] in float64, or ``default`` everywhere where the model has none."""
         tensor = self.get(name)
         if tensor is None:
             return torch.full((size,), default, dtype=torch.float64)
-        return tensor.to(
-            torch.float64, copy=True
-        )  # an update may be added to the model while others are still computed
+        return double(tensor).clone()  # an update may be added to the model while others are still computed
 
     def norm(self, name: str | None, size: int) -> tuple[Tensor, Tensor]:
         """(gain, bias) of a norm, both [size]; (1, 0) where there is none."""

@@ -89,7 +89,9 @@ class CrossMoment:
             source: [out_S, dS + 1], the augmented weight [W b] of the source layer.
             target: [out_T, dT + 1], likewise.
         """
-        return self._from_augmented(affine(source) @ self.augmented @ affine(target).T, self.count)
+        return self._from_augmented(
+            affine(source.to(self.cross)) @ self.augmented @ affine(target.to(self.cross)).T, self.count
+        )
 
     def unfold(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> CrossMoment:
         """Moment of ``z`` where this one is of ``x = z * gain + bias``; each side gives (gain, bias), both [d].

@@ -14,7 +14,7 @@ from torch import Tensor
 from .delta import Factors
 from .errors import InputRefused
 from .maps import Map
-from .models import Base, Tensors
+from .models import Base, Tensors, double
 from .recipes import Rule
 from .spaces import Layer
 
@@ -37,7 +37,7 @@ def move_dense(
 
     def effective(after: bool) -> tuple[Tensor, Tensor]:
         def part(name: str, size: int, default: float) -> Tensor:
-            return tuned[name].double() if after and name in tuned else source.vector(name, size, default)
+            return double(tuned[name]) if after and name in tuned else source.vector(name, size, default)
 
         w = part(f"{layer.name}.weight", 0, 0.0)
         b = part(f"{layer.name}.bias", len(w), 0.0)
@@ -65,7 +65,7 @@ def move_factors(
     ``A' = A diag(gain_S) T_in diag(1 / gain_T)``, ``B' = (s_out / s_in) T_out^T B``; the norm's bias, for which a
     factor has no place, goes where LayerNorm never looks.
     """
-    a, b = factors.a.double(), factors.b.double()
+    a, b = double(factors.a), double(factors.b)
     width = source.shape(f"{layer.name}.weight")[1]
     gain_s, shift_s = source.norm(layer.norm if rule.fold else None, width)
     moved_a = maps[rule.input](a * gain_s)

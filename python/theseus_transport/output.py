@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .delta import PREFIX, Factors
 from .errors import InputRefused
+from .models import dtype_of, shape_of
 from .update import Update
 from .writer import check_writable, write_checkpoint
 
@@ -87,33 +88,31 @@ def _adapter(update: Update) -> Iterator[Planned]:
     for layer, compute in update.factor_jobs():
         once = lru_cache(maxsize=1)(compute)
         name = update.family.canonical(layer)
-        a, b = (adapter.tensors[key] for key in keys[name])
+        rank = shape_of(adapter.tensors, keys[name][0])[0]
         out_features, in_features = update.target.shape(f"{name}.weight")
-        yield f"{PREFIX}{layer}.lora_A.weight", (a.shape[0], in_features), a.dtype, partial(_factor, once, "a", a.dtype)
-        yield (
-            f"{PREFIX}{layer}.lora_B.weight",
-            (out_features, b.shape[1]),
-            b.dtype,
-            partial(_factor, once, "b", b.dtype),
+        parts: tuple[tuple[Literal["a", "b"], tuple[int, int]], ...] = (
+            ("a", (rank, in_features)),
+            ("b", (out_features, rank)),
         )
+        for (part, shape), key in zip(parts, keys[name], strict=True):
+            dtype = dtype_of(adapter.tensors, key)
+            yield f"{PREFIX}{layer}.lora_{part.upper()}.weight", shape, dtype, partial(_factor, once, part, dtype)
     for name in adapter.whole():
         stored = update.target.names.get(update.family.canonical(name))
         if stored is not None:
-            value = update.target.tensors[stored]
-            yield f"{PREFIX}{stored}", value.shape, value.dtype, partial(_tuned, update, stored)
+            shape, dtype = shape_of(update.target.tensors, stored), dtype_of(update.target.tensors, stored)
+            yield f"{PREFIX}{stored}", shape, dtype, partial(_tuned, update, stored)
 
 
 def _checkpoint(update: Update) -> Iterator[Planned]:
     for name in update.target.names.values():
-        tensor = update.target.tensors[name]
-        yield name, tensor.shape, tensor.dtype, partial(_tuned, update, name)
+        tensors = update.target.tensors
+        yield name, shape_of(tensors, name), dtype_of(tensors, name), partial(_tuned, update, name)
 
 
 def _delta(update: Update) -> Iterator[Planned]:
     for name in update:
-        tensor = update.target.tensors[name]
-        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        yield name, tensor.shape, dtype, partial(update.__getitem__, name)
+        yield name, shape_of(update.target.tensors, name), update.dtype(name), partial(update.__getitem__, name)
 
 
 def _tuned(update: Update, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .alignment import Alignment
 from .delta import Delta, Factors
 from .errors import InputRefused
-from .models import Base, Tensors
+from .models import Base, Tensors, double
 from .moves import move_dense, move_factors, move_gain, move_vector
 from .recipes import Rule
 from .spaces import Layer
@@ -185,7 +185,7 @@ class _Planner:
             )
 
         def job() -> dict[str, Tensor]:
-            return {self.target.names[name]: move(self.tuned[name].double() - self.source.need(name))}
+            return {self.target.names[name]: move(double(self.tuned[name]) - self.source.need(name))}
 
         self.update._jobs[self.target.names[name]] = job
         self._row(name, "transported")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .delta import Delta, Factors
 from .errors import InputRefused
-from .models import Base
+from .models import Base, dtype_of, shape_of
 from .spaces import Family
 
 Fate = Literal["transported", "folded", "unchanged", "left"]
@@ -53,10 +53,13 @@ class Update(Mapping[str, Tensor]):
         if self._last is None or self._last[0] is not job:  # weight and bias of a layer come from one computation
             self._last = (job, job())
         value = self._last[1][name] * self.alpha
-        stored = self.target.tensors[name]
-        if value.shape != stored.shape:
-            raise InputRefused(f"the update of {name} is {list(value.shape)}, the target's is {list(stored.shape)}")
-        return value.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
+        if tuple(value.shape) != (shape := shape_of(self.target.tensors, name)):
+            raise InputRefused(f"the update of {name} is {list(value.shape)}, the target's is {list(shape)}")
+        return value.to(self.dtype(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the update's value: float64 where the target is, else float32."""
+        return torch.float64 if dtype_of(self.target.tensors, name) == torch.float64 else torch.float32
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._jobs)
@@ -65,10 +68,10 @@ class Update(Mapping[str, Tensor]):
         return len(self._jobs)
 
     def add_to(self, model: nn.Module) -> None:
-        """Add the update to the target's parameters in place."""
+        """Add the update to the target's parameters in place; all is computed before anything is added."""
         parameters = dict(model.named_parameters()) | dict(model.named_buffers())
         with torch.no_grad():
-            for name, value in self.items():
+            for name, value in list(self.items()):
                 parameters[name] += value.to(parameters[name])
 
     @property
