@@ -90,13 +90,10 @@ def _adapter(update: Update) -> Iterator[Planned]:
         name = update.family.canonical(layer)
         rank = shape_of(adapter.tensors, keys[name][0])[0]
         out_features, in_features = update.target.shape(f"{name}.weight")
-        parts: tuple[tuple[Literal["a", "b"], tuple[int, int]], ...] = (
-            ("a", (rank, in_features)),
-            ("b", (out_features, rank)),
-        )
-        for (part, shape), key in zip(parts, keys[name], strict=True):
+        sizes = {"a": (rank, in_features), "b": (out_features, rank)}
+        for (part, size), key in zip(sizes.items(), keys[name], strict=True):
             dtype = dtype_of(adapter.tensors, key)
-            yield f"{PREFIX}{layer}.lora_{part.upper()}.weight", shape, dtype, partial(_factor, once, part, dtype)
+            yield f"{PREFIX}{layer}.lora_{part.upper()}.weight", size, dtype, partial(_factor, once, part, dtype)
     for name in adapter.whole():
         stored = update.target.names.get(update.family.canonical(name))
         if stored is not None:
@@ -132,7 +129,7 @@ def _tuned(update: Update, name: str) -> Tensor:
     return rounded
 
 
-def _factor(once: Callable[[], Factors], part: Literal["a", "b"], dtype: torch.dtype) -> Tensor:
+def _factor(once: Callable[[], Factors], part: str, dtype: torch.dtype) -> Tensor:
     return getattr(once(), part).to(dtype).contiguous()
 
 
