@@ -1,0 +1,11 @@
+// Every op's schema.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(theseus_ext, m) {
+  m.def(
+      "cross_moment_(Tensor source, Tensor target, "
+      "Tensor? source_row_ptr, Tensor? source_column, Tensor? source_weight, "
+      "Tensor? target_row_ptr, Tensor? target_column, Tensor? target_weight, "
+      "Tensor(a!) cross, Tensor(b!) source_sum, Tensor(c!) target_sum, "
+      "Tensor(d!) source_energy, Tensor(e!) target_energy) -> ()");
+}

@@ -1,0 +1,192 @@
+"""The operations with every check a user can trip: shapes, types and devices, with values and the cure."""
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from theseus_ext._C import build_info
+
+#: A sparse row mixing P in CSR: (row_ptr int64 [rows + 1] or None, column int64 [entries], weight float64 [entries] or
+#: None). Without row_ptr every row has exactly one entry (a selection); without weight all weights are 1.
+Mixing: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None]
+
+TOKEN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def cross_moment_(
+    source: Tensor,
+    target: Tensor,
+    *,
+    cross: Tensor,
+    source_sum: Tensor,
+    target_sum: Tensor,
+    source_energy: Tensor,
+    target_energy: Tensor,
+    source_mixing: Mixing | None = None,
+    target_mixing: Mixing | None = None,
+) -> None:
+    """Add the moments of X = P_S source and Y = P_T target, which have equally many rows, into float64 masters.
+
+    In place: ``cross += X^T Y``, ``source_sum += sum(X)``, ``source_energy += sum(X ** 2)``, sums over rows, and so for
+    the target. Products are taken in float32 (float64 if either input is) and added to the masters at least every
+    4096 rows (CUDA: 1024). Same inputs, device and thread count give the same bytes. NaN and Inf pass through. No
+    gradient flows.
+
+    Args:
+        source: tokens [tokens_S, d_S], float64, float32, bfloat16 or float16; strides are free.
+        target: tokens [tokens_T, d_T]; may differ from source in length and dtype.
+        cross: [d_S, d_T]; source_sum, source_energy: [d_S]; target_sum, target_energy: [d_T]; float64, contiguous.
+        source_mixing, target_mixing: the row mixing of each side, or None: row i is token i.
+
+    Raises:
+        ValueError: shapes, devices, strides or gradients that do not fit.
+        TypeError: a dtype that does not fit.
+        NotImplementedError: tensors on CUDA, but the extension was built without CUDA kernels.
+        RuntimeError: an entry of row_ptr or column out of range (CPU; on CUDA such a row becomes NaN instead).
+    """
+    outputs = dict(
+        cross=cross,
+        source_sum=source_sum,
+        target_sum=target_sum,
+        source_energy=source_energy,
+        target_energy=target_energy,
+    )
+    _check(source, target, source_mixing, target_mixing, **outputs)
+    for name, tensor in outputs.items():
+        if tensor.requires_grad:
+            raise ValueError(f"{name} requires grad, but cross_moment_ is not differentiable; pass {name}.detach()")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tuple(tensor.stride())}; it is written in place, make it contiguous")
+    if source.is_cuda and not build_info()["cuda_kernels"]:
+        raise NotImplementedError(
+            f"source is on {source.device} but theseus_ext was built without CUDA kernels; "
+            "rebuild with nvcc on PATH and THESEUS_CUDA=1, or move the tensors to the CPU"
+        )
+    with torch.no_grad():
+        torch.ops.theseus_ext.cross_moment_(
+            _dense_columns(source),
+            _dense_columns(target),
+            *_contiguous(source_mixing),
+            *_contiguous(target_mixing),
+            **outputs,
+        )
+    torch.autograd.graph.increment_version(tuple(outputs.values()))  # the stable ABI does not
+
+
+def _dense_columns(tokens: Tensor) -> Tensor:
+    tokens = tokens.detach()
+    return tokens if tokens.shape[1] <= 1 or tokens.stride(1) == 1 else tokens.contiguous()
+
+
+def _contiguous(mixing: Mixing | None) -> list[Tensor | None]:
+    return [None if part is None else part.contiguous() for part in mixing or (None, None, None)]
+
+
+def _row_count(name: str, tokens: Tensor, mixing: Mixing | None) -> int:
+    if mixing is None:
+        return tokens.shape[0]
+    row_ptr, column, weight = mixing
+    if column is None:
+        raise ValueError(f"{name} mixing has no column; pass None instead of the tuple to take the tokens as they are")
+    for part, tensor, dtype in (
+        ("row_ptr", row_ptr, torch.int64),
+        ("column", column, torch.int64),
+        ("weight", weight, torch.float64),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} {part} is {tensor.dtype}, expected {dtype}")
+        if tensor.dim() != 1:
+            raise ValueError(f"{name} {part} is {list(tensor.shape)}, expected a vector")
+        if tensor.device != tokens.device:
+            raise ValueError(f"{name} {part} is on {tensor.device} but {name} is on {tokens.device}")
+    if weight is not None and weight.shape != column.shape:
+        raise ValueError(f"{name} weight has {len(weight)} entries but column has {len(column)}")
+    if row_ptr is None:
+        return column.shape[0]
+    if row_ptr.shape[0] == 0:
+        raise ValueError(f"{name} row_ptr is empty, expected rows + 1 elements")
+    return row_ptr.shape[0] - 1
+
+
+def _check(
+    source: Tensor,
+    target: Tensor,
+    source_mixing: Mixing | None,
+    target_mixing: Mixing | None,
+    *,
+    cross: Tensor,
+    source_sum: Tensor,
+    target_sum: Tensor,
+    source_energy: Tensor,
+    target_energy: Tensor,
+) -> None:
+    for name, tokens in (("source", source), ("target", target)):
+        if tokens.dim() != 2:
+            raise ValueError(f"{name} is {list(tokens.shape)}, expected [tokens, width]; flatten leading dimensions")
+        if tokens.dtype not in TOKEN_DTYPES:
+            raise TypeError(f"{name} is {tokens.dtype}, expected float64, float32, bfloat16 or float16")
+    rows_source, rows_target = _row_count("source", source, source_mixing), _row_count("target", target, target_mixing)
+    if rows_source != rows_target:
+        raise ValueError(f"source has {rows_source} rows but target has {rows_target}; mix one side to match the other")
+    width_source, width_target = source.shape[1], target.shape[1]
+    if cross.shape != (width_source, width_target):
+        raise ValueError(
+            f"cross is {list(cross.shape)} but source has width {width_source} and target width {width_target}"
+        )
+    vectors = (
+        ("source_sum", source_sum, "source", width_source),
+        ("target_sum", target_sum, "target", width_target),
+        ("source_energy", source_energy, "source", width_source),
+        ("target_energy", target_energy, "target", width_target),
+    )
+    for name, vector, side, width in vectors:
+        if vector.shape != (width,):
+            raise ValueError(f"{name} is {list(vector.shape)} but {side} has width {width}")
+    for name, tensor in (("target", target), ("cross", cross), *(vector[:2] for vector in vectors)):
+        if name != "target" and tensor.dtype != torch.float64:
+            raise TypeError(f"{name} is {tensor.dtype}, expected torch.float64: moments accumulate in float64")
+        if tensor.device != source.device:
+            raise ValueError(f"{name} is on {tensor.device} but source is on {source.device}")
+
+
+@torch.library.register_fake("theseus_ext::cross_moment_")
+def _cross_moment_fake(
+    source: Tensor,
+    target: Tensor,
+    source_row_ptr: Tensor | None,
+    source_column: Tensor | None,
+    source_weight: Tensor | None,
+    target_row_ptr: Tensor | None,
+    target_column: Tensor | None,
+    target_weight: Tensor | None,
+    cross: Tensor,
+    source_sum: Tensor,
+    target_sum: Tensor,
+    source_energy: Tensor,
+    target_energy: Tensor,
+) -> None:
+    _check(
+        source,
+        target,
+        _mixing(source_row_ptr, source_column, source_weight),
+        _mixing(target_row_ptr, target_column, target_weight),
+        cross=cross,
+        source_sum=source_sum,
+        target_sum=target_sum,
+        source_energy=source_energy,
+        target_energy=target_energy,
+    )
+
+
+def _mixing(row_ptr: Tensor | None, column: Tensor | None, weight: Tensor | None) -> Mixing | None:
+    if row_ptr is None and column is None and weight is None:
+        return None
+    return row_ptr, column, weight  # type: ignore[return-value]  # _check refuses a missing column
+
+
+# In-place moments have no gradient: autograd looks through the op, the wrapper refuses masters that ask for one.
+_library = torch.library.Library("theseus_ext", "IMPL")
+_library.impl("cross_moment_", torch.library.fallthrough_kernel, "Autograd")

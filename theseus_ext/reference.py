@@ -1,0 +1,41 @@
+"""The same operations in plain torch and float64: what the C++ and CUDA versions are tested against."""
+
+import torch
+from torch import Tensor
+
+from theseus_ext.ops import Mixing
+
+
+def mix(tokens: Tensor, mixing: Mixing | None) -> Tensor:
+    """Rows X = P tokens [rows, width] in float64."""
+    tokens = tokens.detach().double()
+    if mixing is None:
+        return tokens
+    row_ptr, column, weight = mixing
+    entries = tokens[column] if weight is None else tokens[column] * weight[:, None]
+    if row_ptr is None:
+        return entries
+    rows = len(row_ptr) - 1
+    row = torch.repeat_interleave(torch.arange(rows, device=tokens.device), row_ptr.diff())
+    return tokens.new_zeros(rows, tokens.shape[1]).index_add_(0, row, entries)
+
+
+def cross_moment_(
+    source: Tensor,
+    target: Tensor,
+    *,
+    cross: Tensor,
+    source_sum: Tensor,
+    target_sum: Tensor,
+    source_energy: Tensor,
+    target_energy: Tensor,
+    source_mixing: Mixing | None = None,
+    target_mixing: Mixing | None = None,
+) -> None:
+    """What `theseus_ext.cross_moment_` computes; see there for shapes."""
+    x, y = mix(source, source_mixing), mix(target, target_mixing)
+    cross += x.T @ y
+    source_sum += x.sum(0)
+    target_sum += y.sum(0)
+    source_energy += x.square().sum(0)
+    target_energy += y.square().sum(0)
