@@ -1,0 +1,212 @@
+"""theseus_ext.cross_moment_: values against float64, bounds tied to plain torch, determinism, strides, mixings."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import theseus_ext
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import baseline  # noqa: E402
+
+NAMES = ("cross", "source_sum", "target_sum", "source_energy", "target_energy")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+def masters(source, target) -> dict[str, torch.Tensor]:
+    d_source, d_target = source.shape[1], target.shape[1]
+    shapes = ((d_source, d_target), (d_source,), (d_target,), (d_source,), (d_target,))
+    wide = dict(dtype=torch.float64, device=source.device)
+    return {name: torch.zeros(shape, **wide) for name, shape in zip(NAMES, shapes, strict=True)}
+
+
+def moments(function, source, target, **mixings) -> dict[str, torch.Tensor]:
+    outputs = masters(source, target)
+    assert function(source, target, **outputs, **mixings) is None
+    return outputs
+
+
+def error(result, exact) -> float:
+    return ((result - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def check(source, target, **mixings) -> None:
+    """At most twice the error of plain torch; float64 rounding is the floor of the sums of both."""
+    ours, torchs, exact = (
+        moments(function, source, target, **mixings)
+        for function in (theseus_ext.cross_moment_, baseline.cross_moment_, theseus_ext.reference.cross_moment_)
+    )
+    for name in NAMES:
+        assert error(ours[name], exact[name]) <= 2 * error(torchs[name], exact[name]) + 1e-14, name
+
+
+def randn(*shape, dtype=torch.float32, device="cpu"):
+    return (torch.randn(*shape, device=device, dtype=torch.float64) + 0.3).to(dtype)
+
+
+def csr(rows, tokens, device, *, per_row=3, weighted=True):
+    """Rows with 0 to `per_row` entries, so empty rows occur."""
+    count = torch.randint(0, per_row + 1, (rows,))
+    row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
+    column = torch.randint(0, tokens, (int(row_ptr[-1]),))
+    weight = torch.rand(len(column), dtype=torch.float64) if weighted else None
+    return tuple(None if part is None else part.to(device) for part in (row_ptr, column, weight))
+
+
+def selection(rows, tokens, device):
+    return None, torch.randperm(tokens)[:rows].to(device), None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the tests of this file ran on the CPU only")
+def test_cuda_is_among_the_devices(device):
+    assert device in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("source_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target_dtype", DTYPES, ids=str)
+def test_dtypes(device, source_dtype, target_dtype):
+    check(randn(777, 37, dtype=source_dtype, device=device), randn(777, 70, dtype=target_dtype, device=device))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1024, 4097, 9000])
+@pytest.mark.parametrize("widths", [(1, 1), (128, 256), (257, 65)], ids=str)
+def test_rows_and_widths(device, rows, widths):
+    check(randn(rows, widths[0], device=device), randn(rows, widths[1], device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["selection", "weighted selection", "weighted", "unweighted"])
+@pytest.mark.parametrize("side", ["source", "target", "both"])
+def test_mixings(device, dtype, kind, side):
+    rows, tokens = 300, 500
+
+    def mixing():
+        if kind == "selection":
+            return selection(rows, tokens, device)
+        if kind == "weighted selection":
+            return *selection(rows, tokens, device)[:2], torch.rand(rows, dtype=torch.float64, device=device)
+        return csr(rows, tokens, device, weighted=kind == "weighted")
+
+    sides = ("source", "target") if side == "both" else (side,)
+    tensors = [randn(tokens if s in sides else rows, 40, dtype=dtype, device=device) for s in ("source", "target")]
+    check(*tensors, **{f"{s}_mixing": mixing() for s in sides})
+
+
+def test_every_argument_counts(device):
+    """Small integers: every value is exact, so equality tells whether each argument reached its place."""
+    source = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], device=device)
+    target = torch.tensor([[7.0], [8.0]], dtype=torch.float64, device=device)
+    integers = dict(dtype=torch.int64, device=device)
+    outputs = {name: tensor + 100 for name, tensor in masters(source, target).items()}
+    theseus_ext.cross_moment_(
+        source,
+        target,
+        **outputs,
+        source_mixing=(
+            torch.tensor([0, 2, 3], **integers),
+            torch.tensor([0, 2, 1], **integers),
+            torch.tensor([0.5, 2, 4], dtype=torch.float64, device=device),
+        ),
+        target_mixing=(None, torch.tensor([1, 0], **integers), torch.tensor([3, 0.5], device=device).double()),
+    )
+    x, y = torch.tensor([[10.5, 13.0], [12.0, 16.0]]).double(), torch.tensor([[24.0], [3.5]]).double()
+    expected = dict(zip(NAMES, (x.T @ y, x.sum(0), y.sum(0), x.square().sum(0), y.square().sum(0)), strict=True))
+    for name in NAMES:
+        assert torch.equal(outputs[name].cpu(), expected[name] + 100), name
+
+
+def test_a_mask_selects_and_masked_rows_cannot_leak(device):
+    source, target = randn(50, 6, device=device), randn(50, 5, device=device)
+    kept = torch.arange(50, device=device) % 3 != 0
+    expected = moments(theseus_ext.cross_moment_, source[kept], target[kept])
+    source[~kept], target[~kept] = float("nan"), float("inf")
+    mixing = (None, kept.nonzero()[:, 0], None)
+    masked = moments(theseus_ext.cross_moment_, source, target, source_mixing=mixing, target_mixing=mixing)
+    assert all(torch.equal(masked[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_precision_value_converts_exactly(device, dtype):
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1, -1).to(device)
+    one = torch.ones(1, 1, device=device)
+    outputs = moments(theseus_ext.cross_moment_, values, one)
+    assert torch.equal(outputs["source_sum"].nan_to_num(0), values[0].double().nan_to_num(0))
+    assert torch.equal(outputs["source_sum"].isnan(), values[0].isnan())
+
+
+def test_nan_and_inf_pass_through(device):
+    source, target = torch.ones(4, 3, device=device), torch.ones(4, 2, device=device)
+    source[2, 1], target[0, 1] = float("nan"), float("inf")
+    outputs = moments(theseus_ext.cross_moment_, source, target)
+    assert outputs["cross"].isnan().tolist() == [[False, False], [True, True], [False, False]]
+    assert outputs["source_sum"].isnan().tolist() == [False, True, False]
+    assert outputs["target_energy"].isinf().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "every other column", "expanded", "offset"])
+def test_strides(device, layout):
+    tokens = {
+        "transposed": lambda: randn(20, 90, device=device).T,
+        "sliced": lambda: randn(90, 64, device=device)[:, 5:25],
+        "every other column": lambda: randn(90, 40, device=device)[:, ::2],
+        "expanded": lambda: randn(1, 20, device=device).expand(90, 20),
+        "offset": lambda: randn(91 * 20 + 1, device=device)[1:1801].view(90, 20),
+    }[layout]()
+    target = randn(90, 11, device=device)
+    ours, dense = (moments(theseus_ext.cross_moment_, x, target) for x in (tokens, tokens.clone().contiguous()))
+    assert all(torch.equal(ours[name], dense[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (5, 0, 3), (5, 4, 0), (0, 0, 0)], ids=str)
+def test_empty(device, shape):
+    rows, width_source, width_target = shape
+    source, target = randn(rows, width_source, device=device), randn(rows, width_target, device=device)
+    ours, exact = (moments(f, source, target) for f in (theseus_ext.cross_moment_, theseus_ext.reference.cross_moment_))
+    assert all(torch.allclose(ours[name], exact[name], rtol=1e-12) for name in NAMES)
+
+
+def test_splits_equal_the_whole(device):
+    source, target = randn(3001, 33, device=device), randn(3001, 20, device=device)
+    whole, parts = moments(theseus_ext.cross_moment_, source, target), masters(source, target)
+    for x, y in zip(source.split(700), target.split(700), strict=True):
+        theseus_ext.cross_moment_(x, y, **parts)
+    exact = moments(theseus_ext.reference.cross_moment_, source, target)
+    for name in NAMES:
+        torchs = moments(baseline.cross_moment_, source, target)[name]
+        assert error(parts[name], whole[name]) <= 4 * error(torchs, exact[name]) + 1e-14, name
+
+
+def test_same_inputs_same_bytes(device):
+    source, target = randn(5000, 300, device=device), randn(5000, 200, dtype=torch.bfloat16, device=device)
+    mixing = csr(5000, 5000, device)
+    first, *others = (moments(theseus_ext.cross_moment_, source, target, source_mixing=mixing) for _ in range(3))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in NAMES)
+
+
+def test_sums_do_not_depend_on_the_thread_count():
+    source, target = randn(3000, 600), randn(3000, 300)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(moments(theseus_ext.cross_moment_, source, target))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0][name], other[name]) for other in results for name in NAMES[1:])
+
+
+def test_accuracy_holds_over_many_tokens(device):
+    """One sign, so rounding of a long float32 accumulation would show; the flush into float64 bounds it."""
+    source, target = torch.rand(60_000, 8, device=device), torch.rand(60_000, 8, device=device)
+    check(source, target)
+    exact = moments(theseus_ext.reference.cross_moment_, source, target)["cross"]
+    running = torch.zeros(8, 8, device=device)
+    for x, y in zip(source.split(64), target.split(64), strict=True):
+        running += x.T @ y
+    assert error(moments(theseus_ext.cross_moment_, source, target)["cross"], exact) <= error(running, exact)
