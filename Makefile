@@ -32,7 +32,9 @@ planted: build
 	OMP_NUM_THREADS=1 $(BIN)/python tests/planted/run.py
 
 bench: build
-	$(BIN)/python bench/bench_cross_moment.py
+	@mkdir -p bench/results
+	$(BIN)/python -m pytest bench -q -p no:xdist -o python_files='bench_*.py' -o addopts= --benchmark-columns=min,median \
+	    --benchmark-json=bench/results/cross_moment-$$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')").json
 
 # What a machine with nvcc can show without a GPU: compiles, loads under a CUDA torch, and its CPU path is right.
 cuda-check:

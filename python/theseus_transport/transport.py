@@ -96,7 +96,10 @@ class _Planner:
                 f"{name} is {list(after.shape)} in the tuned model and {list(before.shape)} in the base; "
                 f"was the right base given? (--leave '{name}' leaves it behind)"
             )
-        return not torch.equal(before, after.to(before.device))
+        if before.dtype != after.dtype and not self.update.warnings:
+            kinds = (str(t.dtype).removeprefix("torch.") for t in (after, before))
+            self.update.warnings.append("the tuned model is {}, the base {}: their rounding moves along".format(*kinds))
+        return not torch.equal(before.to(after), after)
 
     def _left(self, name: str) -> str | None:
         """Why a tensor stays behind by rule."""
