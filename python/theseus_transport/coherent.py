@@ -41,7 +41,7 @@ def plan(e: Evidence, recipe: Recipe) -> Plan:
     for b in range(target.depth):
         middle = e.moments[f"{b}.middle"]
         out.add(f"{b}.middle", procrustes(middle.cross, null=recipe.null, floor=recipe.floor), middle.count)
-        alive = (middle.source_energy > 0, middle.target_energy > 0)
+        alive = [e > recipe.floor**2 * e.max() for e in (middle.source_energy, middle.target_energy)]
         reads = {"query": first if b == 0 else f"{b}.attention", "expand": f"{b}.mlp"}
         after = f"{b + 1}.attention" if b + 1 < target.depth else "final"
         _head_maps(e, out, b, recipe)
@@ -128,7 +128,8 @@ def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
 def _normalised(e: Evidence, space: str) -> CrossMoment:
     """The moment of z, behind the norm's gain and bias; under LayerNorm with its exact null direction removed."""
     norm = e.norm_of(space)
-    z = e.moments[space].unfold(*(base.norm(norm, base.layout.width) for base in (e.source, e.target)))
+    gains = (base.norm(norm, base.layout.width) for base in (e.source, e.target))
+    z = e.moments[space].unfold(*gains, norm=norm)
     if e.target.layout.family.norm == "layer":  # every row of z sums to 0
         cross = z.cross - z.cross.mean(0)
         z = replace(z, cross=cross - cross.mean(1, keepdim=True))

@@ -1,13 +1,14 @@
 """The demo: fine-tunes on real images move between two small vision transformers, both ways, and are measured.
 
-Two ViTs of unlike width are pretrained independently on scikit-learn's digits. Each is fine-tuned, classifier frozen, on
-shifted images; every fine-tune is moved to the other model and compared with that model as it was (zero-shot), with a random
-update of the same norm, and with that model's own fine-tune (ceiling).
+Two ViTs of unlike width are pretrained independently on scikit-learn's digits. Each is fine-tuned, classifier frozen,
+on shifted images; every fine-tune is moved to the other model and compared with that model as it was (zero-shot), with
+a random update of the same norm, and with that model's own fine-tune (ceiling).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import multiprocessing
 import tempfile
 import time
@@ -15,27 +16,29 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
-from torch import Generator, Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from .alignment import align
 from .delta import Delta
 from .demo_data import SHIFTS, Split, generator_of, jitter, load_splits, pixels, shifted
+from .demo_models import accuracy, build, fit, random_like
+from .demo_report import as_dict, plot, render_table, write_json
 from .errors import InputRefused
 from .transport import transport
 
+__all__ = ["Cell", "DemoResult", "DemoSettings", "render_table", "run_demo"]
 RECIPES = ("coherent", "paper")
 LEAVE = {"coherent": (), "paper": ("embeddings.*",)}  # the paper has no rule for embeddings
 UPDATES = ("full", "lora")
 T = TypeVar("T")
+Progress = Callable[[str, int], Callable[[], object]]  # stage and its number of steps -> call after every step
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class DemoSettings:
 
     Attributes:
         seeds: independent repetitions: split of the images, both pretrainings, all fine-tunes.
+        shifts: names from SHIFTS.
         widths: of the two models; updates move both ways. depth, heads: of both.
         train, validation: images; the rest of the 1797 is the test set.
         batch: images per step; pretrain_steps, tune_steps: AdamW steps with a one-cycle learning rate.
@@ -52,7 +56,8 @@ class DemoSettings:
         workers: processes of one thread each; 1 stays in this process.
     """
 
-    seeds: int = 3
+    seeds: int = 2
+    shifts: tuple[str, ...] = tuple(SHIFTS)
     widths: tuple[int, int] = (32, 64)
     depth: int = 3
     heads: int = 4
@@ -68,7 +73,18 @@ class DemoSettings:
     @classmethod
     def quick(cls) -> DemoSettings:
         """A few seconds: every step runs, no number means anything."""
-        return cls(seeds=1, widths=(8, 16), depth=2, heads=2, pretrain_steps=4, tune_steps=2, rank=2, alphas=(0.5, 1.0), workers=1)
+        return cls(
+            seeds=1,
+            shifts=("rotation", "inversion"),
+            widths=(8, 16),
+            depth=2,
+            heads=2,
+            pretrain_steps=4,
+            tune_steps=2,
+            rank=2,
+            alphas=(0.5, 1.0),
+            workers=1,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,70 +117,22 @@ class DemoResult:
     cells: tuple[Cell, ...]
     pretrained: Mapping[tuple[int, int], float]
     seconds: float
-    files: Mapping[str, Path] = field(default_factory=dict)
 
-
-def build(settings: DemoSettings, width: int) -> nn.Module:
-    """A fresh ViTForImageClassification for 8x8 images in 2x2 patches."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        hidden_size=width,
-        num_hidden_layers=settings.depth,
-        num_attention_heads=settings.heads,
-        intermediate_size=2 * width,
-        hidden_act="gelu",
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=10,
-        attn_implementation="eager",  # faster than fused attention at 17 tokens
-    )
-    return ViTForImageClassification(config)
-
-
-def fit(
-    model: nn.Module, split: Split, change: Callable[[Tensor], Tensor], generator: Generator, *, steps: int, batch: int, rate: float
-) -> None:
-    """Train what requires a gradient with AdamW; ``change`` is applied to every batch of images."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
-    model.train()
-    for _ in range(steps):
-        chosen = torch.randint(0, len(split.images), (batch,), generator=generator)
-        logits = model(pixel_values=pixels(change(split.images[chosen]))).logits
-        optimizer.zero_grad()
-        F.cross_entropy(logits, split.labels[chosen]).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-    model.eval()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, split: Split, update: Mapping[str, Tensor] | None = None, *, alpha: float = 1.0) -> float:
-    """Percent of images classified right by the model, with alpha times the update added for this call."""
-    parameters = dict(model.named_parameters())
-    moved = {name: parameters[name] + alpha * value for name, value in (update or {}).items()}
-    logits = torch.func.functional_call(model, moved, kwargs={"pixel_values": pixels(split.images)}).logits
-    return float((logits.argmax(1) == split.labels).double().mean() * 100)
-
-
-def random_like(update: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
-    """Gaussian tensors, each of the norm of the update's."""
-    drawn = {name: torch.randn(value.shape, generator=generator, dtype=value.dtype) for name, value in update.items()}
-    return {name: drawn[name] * (value.norm() / drawn[name].norm()) for name, value in update.items()}
+    def as_dict(self) -> dict[str, Any]:
+        """What demo.json holds."""
+        return as_dict(self)
 
 
 def _path(root: Path, seed: int, width: int, shift: str = "", update: str = "base") -> Path:
     return root / "-".join(filter(None, (str(seed), str(width), shift, update)))
 
 
+def _build(settings: DemoSettings, width: int) -> nn.Module:
+    return build(width, depth=settings.depth, heads=settings.heads)
+
+
 def _load(settings: DemoSettings, width: int, path: Path) -> nn.Module:
-    model = build(settings, width).eval()
+    model = _build(settings, width).eval()
     model.load_state_dict(load_file(path))
     return model
 
@@ -178,7 +146,7 @@ def pretrain(settings: DemoSettings, root: Path, seed: int, width: int) -> float
     splits, generator = _splits(settings, seed), generator_of("pretrain", seed, width)
     with torch.random.fork_rng():
         torch.manual_seed(generator.initial_seed())
-        model = build(settings, width)
+        model = _build(settings, width)
     change = partial(jitter, generator=generator)
     fit(model, splits["train"], change, generator, steps=settings.pretrain_steps, batch=settings.batch, rate=3e-3)
     save_file(model.state_dict(), _path(root, seed, width))
@@ -186,20 +154,12 @@ def pretrain(settings: DemoSettings, root: Path, seed: int, width: int) -> float
 
 
 def tune(settings: DemoSettings, root: Path, seed: int, width: int, shift: str, update: str) -> float:
-    """Fine-tune one model on one shift, classifier frozen, save it (LoRA: as a PEFT adapter), and return its test accuracy."""
+    """Fine-tune one model on one shift, classifier frozen, save it (LoRA: a PEFT adapter); return its test accuracy."""
     splits, generator = _splits(settings, seed), generator_of("tune", seed, width, shift, update)
     model, rate = _load(settings, width, _path(root, seed, width)), 1e-3
     if update == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "classifier"]
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an old name
-            torch.manual_seed(generator.initial_seed())
-            model = get_peft_model(model, LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=layers))
-        rate = 5e-3
-    else:
-        model.classifier.requires_grad_(False)
+        model, rate = _with_lora(model, settings.rank, seed=generator.initial_seed()), 5e-3
+    model.get_submodule("base_model.model.classifier" if update == "lora" else "classifier").requires_grad_(False)
     change = lambda images: SHIFTS[shift](jitter(images, generator), generator)  # noqa: E731
     fit(model, splits["train"], change, generator, steps=settings.tune_steps, batch=settings.batch, rate=rate)
     path = _path(root, seed, width, shift, update)
@@ -207,52 +167,60 @@ def tune(settings: DemoSettings, root: Path, seed: int, width: int, shift: str, 
     return accuracy(model, shifted(splits, "test", seed, shift))
 
 
+def _with_lora(model: nn.Module, rank: int, *, seed: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "classifier"]
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an old name
+        torch.manual_seed(seed)
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers))
+
+
 def move(settings: DemoSettings, root: Path, seed: int, source: int, target: int, shift: str) -> list[Cell]:
     """Move the source's fine-tunes on one shift to the target, by every recipe; the ceiling is filled in by the caller.
 
-    Calibration is label-free: the training images under the shift.
+    Calibration is label-free: the training images as they are and under the shift.
     """
     splits = _splits(settings, seed)
     validation, test = (shifted(splits, part, seed, shift) for part in ("validation", "test"))
-    images = pixels(shifted(splits, "train", seed, shift).images)
+    images = pixels(torch.cat([splits["train"].images, shifted(splits, "train", seed, shift).images]))
     batches = [{"pixel_values": batch} for batch in images.split(300)]
     bases = {width: _load(settings, width, _path(root, seed, width)) for width in (source, target)}
     base, cells = bases[target], []
+    zero_shot = accuracy(base, test)
     for recipe in RECIPES:
         alignment = align(bases[source], base, batches, recipe=recipe)
         for kind in UPDATES:
             folder = _path(root, seed, source, shift, kind)
-            delta = Delta.from_adapter(folder, bases[source]) if kind == "lora" else Delta.between(bases[source], _load(settings, source, folder))
+            if kind == "lora":
+                delta = Delta.from_adapter(folder, bases[source])
+            else:
+                delta = Delta.between(bases[source], _load(settings, source, folder))
             update = dict(transport(alignment, delta, base, leave=LEAVE[recipe]))
             noise = random_like(update, generator_of("random", seed, source, shift, recipe, kind))
-            best, drawn = (
-                max(settings.alphas, key=lambda a, u=u: accuracy(base, validation, u, alpha=a)) for u in (update, noise)
+            best, drawn = (_best_alpha(settings.alphas, base, validation, u) for u in (update, noise))
+            scores = dict(
+                zero_shot=zero_shot,
+                transported=accuracy(base, test, update),
+                transported_tuned=accuracy(base, test, update, alpha=best),
+                random=accuracy(base, test, noise),
+                random_tuned=accuracy(base, test, noise, alpha=drawn),
+                ceiling=math.nan,
             )
-            cells.append(
-                Cell(
-                    seed,
-                    source,
-                    target,
-                    shift,
-                    recipe,
-                    kind,
-                    zero_shot=accuracy(base, test),
-                    transported=accuracy(base, test, update),
-                    transported_tuned=accuracy(base, test, update, alpha=best),
-                    random=accuracy(base, test, noise),
-                    random_tuned=accuracy(base, test, noise, alpha=drawn),
-                    ceiling=float("nan"),
-                    alpha=best,
-                )
-            )
+            cells.append(Cell(seed, source, target, shift, recipe, kind, **scores, alpha=best))
     return cells
+
+
+def _best_alpha(alphas: Sequence[float], model: nn.Module, split: Split, update: Mapping[str, Tensor]) -> float:
+    return max(alphas, key=lambda alpha: accuracy(model, split, update, alpha=alpha))
 
 
 def run_demo(settings: DemoSettings, out: Path, progress: Progress | None = None) -> DemoResult:
     """Run the experiment and write ``demo.json`` and ``demo.png`` into ``out`` (created).
 
     Args:
-        progress: where to show three bars, or None for silence.
+        progress: told of every stage and step (pretraining, fine-tuning, moving), or None for silence.
 
     Raises:
         InputRefused: scikit-learn or matplotlib is not installed.
@@ -260,38 +228,37 @@ def run_demo(settings: DemoSettings, out: Path, progress: Progress | None = None
     for module in ("sklearn", "matplotlib"):
         if importlib.util.find_spec(module) is None:
             raise InputRefused(f"the demo needs {module}; pip install theseus-transport[demo]")
-    from .demo_report import plot, write_json
-
     started = time.monotonic()
     seeds, directions = range(settings.seeds), (settings.widths, settings.widths[::-1])
     models = [(s, w) for w in sorted(settings.widths, reverse=True) for s in seeds]  # the slowest first
-    tunes = [(s, w, shift, kind) for s, w in models for shift in SHIFTS for kind in UPDATES]
-    moves = [(s, *d, shift) for s in seeds for d in directions for shift in SHIFTS]
-    with tempfile.TemporaryDirectory(prefix="theseus-demo-") as folder, _stages(settings, Path(folder), progress) as stage:
+    tunes = [(s, w, shift, kind) for s, w in models for shift in settings.shifts for kind in UPDATES]
+    moves = [(s, *d, shift) for s in seeds for d in directions for shift in settings.shifts]
+    with tempfile.TemporaryDirectory() as folder, _stages(settings, Path(folder), progress) as stage:
         pretrained = stage("pretraining", pretrain, models)
         ceilings = stage("fine-tuning", tune, tunes)
         moved = stage("moving", move, moves)
-    cells = [
-        replace(c, ceiling=ceilings[c.seed, c.target, c.shift, c.update]) for key in moves for c in moved[key]
-    ]
+    cells = [replace(c, ceiling=ceilings[c.seed, c.target, c.shift, c.update]) for key in moves for c in moved[key]]
     result = DemoResult(settings, tuple(cells), pretrained, time.monotonic() - started)
     out.mkdir(parents=True, exist_ok=True)
-    return replace(result, files={"json": write_json(result, out / "demo.json"), "plot": plot(result, out / "demo.png")})
+    write_json(result, out / "demo.json")
+    plot(result, out / "demo.png")
+    return result
 
 
 @contextmanager
 def _stages(settings: DemoSettings, root: Path, progress: Progress | None) -> Iterator[Callable[..., dict[Any, Any]]]:
     """A function that runs one job for many keys, in the pool where there is one, under one progress bar."""
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(settings.workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) if settings.workers > 1 else None
+    pool = None
+    if settings.workers > 1:
+        pool = ProcessPoolExecutor(settings.workers, spawn, initializer=torch.set_num_threads, initargs=(1,))
 
     def stage(label: str, job: Callable[..., T], keys: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], T]:
-        task = progress.add_task(label, total=len(keys)) if progress else None
+        advance = progress(label, len(keys)) if progress else lambda: None
         results = {}
         for key, result in _results(pool, partial(job, settings, root), keys):
             results[key] = result
-            if progress and task is not None:
-                progress.advance(task)
+            advance()
         return results
 
     try:
@@ -301,7 +268,9 @@ def _stages(settings: DemoSettings, root: Path, progress: Progress | None) -> It
             pool.shutdown(cancel_futures=True)
 
 
-def _results(pool: ProcessPoolExecutor | None, job: Callable[..., T], keys: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, T]]:
+def _results(
+    pool: ProcessPoolExecutor | None, job: Callable[..., T], keys: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[Any, T]]:
     """(key, result) in the order they come."""
     if pool is None:
         yield from ((key, job(*key)) for key in keys)

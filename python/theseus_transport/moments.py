@@ -93,8 +93,13 @@ class CrossMoment:
             affine(source.to(self.cross)) @ self.augmented @ affine(target.to(self.cross)).T, self.count
         )
 
-    def unfold(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> CrossMoment:
-        """Moment of ``z`` where this one is of ``x = z * gain + bias``; each side gives (gain, bias), both [d].
+    def unfold(
+        self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], norm: str | None = None
+    ) -> CrossMoment:
+        """Moment of ``z`` where this one is of ``x = z * gain + bias``.
+
+        Args:
+            source, target: (gain, bias) of each side, both [d]; norm: its name, for errors.
 
         Raises:
             InputRefused: a gain is zero, so z cannot be read back from x.
@@ -103,7 +108,9 @@ class CrossMoment:
         (gain_s, bias_s), (gain_t, bias_t) = (tuple(v.to(self.cross) for v in side) for side in (source, target))
         for side, gain in (("source", gain_s), ("target", gain_t)):
             if bool((gain == 0).any()):
-                raise InputRefused(f"a norm of the {side} has gain 0 at feature {int((gain == 0).nonzero()[0])}")
+                raise InputRefused(
+                    f"{norm or 'a norm'} of the {side} has gain 0 at feature {int((gain == 0).nonzero()[0])}; nothing passes there"
+                )
         sum_s, sum_t = self.source_sum - n * bias_s, self.target_sum - n * bias_t
         cross = self.cross - bias_s[:, None] * self.target_sum - sum_s[:, None] * bias_t
         energy_s = self.source_energy - 2 * bias_s * self.source_sum + n * bias_s**2

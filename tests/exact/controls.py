@@ -1,0 +1,68 @@
+"""Align, transport, add, compare: what every control does."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import theseus_transport as tt
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from .models import LORA_RANK, Spec, batches, lora_factors, relative_error
+from .pairs import Pair
+
+EVALUATION_SEED = 77  # batches no alignment has seen
+
+
+def cast(data: list[dict], dtype: torch.dtype) -> list[dict]:
+    return [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in data]
+
+
+@lru_cache(maxsize=4)
+def aligned(pair: Pair, dtype: torch.dtype, recipe: str = "coherent") -> tt.Alignment:
+    """The bases of a pair do not depend on the delta: one alignment serves all its controls."""
+    source, _, target, _ = pair.sides("linear")
+    data = cast(batches(source, seed=3, **dict(pair.calibration)), dtype)
+    return tt.align(source.build(dtype), target.build(dtype), data, recipe=recipe)
+
+
+def error(pair: Pair, kind: str, dtype: torch.dtype = torch.float64, recipe: str = "coherent") -> float:
+    """Relative error of the moved target against the tuned source, on data the alignment has not seen."""
+    source, tuned, target, _ = pair.sides(kind)
+    return moved_error(aligned(pair, dtype, recipe), source, tuned, target, dtype)
+
+
+def moved_error(alignment: tt.Alignment, source: Spec, tuned: Spec, target: Spec, dtype: torch.dtype) -> float:
+    data = cast(batches(source, seed=EVALUATION_SEED, count=1), dtype)
+    start, end, moved = source.build(dtype), tuned.build(dtype), target.build(dtype)
+    tt.transport(alignment, tt.Delta.between(start, end), moved).add_to(moved)
+    return relative_error(target.outputs(moved, data), source.outputs(end, data), source.outputs(start, data))
+
+
+def adapter_error(pair: Pair, folder: Path, dtype: torch.dtype = torch.float64) -> float:
+    """The same through files: a PEFT folder in, a PEFT folder out, loaded by PEFT on the target."""
+    source, _, target, _ = pair.sides("lora")
+    data = cast(batches(source, seed=EVALUATION_SEED, count=1), dtype)
+    start, tuned = source.build(dtype), with_adapter(source, dtype)
+    tuned.save_pretrained(folder / "source")
+    delta = tt.Delta.from_adapter(folder / "source", start)
+    tt.transport(aligned(pair, dtype), delta, target.build(dtype)).save_adapter(folder / "target")
+    moved = PeftModel.from_pretrained(target.build(dtype), folder / "target").eval()
+    return relative_error(target.outputs(moved, data), source.outputs(tuned, data), source.outputs(start, data))
+
+
+def with_adapter(spec: Spec, dtype: torch.dtype) -> PeftModel:
+    """A LoRA of scale alpha / rank = 3 whose product is what `lora_factors` says."""
+    config = LoraConfig(r=LORA_RANK, lora_alpha=3 * LORA_RANK, target_modules=list(spec.names.lora))
+    model, factors = get_peft_model(spec.build(dtype), config).eval(), lora_factors(spec)
+    for name, (a, b) in factors.items():
+        layer = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+        layer.lora_A["default"].weight.data.copy_(a)
+        layer.lora_B["default"].weight.data.copy_(b / 3)
+    return model
+
+
+def cases(family: str, table: list[Pair], *, lora: bool) -> list:
+    """(pair, kind) with readable ids."""
+    kinds = [(pair, kind) for pair in table for kind in pair.deltas if (kind == "lora") == lora]
+    return [pytest.param(pair, kind, id=f"{family}-{pair.name}-{kind}") for pair, kind in kinds]
