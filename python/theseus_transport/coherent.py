@@ -128,8 +128,8 @@ def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
 def _normalised(e: Evidence, space: str) -> CrossMoment:
     """The moment of z, behind the norm's gain and bias; under LayerNorm with its exact null direction removed."""
     norm = e.norm_of(space)
-    gains = (base.norm(norm, base.layout.width) for base in (e.source, e.target))
-    z = e.moments[space].unfold(*gains, norm=norm)
+    source, target = (base.norm(norm, base.layout.width) for base in (e.source, e.target))
+    z = e.moments[space].unfold(source, target, norm)
     if e.target.layout.family.norm == "layer":  # every row of z sums to 0
         cross = z.cross - z.cross.mean(0)
         z = replace(z, cross=cross - cross.mean(1, keepdim=True))

@@ -108,8 +108,9 @@ class CrossMoment:
         (gain_s, bias_s), (gain_t, bias_t) = (tuple(v.to(self.cross) for v in side) for side in (source, target))
         for side, gain in (("source", gain_s), ("target", gain_t)):
             if bool((gain == 0).any()):
+                feature = int((gain == 0).nonzero()[0])
                 raise InputRefused(
-                    f"{norm or 'a norm'} of the {side} has gain 0 at feature {int((gain == 0).nonzero()[0])}; nothing passes there"
+                    f"{norm or 'a norm'} of the {side} has gain 0 at feature {feature}; nothing passes there"
                 )
         sum_s, sum_t = self.source_sum - n * bias_s, self.target_sum - n * bias_t
         cross = self.cross - bias_s[:, None] * self.target_sum - sum_s[:, None] * bias_t
