@@ -13,6 +13,8 @@ import baseline  # noqa: E402
 
 NAMES = ("cross", "source_sum", "target_sum", "source_energy", "target_energy")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request):
     torch.manual_seed(0)

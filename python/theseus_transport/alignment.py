@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import coherent, maps, paper
@@ -63,7 +63,7 @@ class Alignment:
             raise InputRefused(f"{path} is not empty; choose another folder for the alignment")
         path.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}/{part}": t for name, m in self.maps.items() for part, t in m.tensors().items()}
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path / "maps.safetensors")
+        save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, path / "maps.safetensors")
         record = {
             "format": FORMAT,
             **{side: _plain(getattr(self, side)) for side in ("source", "target")},
@@ -72,7 +72,7 @@ class Alignment:
                 name: {k: dataclasses.asdict(r) for k, r in getattr(self, name).items()}
                 for name in ("rules", "vectors")
             },
-            "maps": list(self.maps),
+            "maps": {name: type(m).__name__ for name, m in self.maps.items()},
             "reports": [dataclasses.asdict(r) for r in self.reports],
             "heads": self.heads,
             "lost": self.lost,
@@ -90,23 +90,28 @@ class Alignment:
         """
         path = Path(folder)
         try:
-            record = json.loads((path / "alignment.json").read_text())
-        except (OSError, ValueError) as error:
-            raise InputRefused(f"{path} holds no readable alignment ({error})") from error
+            return cls._read(path)
+        except InputRefused:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise InputRefused(f"{path} holds no readable alignment ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def _read(cls, path: Path) -> Alignment:
+        record = json.loads((path / "alignment.json").read_text())
         if record.get("format") != FORMAT:
             raise InputRefused(
                 f"{path} has alignment format {record.get('format')}, this version reads {FORMAT}; align again"
             )
         parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in record["maps"]}
-        with safe_open(path / "maps.safetensors", "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)  # noqa: SIM118 (no mapping)
-                name, part = key.rsplit("/", 1)
-                parts[name][part] = file.get_tensor(key)
+        for key, tensor in load_file(path / "maps.safetensors").items():
+            name, part = key.rsplit("/", 1)
+            parts[name][part] = tensor
         return cls(
             source=Layout.of(record["source"]),
             target=Layout.of(record["target"]),
             recipe=Recipe(**record["recipe"]),
-            maps={name: maps.from_tensors(tensors) for name, tensors in parts.items()},
+            maps={name: maps.from_tensors(kind, parts[name]) for name, kind in record["maps"].items()},
             rules={k: Rule(**r) for k, r in record["rules"].items()},
             vectors={k: Rule(**r) for k, r in record["vectors"].items()},
             reports=[MapReport(**r) for r in record["reports"]],
@@ -168,7 +173,12 @@ def align(
     if tokens < 4 * widest:
         log.warning("%d calibration tokens for a widest space of %d: give at least %d", tokens, widest, 4 * widest)
     if weak := [r.space for r in made.reports if r.weak]:
-        log.warning("%d of %d maps have less than half their rank, first %s", len(weak), len(made.reports), weak[0])
+        log.warning(
+            "%d of %d maps have less than half their rank, first %s: give more, and more varied, calibration",
+            len(weak),
+            len(made.reports),
+            weak[0],
+        )
     return Alignment(
         source=layouts[0],
         target=layouts[1],

@@ -32,6 +32,7 @@ class Capture:
         self._layouts = layouts
         self._devices = tuple(next(m.parameters()).device for m in self._models)
         self._mixings: Mixings = (None, None)
+        self._side = 0  # whose forward pass is running; source and target may be one module
         self._pending: dict[str, Tensor] = {}
         self._done: set[str] = set()
         self._spaces = [_paired(la.spaces(), la.outputs() if energies else []) for la in layouts]
@@ -51,8 +52,9 @@ class Capture:
         self._done.clear()
         self._mixings = tuple(m and m.to(self._devices[1]) for m in mixings(self._layouts, source, target))  # type: ignore[assignment]
         with torch.no_grad():
-            for model, device, batch in zip(self._models, self._devices, (source, target), strict=True):
-                inputs = {k: v.to(device) for k, v in batch.items() if k != "offsets"}
+            for self._side, batch in enumerate((source, target)):
+                model, device = self._models[self._side], self._devices[self._side]
+                inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "offsets"}
                 if "input_ids" in inputs:
                     inputs["use_cache"] = False
                 model(**inputs)
@@ -62,6 +64,8 @@ class Capture:
             )
 
     def _observe(self, side: int, space: Space, activation: Tensor) -> None:
+        if side != self._side:
+            return
         rows = activation.detach().flatten(0, -2)
         if rows.shape[1] != space.width:
             raise InputRefused(f"{space.module} is {rows.shape[1]} wide, but the config says {space.width}")

@@ -166,6 +166,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise InputRefused(f"{path}: cannot read {name!r} any more: {error}; did the file change?") from error
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 

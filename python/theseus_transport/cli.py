@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__
-from .errors import TheseusError
+from .errors import InputRefused, TheseusError
 from .procrustes import FLOOR
-from .report import console, coverage_table, maps_table
+from .report import console, record, report, warnings
 
 app = typer.Typer(
     add_completion=False,
@@ -53,10 +53,14 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object in
 
 @app.command()
 def transport(
-    source: Annotated[str, typer.Argument(help="Base model the update was trained on: a folder or a hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The tune of SOURCE: a checkpoint or a PEFT LoRA adapter.")],
-    target: Annotated[str, typer.Argument(help="Base model to move it to: same family, same depth.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Base model the update was trained on: a folder or a hub id.")
+    ],
+    tuned: Annotated[
+        str, typer.Argument(metavar="TUNED", help="The tune of SOURCE: a checkpoint or a PEFT LoRA adapter.")
+    ],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Base model to move it to: same family, same depth.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     calibration: Annotated[
         str, typer.Option(help="A .safetensors of ready tensors, a text file, or 'builtin' (text Python ships).")
     ] = "builtin",
@@ -71,7 +75,7 @@ def transport(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     output: Annotated[OutputName, typer.Option(help="What to write; auto writes what TUNED is.")] = OutputName.auto,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Calibration tokens [default: 4 x the widest space].")
+        int | None, typer.Option(min=1, help="Calibration tokens.", show_default="4 x the widest space")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
     seed: Annotated[int, typer.Option(help="Which calibration samples are drawn.")] = 0,
@@ -84,11 +88,10 @@ def transport(
     as_json: JsonFlag = False,
 ) -> None:
     """Move the update TUNED - SOURCE to TARGET and write it to OUT."""
-    from .job import Job, Session
-    from .recipes import Recipe
-    from .report import report
-
     with _errors(as_json):
+        from .job import Job, Session
+        from .recipes import Recipe
+
         job = Job(
             source=source,
             tuned=tuned,
@@ -108,8 +111,7 @@ def transport(
         )
         session = Session(job)
         if dry_run:
-            session.calibration()
-            outcome = session.outcome()
+            outcome = session.rehearse()
         else:
             with _progress() as progress:
                 outcome = session.run(progress)
@@ -118,35 +120,25 @@ def transport(
 
 @app.command()
 def inspect(
-    out: Annotated[Path, typer.Argument(help="A folder this command wrote.")], as_json: JsonFlag = False
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder this command wrote.")], as_json: JsonFlag = False
 ) -> None:
     """Show what a folder holds and how it was made; check its files against the manifest."""
-    from .writer import read_manifest, verify
+    from .writer import MANIFEST, read_manifest, verify
 
     with _errors(as_json):
+        if not (out / MANIFEST).is_file():
+            raise InputRefused(f"{out} holds no {MANIFEST}; give a folder this command wrote")
         manifest = read_manifest(out)
         damaged = verify(out)
-        outcome = manifest.get("metadata", {}).get("outcome", {})
-        screen = console()
         if as_json:
             print(json.dumps({"damaged": damaged, **manifest}, indent=1))
         else:
-            job = outcome.get("job", {})
-            screen.print(
-                f"{outcome.get('kind', 'output')} of {job.get('tuned')}, "
-                f"moved from {job.get('source')} to {job.get('target')}"
-            )
-            choices = job.get("recipe", {})
-            screen.print(
-                f"recipe {choices.get('name')}, null {choices.get('null')}, alpha {job.get('alpha')}, "
-                f"calibration {outcome.get('calibration')}"
-            )
-            screen.print(coverage_table(outcome.get("coverage", [])))
-            screen.print(maps_table(outcome.get("maps", [])))
-            for warning in outcome.get("warnings", []):
-                screen.print(f"[yellow]warning[/] {warning}")
-            for problem in damaged:
-                screen.print(f"[red]damaged[/] {problem}")
+            screen = console()
+            try:
+                screen.print(record(manifest["metadata"]["outcome"]))
+            except (AttributeError, KeyError, TypeError, ValueError):
+                screen.print(f"{MANIFEST} does not tell how this was made")
+            screen.print(*warnings(damaged, "[red]damaged[/]"), sep="\n", end="\n" if damaged else "")
             if not damaged:
                 screen.print(f"all {len(manifest['files'])} files are as written")
         if damaged:
@@ -162,7 +154,7 @@ def doctor(as_json: JsonFlag = False) -> None:
         facts = examine()
         table = Table("what", "finding", title="theseus doctor", title_justify="left")
         for name, finding in facts.items():
-            table.add_row(name, str(finding))
+            table.add_row(name, str(finding) or "none")
         _show(facts, table, as_json)
         if not facts["healthy"]:
             raise typer.Exit(5)
@@ -187,10 +179,11 @@ def main_options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
 ) -> None:
+    shown = logging.INFO if verbose else logging.ERROR  # warnings are part of the report
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.ERROR,
+        level=logging.INFO if verbose else logging.WARNING,
         format="%(message)s",
-        handlers=[RichHandler(console=console(stderr=True), show_path=False)],
+        handlers=[RichHandler(shown, console=console(stderr=True), show_path=False)],
     )
     if version:
         print(__version__)
@@ -206,7 +199,7 @@ def _show(data: dict[str, Any], renderable: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(data, indent=1))
     else:
-        console().print(renderable)
+        console().print(renderable, crop=False)
 
 
 @contextmanager
@@ -216,8 +209,14 @@ def _errors(as_json: bool) -> Iterator[None]:
         yield
     except TheseusError as error:
         _fail(str(error), error.exit_code, as_json)
-    except MemoryError as error:
-        _fail(f"out of memory: {error}", 4, as_json)
+    except (MemoryError, RuntimeError) as error:
+        from .checks import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        _fail(f"out of memory: {error}; free some, lower --batch-size, or use smaller models", 4, as_json)
+    except OSError as error:
+        _fail(f"{error}; check the path, its permissions and the disk", 4, as_json)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", 130, as_json)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,17 @@ class Adapter:
                 raise InputRefused(f"the adapter uses {option}, which is not a plain B A update; train without it")
         if config.get("bias", "none") != "none":
             raise InputRefused(f"the adapter trains biases (bias={config['bias']!r}); only bias='none' can be moved")
-        if not config.get("r"):
-            raise InputRefused("adapter_config.json has no rank r; is it complete?")
+        for option, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            by_layer = config.get(patterns) or {}
+            if not isinstance(by_layer, Mapping):
+                raise InputRefused(f"adapter_config.json: {patterns} is {by_layer!r}, expected names and numbers")
+            for name, value in {option: config.get(option), **by_layer}.items():
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                    raise InputRefused(f"adapter_config.json: {name} is {value!r}, expected a positive number")
+            try:
+                [re.compile(pattern) for pattern in by_layer]
+            except re.error as error:
+                raise InputRefused(f"adapter_config.json: {patterns} holds no regular expression: {error}") from error
 
     @classmethod
     def open(cls, folder: str | Path) -> Adapter:
@@ -89,7 +98,7 @@ class Adapter:
     def scaling(self, layer: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rslora, with the layer's own r and alpha where patterns set them."""
         r = _by_pattern(self.config.get("rank_pattern"), layer, self.config["r"])
-        alpha = _by_pattern(self.config.get("alpha_pattern"), layer, self.config.get("lora_alpha", 8))
+        alpha = _by_pattern(self.config.get("alpha_pattern"), layer, self.config["lora_alpha"])
         return float(alpha / math.sqrt(r) if self.config.get("use_rslora") else alpha / r)
 
     def layers(self) -> dict[str, tuple[str, str]]:
@@ -113,7 +122,7 @@ class Adapter:
     def whole(self) -> dict[str, str]:
         """Parameters saved whole (``modules_to_save``): name in the model -> key."""
         return {
-            re.sub(r"\.modules_to_save(\.default)?", "", k.removeprefix(PREFIX)): k
+            re.sub(r"\.modules_to_save(\.default)?|\.base_layer", "", k.removeprefix(PREFIX)): k
             for k in self.tensors
             if "lora_" not in k
         }
@@ -124,6 +133,10 @@ class Adapter:
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise InputRefused(
                 f"{layer}: lora_A is {list(a.shape)}, lora_B {list(b.shape)}; they do not multiply as B A"
+            )
+        if (rank := _by_pattern(self.config.get("rank_pattern"), layer, self.config["r"])) != a.shape[0]:
+            raise InputRefused(
+                f"{layer}: lora_A has rank {a.shape[0]}, adapter_config.json says {rank}; edited by hand?"
             )
         return Factors(a, b, self.scaling(layer))
 
@@ -158,26 +171,29 @@ class Delta:
         """A LoRA adapter in memory: PEFT's configuration as a dict, and tensors under PEFT's names."""
         return cls(tensors_of(base), adapter=Adapter(config, tensors))
 
-    def tuned_tensors(self, family: Family) -> Tensors:
+    def tuned_tensors(self, family: Family) -> Renamed:
         """Canonical name -> stored tensor of the tuned model, lazily; for an adapter only what it saves whole."""
         if self.tuned is not None:
-            return _Renamed(self.tuned, family.index(self.tuned))
+            return Renamed(self.tuned, family.index(self.tuned))
         assert self.adapter is not None
         whole = self.adapter.whole()
         index = family.index(whole)
-        return _Renamed(self.adapter.tensors, {name: whole[spelled] for name, spelled in index.items()})
+        return Renamed(self.adapter.tensors, {name: whole[spelled] for name, spelled in index.items()})
 
 
-class _Renamed(Mapping[str, Tensor]):
+class Renamed(Mapping[str, Tensor]):
     """A mapping under other names, reading through."""
 
-    def __init__(self, tensors: Tensors, names: Mapping[str, str]) -> None:
+    def __init__(self, tensors: Tensors, names: dict[str, str]) -> None:
         self._tensors, self.names = tensors, names
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self.names[name]]
 
-    def __iter__(self) -> Any:
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:

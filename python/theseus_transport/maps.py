@@ -79,12 +79,13 @@ class Heads:
         return {"source_head": self.source_head, "blocks": self.blocks, "heads": torch.tensor(self.heads)}
 
 
-def from_tensors(tensors: dict[str, Tensor]) -> Map:
-    """The map whose :meth:`Map.tensors` these are."""
-    if not tensors:
-        return Identity()
-    if "matrix" in tensors:
-        return Dense(tensors["matrix"])
-    if "left" in tensors:
-        return Factored(tensors["left"], tensors["right"])
-    return Heads(tensors["source_head"], tensors["blocks"], int(tensors["heads"]))
+def from_tensors(kind: str, tensors: dict[str, Tensor]) -> Map:
+    """The map of class ``kind`` whose :meth:`Map.tensors` these are.
+
+    Raises:
+        KeyError, TypeError: the kind is unknown, or a part is missing.
+    """
+    if kind == "Heads":
+        return Heads(tensors["source_head"], tensors["blocks"], int(tensors["heads"]))
+    classes: dict[str, type[Identity | Dense | Factored]] = {"Identity": Identity, "Dense": Dense, "Factored": Factored}
+    return classes[kind](**tensors)

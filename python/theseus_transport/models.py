@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from .errors import InputRefused
 from .spaces import Layout
 
 Tensors = Mapping[str, Tensor]
+BELONG = "do config.json and the tensors belong together?"
 
 
 def tensors_of(model: nn.Module | Tensors) -> Tensors:
@@ -49,7 +51,7 @@ class Base:
 
     layout: Layout
     tensors: Tensors
-    names: Mapping[str, str]
+    names: dict[str, str]
 
     @classmethod
     def of(cls, model: nn.Module | Tensors, layout: Layout | None = None, config: Any = None) -> Base:
@@ -97,3 +99,27 @@ class Base:
         """[W b] of a linear layer, [out, in + 1]."""
         weight = self.need(f"{layer}.weight")
         return torch.cat([weight, self.vector(f"{layer}.bias", len(weight), 0.0).to(weight)[:, None]], 1)
+
+
+def check_shapes(
+    layout: Layout, shapes: Mapping[str, Sequence[int]], *, says: str = "config.json", cure: str = BELONG
+) -> None:
+    """Compare shapes, by canonical name, with what ``says`` promised, before anything of that size is made."""
+    blocks = {match[1] for name in shapes if (match := re.match(rf"{layout.family.blocks}\.(\d+)\.", name))}
+    if len(blocks) != layout.depth:
+        raise InputRefused(f"{says} says {layout.depth} blocks, the tensors are of {len(blocks)}; {cure}")
+    roles, width = layout.weights(), layout.width
+    expected: dict[str, tuple[int, ...]] = {
+        f"{layer.name}.weight": roles[layer.role] for layer in layout.layers() if layer.role in roles
+    }
+    if layout.vocabulary:
+        expected["embed_tokens.weight"] = (layout.vocabulary, width)
+    if layout.patch:
+        rows, columns = layout.grid
+        expected["embeddings.position_embeddings"] = (1, 1 + rows * columns, width)
+        expected["embeddings.patch_embeddings.projection.weight"] = (width, layout.channels or 0, *layout.patch)
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise InputRefused(f"there is no tensor {name}; is the checkpoint complete?")
+        if tuple(shapes[name]) != shape:
+            raise InputRefused(f"{name} is {list(shapes[name])}, {says} asks for {list(shape)}; {cure}")

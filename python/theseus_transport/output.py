@@ -46,6 +46,8 @@ def write_update(
     Returns:
         The manifest.
     """
+    if kind == "adapter" and update.delta.adapter is None:
+        raise InputRefused("a full fine-tune has no low-rank factors; write it as a checkpoint or a delta")
     extra = dict(files or {})
     if kind == "adapter":
         extra["adapter_config.json"] = adapter_config(update, base_name)
@@ -69,21 +71,35 @@ def check_output(update: Update, folder: str | Path, kind: Kind, *, overwrite: b
 
 
 def adapter_config(update: Update, base_name: str | None) -> str:
-    """The source adapter's configuration with the target as its base; ranks and alphas stay."""
-    assert update.delta.adapter is not None
-    config = {
-        **update.delta.adapter.config,
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "revision": None,
-    }
+    """The source adapter's configuration with the target as its base; ranks and alphas stay.
+
+    Where not all of the adapter moved, or the target's class names its modules otherwise, what moved is listed by name.
+    """
+    adapter, canonical = update.delta.adapter, update.family.canonical
+    assert adapter is not None
+    config = {**adapter.config, "base_model_name_or_path": base_name, "inference_mode": True, "revision": None}
+    keys = adapter.layers()
+    given = {canonical(spelled): spelled for spelled in keys}
+    moved = {layer: given[canonical(layer)] for layer, _ in update.factor_jobs()}
+    if set(moved) != set(given.values()):
+        ranks = {layer: shape_of(adapter.tensors, keys[spelled][0])[0] for layer, spelled in moved.items()}
+        root = (lambda r: r**0.5) if config.get("use_rslora") else float
+        config |= {
+            "target_modules": sorted(moved),
+            "rank_pattern": ranks,
+            "alpha_pattern": {layer: adapter.scaling(moved[layer]) * root(r) for layer, r in ranks.items()},
+            **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+        }
+    whole = {name: canonical(name) in update.target for name in adapter.whole()}
+    if not all(whole.values()):  # else PEFT looks for a head that is not there
+        modules = {name.rpartition(".")[0].rpartition(".")[2] for name, kept in whole.items() if kept}
+        config |= {"modules_to_save": sorted(modules) or None, "task_type": None}
     return json.dumps(config, indent=2, sort_keys=True)
 
 
 def _adapter(update: Update) -> Iterator[Planned]:
     adapter = update.delta.adapter
-    if adapter is None:
-        raise InputRefused("a full fine-tune has no low-rank factors; write it as a checkpoint or a delta")
+    assert adapter is not None
     keys = {update.family.canonical(spelled): keys for spelled, keys in adapter.layers().items()}
     for layer, compute in update.factor_jobs():
         once = lru_cache(maxsize=1)(compute)

@@ -7,7 +7,7 @@ Reference: Schönemann, "A generalized solution of the orthogonal Procrustes pro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import scipy.linalg
@@ -54,6 +54,10 @@ def procrustes(cross: Tensor, *, null: Null = "partial", floor: float = FLOOR, t
     if not 0 <= floor < 1:
         raise InputRefused(f"floor is {floor}; it must be at least 0 and below 1 (default {FLOOR:g})")
     c = cross.double()
+    if null == "completed" and toward is not None and c.ndim > 2:
+        options = {"null": null, "floor": floor}
+        each = [procrustes(one, toward=other, **options) for one, other in zip(c, toward, strict=True)]  # type: ignore[arg-type]
+        return Polar(*(torch.stack([getattr(p, f.name) for p in each]) for f in fields(Polar)))
     if not bool(torch.isfinite(c).all()):
         raise NumericalError(f"the cross-moment {list(c.shape)} holds NaN or Inf")
     u, s, vh = _svd(c)
@@ -64,12 +68,25 @@ def procrustes(cross: Tensor, *, null: Null = "partial", floor: float = FLOOR, t
     gap = torch.where((rank > 0) & (largest[..., 0] > 0), smallest / largest[..., 0], 0.0)
     result = Polar((u * kept[..., None, :]) @ vh, rank, gap)
     certify(result.map, c, rank, floor=floor)
-    if null == "completed" and toward is not None:
-        t = result.map
-        rest = toward.double() - t @ (t.mT @ toward.double())
-        added = procrustes(rest - (rest @ t.mT) @ t, floor=floor)
-        return Polar(t + added.map, rank + added.rank, gap)
-    return result
+    return result if null != "completed" or toward is None else _complete(result, u, vh, toward.double(), floor)
+
+
+def _complete(partial: Polar, u: Tensor, vh: Tensor, toward: Tensor, floor: float) -> Polar:
+    """The polar factor of what ``toward`` [dS, dT] says between the directions ``partial`` leaves out, added to it."""
+    rank = int(partial.rank)
+    left, right = (_complement(q) for q in (u[:, :rank], vh[:rank].mT))
+    if not left.shape[1] or not right.shape[1]:
+        return partial
+    inner_u, s, inner_vh = _svd(left.mT @ toward @ right)
+    kept = s > floor * torch.linalg.matrix_norm(toward, ord=2)
+    t = partial.map + left @ (inner_u[:, kept] @ inner_vh[kept]) @ right.mT
+    _check_isometry(t)
+    return Polar(t, partial.rank + kept.sum(), partial.gap)
+
+
+def _complement(q: Tensor) -> Tensor:
+    """Orthonormal columns orthogonal to the orthonormal columns of ``q`` [d, r]: [d, d - r]."""
+    return torch.linalg.qr(q, mode="complete")[0][:, q.shape[1] :]
 
 
 def certify(t: Tensor, cross: Tensor, rank: Tensor, *, floor: float) -> None:
@@ -84,7 +101,8 @@ def certify(t: Tensor, cross: Tensor, rank: Tensor, *, floor: float) -> None:
     k = min(t.shape[-2:])
     if k == 0:
         return
-    eps = 64 * torch.finfo(torch.float64).eps * max(t.shape[-2:])
+    _check_isometry(t)
+    eps = _rounding(t)
     norm = torch.linalg.matrix_norm
     adjoint = t.mT
     scale = norm(cross).clamp(min=torch.finfo(torch.float64).tiny)
@@ -92,18 +110,29 @@ def certify(t: Tensor, cross: Tensor, rank: Tensor, *, floor: float) -> None:
     left_out = 2 * floor * scale * (k - rank).double().sqrt() + eps * scale
     shifted = (h + h.mT) / 2 / scale[..., None, None] + eps * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     checks = {
-        "|T T^T T - T|": (norm(t @ adjoint @ t - t), eps * k**0.5),
         "|H - H^T|": (norm(h - h.mT), eps * scale),
         "|C - T T^T C|": (norm(cross - t @ h), left_out),
         "|C - C T^T T|": (norm(cross - (cross @ adjoint) @ t), left_out),
         "the number of H that are not positive semidefinite": (torch.linalg.cholesky_ex(shifted)[1] != 0, 0.5),
     }
     for name, (value, bound) in checks.items():
-        if not bool((value <= bound).all()):
-            worst, limit = float(value.double().max()), float(torch.as_tensor(bound).max())
-            raise NumericalError(
-                f"a map {list(t.shape)} failed its certificate: {name} is {worst:.3g}, above {limit:.3g}"
-            )
+        _require(t, name, value, bound)
+
+
+def _check_isometry(t: Tensor) -> None:
+    k = min(t.shape[-2:])
+    _require(t, "|T T^T T - T|", torch.linalg.matrix_norm(t @ t.mT @ t - t), _rounding(t) * k**0.5)
+
+
+def _rounding(t: Tensor) -> float:
+    """Relative rounding of a float64 product of these sizes, with room for the decomposition's own."""
+    return 64 * torch.finfo(torch.float64).eps * max(t.shape[-2:])
+
+
+def _require(t: Tensor, name: str, value: Tensor, bound: Tensor | float) -> None:
+    if not bool((value <= bound).all()):
+        worst, limit = float(value.double().max()), float(torch.as_tensor(bound).max())
+        raise NumericalError(f"a map {list(t.shape)} failed its certificate: {name} is {worst:.3g}, above {limit:.3g}")
 
 
 def _svd(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:

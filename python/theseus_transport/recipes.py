@@ -8,7 +8,7 @@ two bases are re-parametrisations of each other. ``paper``: every layer's own in
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -40,9 +40,11 @@ class Recipe:
     center: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("name", ("coherent", "paper")), ("scale", ("norm", "none"))):
+        for name, choices in (("name", ("coherent", "paper")), ("null", get_args(Null)), ("scale", ("norm", "none"))):
             if (value := getattr(self, name)) not in choices:
                 raise InputRefused(f"recipe {name} is {value!r}; choose one of {', '.join(choices)}")
+        if not 0 <= self.floor < 1:
+            raise InputRefused(f"floor is {self.floor}; it must be at least 0 and below 1 (default {FLOOR:g})")
         if self.center and self.name == "coherent":
             raise InputRefused("center belongs to the paper recipe; coherent aligns uncentred activations")
 

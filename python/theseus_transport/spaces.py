@@ -175,29 +175,38 @@ class Layout:
         """From a transformers config or its dict.
 
         Raises:
-            InputRefused: the family is not supported, or the config lacks a size.
+            InputRefused: the family is not supported, or a size is missing or impossible.
         """
         values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
         kind = values.get("model_type")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise InputRefused(f"model_type is {kind!r}; supported families are {', '.join(sorted(FAMILIES))}")
-        missing = [k for k in ("hidden_size", "num_hidden_layers", "num_attention_heads") if not values.get(k)]
-        if missing:
-            raise InputRefused(f"the {kind} config has no {', '.join(missing)}; is config.json complete?")
-        width, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
+        family = FAMILIES[kind]
+        text = family.modality == "text"
+
+        def size(key: str, default: int | None = None) -> int:
+            return _size(key, default if values.get(key) is None else values[key])
+
+        width, heads = size("hidden_size"), size("num_attention_heads")
+        kv_heads = size("num_key_value_heads", heads)
+        if heads % kv_heads or (values.get("head_dim") is None and width % heads):
+            raise InputRefused(
+                f"hidden_size {width}, {heads} attention heads and {kv_heads} key-value heads do not divide; "
+                "was config.json edited?"
+            )
         return cls(
-            family=FAMILIES[kind],
-            depth=int(values["num_hidden_layers"]),
+            family=family,
+            depth=size("num_hidden_layers"),
             width=width,
             heads=heads,
-            kv_heads=int(values.get("num_key_value_heads") or heads),
-            head_dim=int(values.get("head_dim") or width // heads),
-            middle=int(values["intermediate_size"]),
-            tied=bool(values.get("tie_word_embeddings")) and FAMILIES[kind].modality == "text",
-            vocabulary=values.get("vocab_size"),
-            image=_pair(values.get("image_size")),
-            patch=_pair(values.get("patch_size")),
-            channels=values.get("num_channels"),
+            kv_heads=kv_heads,
+            head_dim=size("head_dim", width // heads),
+            middle=size("intermediate_size"),
+            tied=bool(values.get("tie_word_embeddings")) and text,
+            vocabulary=size("vocab_size") if text else None,
+            image=None if text else _pair("image_size", values.get("image_size")),
+            patch=None if text else _pair("patch_size", values.get("patch_size")),
+            channels=None if text else size("num_channels", 3),
         )
 
     @property
@@ -245,19 +254,32 @@ class Layout:
 
     def outputs(self) -> list[Space]:
         """The outputs whose energies set the scales: every linear layer of a block and the embedding."""
-        widths = {
-            "query": self.heads * self.head_dim,
-            "key": self.kv_heads * self.head_dim,
-            "value": self.kv_heads * self.head_dim,
-            "output": self.width,
-            "expand": self.middle,
-            "contract": self.width,
-        }
+        widths = {role: out for role, (out, _) in self.weights().items()}
         layers = [Space(la.name, la.name, "output", widths[la.role]) for la in self.layers() if la.role in widths]
         return [Space("embedding", self.family.embedding_module, "output", self.width), *layers]
 
+    def weights(self) -> dict[Role, tuple[int, int]]:
+        """[out, in] of the weights of a block, by role."""
+        context, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "query": (context, self.width),
+            "key": (kv, self.width),
+            "value": (kv, self.width),
+            "output": (self.width, context),
+            "expand": (self.middle, self.width),
+            "contract": (self.width, self.middle),
+        }
 
-def _pair(size: int | list[int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+def _size(key: str, value: Any) -> int:
+    if type(value) is not int or value < 1:  # a bool is no size
+        raise InputRefused(f"{key} is {value!r}, expected a positive integer; is config.json complete?")
+    return value
+
+
+def _pair(key: str, value: Any) -> tuple[int, int]:
+    """(height, width) of a config, which gives one number for squares."""
+    sides = list(value) if isinstance(value, (list, tuple)) else [value, value]
+    if len(sides) != 2:
+        raise InputRefused(f"{key} is {value!r}, expected one side or [height, width]")
+    return _size(key, sides[0]), _size(key, sides[1])

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .alignment import Alignment
-from .delta import Delta, Factors
+from .delta import Delta, Factors, Renamed
 from .errors import InputRefused
-from .models import Base, Tensors, double
+from .models import Base, Tensors, check_shapes, double
 from .moves import move_dense, move_factors, move_gain, move_vector
 from .recipes import Rule
 from .spaces import Layer
@@ -56,10 +56,25 @@ class _Planner:
         self.family = alignment.target.family
         self.source = Base.of(delta.base, alignment.source)
         self.target = Base.of(target, alignment.target)
-        self.tuned = delta.tuned_tensors(self.family)
         self.update = Update(self.target, delta, alpha)
         self.rows: dict[str, Row] = {}
+        tuned = delta.tuned_tensors(self.family)
+        self._untie(tuned)
+        for name in [n for n in tuned.names if self._asked_to_leave(n)]:
+            del tuned.names[name]  # as if the tuned model had not changed it
+            self._row(name, "left", "left on request")
+        self.tuned = tuned
         self.changed = {name for name in self.tuned if self._is_changed(name)}
+
+    def _untie(self, tuned: Renamed) -> None:
+        """A tied head is no tensor of its own, but an untied target's head takes its update."""
+        if not self.source.layout.tied:
+            return
+        tuned.names.pop("lm_head.weight", None)
+        if "lm_head.weight" in self.target and self.delta.adapter is None:
+            for names in (self.source.names, tuned.names):
+                if shared := names.get("embed_tokens.weight"):
+                    names["lm_head.weight"] = shared
 
     def plan(self) -> Update:
         self._check_bases()
@@ -77,10 +92,11 @@ class _Planner:
         self.update.coverage = sorted(
             self.rows.values(), key=lambda row: order.get(self.family.canonical(row.tensor), -1)
         )
+        fates = {row.fate for row in self.rows.values()}
         if not self.update._jobs:
             raise InputRefused(
                 "nothing to transport: "
-                + ("no tensor differs from the base" if not self.changed else "every changed tensor was left behind")
+                + ("every changed tensor was left behind" if "left" in fates else "no tensor differs from the base")
                 + "; was the right base given?"
             )
         return self.update
@@ -94,33 +110,34 @@ class _Planner:
                 return True
             raise InputRefused(
                 f"{name} is {list(after.shape)} in the tuned model and {list(before.shape)} in the base; "
-                f"was the right base given? (--leave '{name}' leaves it behind)"
+                f"was the right base given? ({_leaving(name)})"
             )
         if before.dtype != after.dtype and not self.update.warnings:
             kinds = (str(t.dtype).removeprefix("torch.") for t in (after, before))
             self.update.warnings.append("the tuned model is {}, the base {}: their rounding moves along".format(*kinds))
         return not torch.equal(before.to(after), after)
 
+    def _asked_to_leave(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.leave)
+
     def _left(self, name: str) -> str | None:
         """Why a tensor stays behind by rule."""
-        if any(fnmatchcase(name, pattern) for pattern in self.leave):
-            return "left on request"
         if name in self.family.embeddings and name not in self.alignment.vectors:
             return f"the {self.alignment.recipe.name} recipe leaves embeddings"
         return next((why for pattern, why in self.family.left.items() if re.search(pattern, name)), None)
 
     def _check_bases(self) -> None:
         for side, base in (("source", self.source), ("target", self.target)):
-            name = f"{self.family.final_norm}.weight"
-            if name in base and base.shape(name) != (base.layout.width,):
-                raise InputRefused(
-                    f"{name} of the {side} is {list(base.shape(name))}, the alignment was made for width "
-                    f"{base.layout.width}; was the right base given?"
-                )
+            shapes = {name: base.shape(name) for name in base.names}
+            says = f"the alignment's {side}"
+            check_shapes(base.layout, shapes, says=says, cure="was the right base given?")
         if self.delta.tuned is not None:
-            skip = {"lm_head.weight"} if self.source.layout.tied else set()
-            for name in self.source.names.keys() - self.tuned.keys() - skip:
-                if not self._left(name) and name.split(".")[0] not in self.family.heads:
+            for name in self.source.names.keys() - self.tuned.names.keys() - self.rows.keys():
+                if (
+                    not self._left(name)
+                    and not self._asked_to_leave(name)
+                    and name.split(".")[0] not in self.family.heads
+                ):
                     raise InputRefused(
                         f"the tuned model has no tensor {name}; is it complete, and is it a tune of the source?"
                     )
@@ -131,8 +148,6 @@ class _Planner:
     def _plan_layer(self, layer: Layer, rule: Rule) -> None:
         weight, own = f"{layer.name}.weight", {f"{layer.name}.{p}" for p in ("weight", "bias")}
         norm = {f"{layer.norm}.{p}" for p in ("weight", "bias")} & self.changed if rule.fold else set()
-        if self.source.layout.tied and layer.role == "head" and weight not in self.target:
-            return
         if not (own | norm) & self.changed:
             return
         if reason := self._unfit(layer, weight):
@@ -143,9 +158,18 @@ class _Planner:
             raise InputRefused(
                 f"the adapter saves {sorted(norm)[0]} whole; a moved adapter cannot carry a norm's change"
             )
+        bias = f"{layer.name}.bias"
+        takes_bias = bias in self.target or (self.family.norm == "layer" and rule.fold and layer.norm is not None)
+        if bias in self.changed and not takes_bias:
+            self._row(bias, "left", "the target has no bias to take it")
+            if not ({weight} | norm) & self.changed:
+                return
+        moving = [n for n in sorted(own) if n in self.target and not self._asked_to_leave(n)]
+        if not moving:
+            return
         job = partial(self._dense, layer, rule)
-        self._add_job(layer.name, job)
-        for name in own & self.changed:
+        self.update._jobs |= {self.target.names[name]: job for name in moving}
+        for name in (own & self.changed) - self.rows.keys():
             self._row(name, "transported")
         for name in norm:
             self._row(name, "folded", "into its readers")
@@ -162,11 +186,6 @@ class _Planner:
         if layer.role == "head" and rows[0] != rows[1]:
             return f"the source has {rows[0]} outputs, the target {rows[1]}"
         return None
-
-    def _add_job(self, layer: str, job: Callable[[], dict[str, Tensor]]) -> None:
-        for part in ("weight", "bias"):
-            if f"{layer}.{part}" in self.target:
-                self.update._jobs[self.target.names[f"{layer}.{part}"]] = job
 
     def _dense(self, layer: Layer, rule: Rule) -> dict[str, Tensor]:
         moved = move_dense(layer, rule, self.alignment.maps, self.source, self.tuned, self.target, self.update.warnings)
@@ -214,14 +233,12 @@ class _Planner:
         prefixed = any(name.startswith(f"{self.family.prefix}.") for name in self.target.tensors)
         for spelled in adapter.layers():
             name = self.family.canonical(spelled)
-            if any(fnmatchcase(name, pattern) for pattern in self.leave):
+            if self._asked_to_leave(name) or self._asked_to_leave(f"{name}.weight"):
                 self._row(name, "left", "left on request")
                 continue
             rule = self.alignment.rules.get(name)
             if rule is None:
-                raise InputRefused(
-                    f"the adapter changes {spelled}, which has no rule; --leave '{name}' leaves it behind"
-                )
+                raise InputRefused(f"the adapter changes {spelled}, which has no rule; {_leaving(name)}")
             if f"{name}.weight" in self.changed:
                 raise InputRefused(f"the adapter both factors {spelled} and saves it whole")
             if reason := self._unfit(layers[name], f"{name}.weight"):
@@ -232,8 +249,7 @@ class _Planner:
                 raise InputRefused(
                     f"the adapter's {spelled} is {list(found)}, the base's {list(shape)}; was the right base given?"
                 )
-            rest = spelled.removeprefix(f"{self.family.prefix}.")
-            own = f"{self.family.prefix}.{rest}" if prefixed and layers[name].role != "head" else rest
+            own = f"{self.family.prefix}.{name}" if prefixed and layers[name].role != "head" else name
             compute = partial(self._moved_factors, layers[name], rule, spelled)
             self.update._factors[own] = compute
             self.update._jobs[self.target.names[f"{name}.weight"]] = partial(self._product, name, compute)
@@ -250,15 +266,16 @@ class _Planner:
 
     def _settle(self) -> None:
         """Every tensor has a fate; a changed one without a rule is an error."""
+        norms = set(self.alignment.source.norms())
         for name in {**self.source.names, **dict.fromkeys(self.tuned)}:
             if name in self.rows or (self.delta.adapter is not None and name not in self.tuned):
-                continue
-            if name == "lm_head.weight" and self.source.layout.tied:
                 continue
             if name not in self.changed:
                 self._row(name, "unchanged")
             elif why := self._left(name):
                 self._row(name, "left", why)
+            elif name.rpartition(".")[0] in norms:
+                self._row(name, "left", "no layer that reads it moves")
             elif name.split(".")[0] in self.family.heads:
                 self._row(
                     name,
@@ -268,4 +285,9 @@ class _Planner:
                     else "the target has no such tensor",
                 )
             else:
-                raise InputRefused(f"{name} changed but has no rule; --leave '{name}' leaves it behind")
+                raise InputRefused(f"{name} changed but has no rule; {_leaving(name)}")
+
+
+def _leaving(name: str) -> str:
+    """The option that leaves a tensor's layer behind, for messages."""
+    return f"--leave '{name.removesuffix('.weight').removesuffix('.bias')}*' leaves it behind"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .delta import Delta, Factors
-from .errors import InputRefused
+from .errors import InputRefused, NumericalError
 from .models import Base, dtype_of, shape_of
 from .spaces import Family
 
@@ -55,11 +55,16 @@ class Update(Mapping[str, Tensor]):
         value = self._last[1][name] * self.alpha
         if tuple(value.shape) != (shape := shape_of(self.target.tensors, name)):
             raise InputRefused(f"the update of {name} is {list(value.shape)}, the target's is {list(shape)}")
+        if not bool(torch.isfinite(value).all()):
+            raise NumericalError(f"the update of {name} holds NaN or Inf; check the tuned model and the alignment")
         return value.to(self.dtype(name))
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the update's value: float64 where the target is, else float32."""
         return torch.float64 if dtype_of(self.target.tensors, name) == torch.float64 else torch.float32
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._jobs
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._jobs)

@@ -1,0 +1,155 @@
+"""What a job refuses before anything heavy runs: inputs that cannot be what their names say."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint, check_finite
+from .errors import InputRefused
+from .headers import read_json
+from .models import check_shapes
+from .spaces import Layout
+from .update import Row
+
+log = logging.getLogger(__name__)
+UNRELATED = 0.05  # cosine of weights below which TUNED cannot be a tune of SOURCE
+FOREIGN = 0.5  # share of token ids that mean another token, above which a vocabulary is another one
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; a requested device is never replaced by another."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputRefused(f"device is {name!r}; give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise InputRefused(f"device is {name!r}; only cpu, cuda and cuda:N are supported")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputRefused(f"device is {name}, but this torch sees no GPU; run `theseus doctor`, or use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputRefused(f"device is {name}, but this torch sees {torch.cuda.device_count()} GPUs; give cuda:0")
+    return device
+
+
+def read_layout(name: str, checkpoint: Checkpoint) -> Layout:
+    """The geometry a base model's config promises and its tensors have."""
+    if not checkpoint.config:
+        raise InputRefused(f"{name} {checkpoint.folder} has no config.json; give a model's folder")
+    if Checkpoint.open(checkpoint.folder, allow_pickle=True).files != checkpoint.files:
+        raise InputRefused(f"{name} {checkpoint.files[0]} is not what its folder loads as; give it a folder of its own")
+    try:
+        layout = Layout.of(checkpoint.config)
+        names = layout.family.index(checkpoint)
+        check_shapes(layout, {canonical: checkpoint.shapes[stored] for canonical, stored in names.items()})
+    except InputRefused as error:
+        raise InputRefused(f"{name} {checkpoint.folder}: {error}") from error
+    return layout
+
+
+def check_values(*checkpoints: Checkpoint) -> None:
+    """Refuse NaN and Inf, and weights of integers, which only a quantised model has."""
+    for checkpoint in checkpoints:
+        for name, dtype in checkpoint.dtypes.items():
+            if name.endswith("weight") and not dtype.is_floating_point:
+                raise InputRefused(f"{name} of {checkpoint.folder} is {dtype}, not floating point; dequantise it first")
+            check_finite(f"{name} of {checkpoint.folder}", checkpoint[name])
+
+
+def check_tune(source: Checkpoint, tuned: Checkpoint, layout: Layout) -> None:
+    """Refuse a TUNED that is no tune of SOURCE: another geometry, or weights that are uncorrelated.
+
+    Fine-tuning moves weights a little; two models trained apart are uncorrelated.
+    """
+    trained = f"was {tuned.folder.name} trained from {source.folder.name}?"
+    if tuned.config:
+        other = Layout.of(tuned.config)
+        sizes = ("depth", "width", "heads", "kv_heads", "head_dim", "middle")
+        for what, ours, theirs in ((k, getattr(layout, k), getattr(other, k)) for k in sizes):
+            if ours != theirs:
+                raise InputRefused(f"{what} is {theirs} in TUNED and {ours} in SOURCE; {trained}")
+    names = [layout.family.index(c) for c in (source, tuned)]
+    dot, base, tune = torch.zeros(3, dtype=torch.float64)
+    for name in names[0].keys() & names[1].keys():
+        a, b = source[names[0][name]].double(), tuned[names[1][name]].double()
+        if a.ndim > 1 and a.shape == b.shape:
+            dot, base, tune = dot + (a * b).sum(), base + a.square().sum(), tune + b.square().sum()
+    cosine = float(dot / (base * tune).sqrt().clamp(min=1e-300))
+    if base > 0 and cosine < UNRELATED:  # where no shape agrees, the plan says which
+        raise InputRefused(
+            f"the weights of TUNED and SOURCE have cosine {cosine:.3f}, but a tune stays near 1: {trained}"
+        )
+
+
+def check_left(patterns: Sequence[str], coverage: Sequence[Row], source: Checkpoint, tuned: Checkpoint) -> None:
+    """Refuse a pattern of --leave that matches no tensor (for an adapter: no layer) at all."""
+    names = {row.tensor for row in coverage}
+    if tuned.kind == "adapter":
+        family = Layout.of(source.config).family
+        names |= {family.canonical(name).removesuffix(".weight") for name in source}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputRefused(f"--leave {pattern!r} matches nothing; names read like {coverage[0].tensor!r}")
+
+
+def check_rows(coverage: Sequence[Row], source: Checkpoint, target: Checkpoint) -> None:
+    """Where rows of a vocabulary or classes move by index, they have to mean the same on both sides."""
+    moved = {row.tensor.split(".")[0] for row in coverage if row.fate == "transported"}
+    for what, concerned, read in (
+        ("tokenizers", {"embed_tokens", "lm_head"}, _vocabulary),
+        ("classes (id2label)", {"classifier", "score"}, _classes),
+    ):
+        if not (names := sorted(moved & concerned)):
+            continue
+        ours, theirs = read(source), read(target)
+        common = ours.keys() & theirs.keys()
+        if wrong := [i for i in common if ours[i] != theirs[i]]:
+            example = f"{ours[wrong[0]]!r} is {wrong[0]} in SOURCE, where TARGET has {theirs[wrong[0]]!r}"
+            text = f"the {what} differ in {len(wrong)} of {len(common)} ids ({example}), but {' and '.join(names)}"
+            if what == "tokenizers" and len(wrong) > FOREIGN * len(common):
+                leave = " ".join(f"--leave '{name}*'" for name in names)
+                raise InputRefused(f"{text} move row by row; {leave} leaves them behind")
+            log.warning("%s moved row by row", text)
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[Any, str]:
+    """Token by id, from tokenizer.json; empty where there is none."""
+    path = checkpoint.folder / "tokenizer.json"
+    model = read_json(path).get("model") if path.is_file() else None
+    tokens = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(tokens, list):  # unigram: [token, score], by id
+        return {i: str(entry[0]) for i, entry in enumerate(tokens)}
+    return {i: token for token, i in tokens.items()} if isinstance(tokens, dict) else {}
+
+
+def _classes(checkpoint: Checkpoint) -> dict[Any, str]:
+    labels = checkpoint.config.get("id2label")
+    return labels if isinstance(labels, dict) else {}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory did not suffice: torch raises RuntimeError for the host's."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+def available_memory() -> int | None:
+    """Available host memory in bytes, where the system says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def predict_bytes(source: Checkpoint, target: Checkpoint, s: Layout, t: Layout) -> int:
+    """Peak host memory in bytes: float32 weights, float64 moments and maps, workspace of the widest decomposition."""
+    elements = sum(torch.Size(shape).numel() for c in (source, target) for shape in c.shapes.values())
+    spaces = sum(a.width * b.width for a, b in zip(s.spaces(), t.spaces(), strict=True))
+    widest = max(a.width * b.width for a, b in zip(s.spaces(), t.spaces(), strict=True))
+    runtime = 500 << 20  # the interpreter with torch and transformers
+    return runtime + 4 * elements + 3 * 8 * spaces + 5 * 8 * widest
