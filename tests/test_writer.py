@@ -196,6 +196,13 @@ def test_overwrite_replaces_everything(tmp_path: Path) -> None:
     assert listing(tmp_path / "out") == {"model.safetensors", "theseus.json"} and listing(tmp_path) == {"out"}
 
 
+def test_overwrite_spares_what_it_did_not_write(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputRefused, match="holds no theseus.json, so it is not ours to replace"):
+        write_checkpoint(tmp_path, plan({"new": torch.ones(1)}), overwrite=True)
+    assert listing(tmp_path) == {"thesis.tex"}
+
+
 def test_targets(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new/deep/er"):

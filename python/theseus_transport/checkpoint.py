@@ -43,7 +43,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     if nans or infs:
         raise InputRefused(
             f"{name} {list(tensor.shape)} holds {nans} NaN and {infs} Inf of {tensor.numel()} values: "
-            "the checkpoint is damaged or its training diverged"
+            "a damaged file, or training that diverged"
         )
 
 

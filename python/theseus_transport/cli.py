@@ -170,7 +170,8 @@ def demo(
     from .demo import DemoSettings, render_table, run_demo
 
     with _errors(as_json):
-        result = run_demo(DemoSettings(seeds=seeds), out)
+        with _progress() as progress:
+            result = run_demo(DemoSettings(seeds=seeds), out, progress)
         _show(result.as_dict(), render_table(result), as_json)
 
 

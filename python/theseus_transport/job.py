@@ -223,11 +223,11 @@ class Session:
                 warnings=warnings,
             )
 
-            def record() -> dict[str, Any]:
+            def known() -> Outcome:
                 outcome.warnings = [*warnings, *update.warnings]
-                return {"outcome": asdict(outcome), "provenance": alignment.provenance}
+                return outcome
 
-            files: dict[str, Any] = {"README.md": model_card(outcome)}
+            files: dict[str, Any] = {"README.md": lambda: model_card(known())}
             if self.kind != "adapter":
                 files["config.json"] = json.dumps(self.target.config, indent=2)
                 files |= {n: self.target.folder / n for n in TOKENIZER_FILES if (self.target.folder / n).is_file()}
@@ -236,14 +236,13 @@ class Session:
                 self.job.out,
                 self.kind,
                 files=files,
-                metadata=record,
+                metadata=lambda: {"outcome": asdict(known()), "provenance": alignment.provenance},
                 base_name=self.job.target,
                 overwrite=self.job.overwrite,
                 inputs=self.inputs,
                 progress=progress("write", self.steps),
             )
             lap("move and write")
-        outcome.warnings = [*warnings, *update.warnings]
         outcome.seconds = seconds
         outcome.used_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         outcome.written = str(self.job.out)

@@ -117,6 +117,6 @@ def _into_mean(rest: Tensor, weight: Tensor, zeta: Tensor, layer: Layer, target:
         factor = float(added.norm() / weight.norm().clamp(min=1e-300))
         warnings.append(
             f"{layer.name}: the norm's bias hardly reaches the mean (sum {total:.3g}), so carrying a bias change "
-            f"through it makes the update {factor:.1f} times larger than its own norm"
+            f"through it makes the update {factor:.1f} times larger than its own norm; float32 output keeps it exact"
         )
     return added

@@ -27,7 +27,7 @@ def write_update(
     folder: str | Path,
     kind: Kind,
     *,
-    files: Mapping[str, bytes | str | Path] | None = None,
+    files: Mapping[str, bytes | str | Path | Callable[[], str]] | None = None,
     metadata: Callable[[], Mapping[str, Any]] | None = None,
     base_name: str | None = None,
     overwrite: bool = False,
@@ -38,7 +38,8 @@ def write_update(
 
     Args:
         kind: ``adapter`` (for a LoRA), ``checkpoint`` (target base plus update, in the base's dtypes) or ``delta``.
-        files: what belongs beside it, by name: configuration, tokenizer, model card.
+        files: what belongs beside it, by name: configuration, tokenizer, model card (a function is called once
+            all tensors are written).
         base_name: what an adapter's configuration should name as its base.
         metadata: makes what the manifest should record, once all tensors are written.
         progress: called after every tensor.
@@ -48,7 +49,7 @@ def write_update(
     """
     if kind == "adapter" and update.delta.adapter is None:
         raise InputRefused("a full fine-tune has no low-rank factors; write it as a checkpoint or a delta")
-    extra = dict(files or {})
+    extra: dict[str, bytes | str | Path | Callable[[], str]] = dict(files or {})
     if kind == "adapter":
         extra["adapter_config.json"] = adapter_config(update, base_name)
     tensors = [(n, s, d, partial(_then, make, progress)) for n, s, d, make in planned(update, kind)]

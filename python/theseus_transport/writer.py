@@ -63,6 +63,8 @@ def check_writable(folder: str | Path, nbytes: int, *, overwrite: bool = False, 
         raise InputRefused(f"output {target} is a mount point and cannot be renamed into place; name a folder in it")
     if not overwrite and target.exists() and any(target.iterdir()):
         raise InputRefused(f"output {target} is not empty; name another folder, or --overwrite")
+    if overwrite and target.exists() and any(target.iterdir()) and not (target / MANIFEST).exists():
+        raise InputRefused(f"output {target} holds no {MANIFEST}, so it is not ours to replace; remove it first")
     nearest = next(parent for parent in target.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise InputRefused(f"output {target}: {nearest} is not a folder that may be written; name another")
@@ -79,7 +81,7 @@ def write_checkpoint(
     *,
     stem: str = "model",
     shard_size: int = 5_000_000_000,
-    files: Mapping[str, bytes | str | Path] | None = None,
+    files: Mapping[str, bytes | str | Path | Callable[[], str]] | None = None,
     metadata: Mapping | Callable[[], Mapping] | None = None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
@@ -116,7 +118,8 @@ def write_checkpoint(
         for name, shard in zip(names, shards, strict=True):
             _write_shard(staging / name, shard)
         for name in sorted(files, key=lambda name: name == "config.json"):  # what makes it a model comes late
-            _write_file(staging / name, files[name])
+            content = files[name]
+            _write_file(staging / name, content() if callable(content) else content)
         if len(shards) > 1:
             weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -229,7 +232,7 @@ def _bytes_of(planned: Planned) -> memoryview:
     if nans or infs:
         raise NumericalError(
             f"{planned.name} {list(planned.shape)} came out with {nans} NaN and {infs} Inf in {planned.dtype}; "
-            "nothing was written; a float32 output avoids overflow of float16"
+            "nothing was written; a smaller --alpha or a wider dtype avoids overflow"
         )
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
