@@ -95,9 +95,13 @@ class Adapter:
             raise InputRefused(f"{folder} has no adapter_config.json; is it a PEFT adapter?")
         return cls(checkpoint.adapter_config, checkpoint)
 
+    def rank(self, layer: str) -> int:
+        """The layer's rank by the configuration."""
+        return int(_by_pattern(self.config.get("rank_pattern"), layer, self.config["r"]))
+
     def scaling(self, layer: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rslora, with the layer's own r and alpha where patterns set them."""
-        r = _by_pattern(self.config.get("rank_pattern"), layer, self.config["r"])
+        r = self.rank(layer)
         alpha = _by_pattern(self.config.get("alpha_pattern"), layer, self.config["lora_alpha"])
         return float(alpha / math.sqrt(r) if self.config.get("use_rslora") else alpha / r)
 
@@ -134,7 +138,7 @@ class Adapter:
             raise InputRefused(
                 f"{layer}: lora_A is {list(a.shape)}, lora_B {list(b.shape)}; they do not multiply as B A"
             )
-        if (rank := _by_pattern(self.config.get("rank_pattern"), layer, self.config["r"])) != a.shape[0]:
+        if (rank := self.rank(layer)) != a.shape[0]:
             raise InputRefused(
                 f"{layer}: lora_A has rank {a.shape[0]}, adapter_config.json says {rank}; edited by hand?"
             )

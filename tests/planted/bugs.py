@@ -161,7 +161,7 @@ BUGS = [
 
     # --- fates -------------------------------------------------------------------------------------------------------
     Bug("a changed tensor without a rule dropped", "tests/test_update.py::test_tuned_models_that_do_not_fit", TRANSPORT,
-        """raise InputRefused(f"{name} changed but has no rule; --leave '{name}' leaves it behind")""",
+        """raise InputRefused(f"{name} changed but has no rule; {_leaving(name)}")""",
         'self._row(name, "unchanged")'),
     Bug("alpha ignored", "tests/test_transport.py::test_transport_is_linear", UPDATE,
         "self._last[1][name] * self.alpha", "self._last[1][name]"),
