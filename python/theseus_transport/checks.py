@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+import theseus_ext
+
 from .checkpoint import Checkpoint, check_finite
 from .errors import InputRefused
 from .headers import read_json
@@ -34,6 +36,10 @@ def find_device(name: str) -> torch.device:
         raise InputRefused(f"device is {name}, but this torch sees no GPU; run `theseus doctor`, or use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputRefused(f"device is {name}, but this torch sees {torch.cuda.device_count()} GPUs; give cuda:0")
+    if device.type == "cuda" and not theseus_ext.build_info()["cuda_kernels"]:
+        raise InputRefused(
+            f"device is {name}, but Theseus was built without CUDA kernels; reinstall it with nvcc on PATH"
+        )
     return device
 
 
