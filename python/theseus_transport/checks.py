@@ -38,7 +38,7 @@ def find_device(name: str) -> torch.device:
         raise InputRefused(f"device is {name}, but this torch sees {torch.cuda.device_count()} GPUs; give cuda:0")
     if device.type == "cuda" and not theseus_ext.build_info()["cuda_kernels"]:
         raise InputRefused(
-            f"device is {name}, but Theseus was built without CUDA kernels; reinstall it with nvcc on PATH"
+            f"device is {name}, but this build has no CUDA kernels; reinstall with nvcc on PATH"
         )
     return device
 
