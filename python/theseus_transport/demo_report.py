@@ -103,7 +103,7 @@ def render_table(result: DemoResult) -> Table:
         "Alpha tuned on labelled validation images. Random: the norm of the moved update, tensor by tensor. "
         f"{result.seconds:.0f} s.",
     )
-    for header in ("shifts", "recipe", "update"):
+    for header in ("shifts", "recipe", "kind"):
         table.add_column(header, no_wrap=True)
     shown = [column for column in COLUMNS if column != "random_tuned"]  # a terminal is 80 wide; the JSON has all
     for header in ("zero-\nshot %", *(COLUMNS[column] for column in shown)):
