@@ -46,6 +46,8 @@ const T* entries(const Optional& tensor, ScalarType dtype, const char* name) {
   return tensor->const_data_ptr<T>();
 }
 
+const int64_t kNoEntries = 0;  // stands for the storage of an empty column, whose pointer is null: still a mixing
+
 Side describe(const Tensor& tokens, const Optional& row_ptr, const Optional& column, const Optional& weight,
               const Tensor& sum, const Tensor& energy) {
   STD_TORCH_CHECK(tokens.dim() == 2 && (tokens.stride(1) == 1 || tokens.size(1) <= 1),
@@ -55,7 +57,8 @@ Side describe(const Tensor& tokens, const Optional& row_ptr, const Optional& col
   STD_TORCH_CHECK(!row_ptr || row_ptr->numel() > 0, "cross_moment_: row_ptr needs at least one element");
   STD_TORCH_CHECK(!weight || weight->numel() == count, "cross_moment_: weight needs ", count, " elements");
   return {tokens.const_data_ptr(), dtype_of(tokens), tokens.size(0), width, tokens.stride(0),
-          entries<int64_t>(row_ptr, ScalarType::Long, "row_ptr"), entries<int64_t>(column, ScalarType::Long, "column"),
+          entries<int64_t>(row_ptr, ScalarType::Long, "row_ptr"),
+          column && count == 0 ? &kNoEntries : entries<int64_t>(column, ScalarType::Long, "column"),
           entries<double>(weight, ScalarType::Double, "weight"), count,
           master(sum, width, "sum"), master(energy, width, "energy")};
 }

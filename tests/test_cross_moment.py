@@ -65,6 +65,22 @@ def selection(rows, tokens, device):
     return None, torch.randperm(tokens)[:rows].to(device), None
 
 
+def test_empty_selection_adds_nothing() -> None:
+    """An empty column has a null pointer; it is a mixing of no rows all the same."""
+    nothing = (None, torch.zeros(0, dtype=torch.int64), None)
+    tokens = torch.ones(2, 3)
+    masters = {
+        n: torch.zeros(3, dtype=torch.float64) for n in ("source_sum", "target_sum", "source_energy", "target_energy")
+    }
+    masters["cross"] = torch.zeros(3, 3, dtype=torch.float64)
+    theseus_ext.cross_moment_(tokens, tokens, **masters, source_mixing=nothing, target_mixing=nothing)
+    assert not any(value.any() for value in masters.values())
+    empty_rows = (torch.zeros(3, dtype=torch.int64), nothing[1], torch.zeros(0, dtype=torch.float64))
+    theseus_ext.cross_moment_(tokens, tokens, **masters, source_mixing=empty_rows)
+    assert not masters["cross"].any() and not masters["source_energy"].any()
+    assert torch.equal(masters["target_sum"], torch.full((3,), 2.0, dtype=torch.float64))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the tests of this file ran on the CPU only")
 def test_cuda_is_among_the_devices(device):
     assert device in ("cpu", "cuda")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from exact.models import LLAMA, LLAMA_TIED, base, batches, tune
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from test_alignment import aligned
 from test_delta import PLAIN, Watched, factors
@@ -153,6 +154,38 @@ def test_a_model_aligned_with_itself():
     model = SOURCE.build()
     t = align(model, model, batches(SOURCE, seed=3)).maps["final"]
     torch.testing.assert_close(t(torch.eye(24).double()), torch.eye(24).double(), rtol=0, atol=1e-4)
+
+
+def test_masked_batches_add_nothing_and_alone_are_refused():
+    models, (good,) = (SOURCE.build(), TARGET.build()), batches(SOURCE, seed=3, count=1)
+    ids = good["input_ids"]
+    masked = {"input_ids": ids.flip(0), "attention_mask": torch.zeros_like(ids)}
+    with pytest.raises(InputRefused, match="no token that is not masked"):
+        align(*models, [masked])
+    alone, beside = (align(*models, given).maps["final"] for given in ([good], [good, masked]))
+    assert torch.equal(alone(torch.eye(24).double()), beside(torch.eye(24).double()))
+
+
+@pytest.mark.parametrize("given", [{"input_ids": torch.zeros(1, 2).long()}, torch.zeros(1, 2).long()])
+def test_batches_that_are_no_list(given):
+    with pytest.raises(InputRefused, match=r"must be a list of batches, .* give \[batch\]"):
+        align(SOURCE.build(), TARGET.build(), given)
+
+
+def test_floor_follows_the_precision_of_both_models():
+    given = batches(SOURCE, seed=3, count=1)
+    single = [m.float() for m in (SOURCE.build(), TARGET.build())]
+    assert align(SOURCE.build(), TARGET.build(), given).recipe.floor == 1e-12
+    assert (
+        align(*single, given).recipe.floor
+        == align(SOURCE.build(), TARGET.build(), given, floor=1e-6).recipe.floor
+        == 1e-6
+    )
+
+
+def test_a_peft_model_is_no_base():
+    with pytest.raises(InputRefused, match="this is a PEFT model: give its base"):
+        Delta.between(get_peft_model(SOURCE.build(), LoraConfig(target_modules=["q_proj"])), TUNED)
 
 
 def test_forward_arguments_that_are_no_tensors():

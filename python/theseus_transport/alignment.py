@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .capture import Batch, capture
 from .errors import InputRefused
 from .maps import Map
 from .models import Base
-from .procrustes import Null
+from .procrustes import FLOOR, FLOOR_DOUBLE, Null
 from .recipes import Evidence, MapReport, Recipe, Rule
 from .spaces import Layout
 
@@ -139,7 +139,8 @@ def align(
         source, target: transformers models, with or without their heads.
         batches: keyword arguments of the forward pass (``input_ids`` and ``attention_mask``, or ``pixel_values``), the
             same for both models or a pair (source, target).
-        recipe: ``coherent``, ``paper``, or a :class:`Recipe`; ``null`` and ``floor`` override its fields.
+        recipe: ``coherent``, ``paper``, or a :class:`Recipe`; ``null`` and ``floor`` override its fields. The default
+            floor is 1e-6, and 1e-12 where both models are in float64.
         device: where to run, or None to leave the models where they are.
         progress: called after every batch.
 
@@ -151,11 +152,16 @@ def align(
     """
     options = {k: v for k, v in (("null", null), ("floor", floor)) if v is not None}
     chosen = Recipe.named(recipe, **options)
+    double = all(p.dtype == torch.float64 for model in (source, target) for p in model.parameters())
+    if floor is None and chosen.floor == FLOOR and double:
+        chosen = replace(chosen, floor=FLOOR_DOUBLE)
     bases = tuple(Base.of(model) for model in (source, target))
     layouts = (bases[0].layout, bases[1].layout)
     check_pair(*layouts)
     if device is not None:
         source.to(device), target.to(device)
+    if isinstance(batches, (Mapping, torch.Tensor)):
+        raise InputRefused("batches must be a list of batches, each a dict of forward arguments; give [batch]")
     count = 0
     with capture(source, target, layouts, energies=chosen.name == "coherent") as seen:
         for batch in batches:
@@ -168,6 +174,8 @@ def align(
     evidence = Evidence(bases[0], bases[1], seen.moments, seen.energies)
     evidence.check()
     made = PLANS[chosen.name](evidence, chosen)
+    if not next(iter(seen.moments.values())).count:
+        raise InputRefused("the calibration holds no token that is not masked")
     widest = max(max(la.width, la.middle) for la in layouts)
     tokens = next(iter(seen.moments.values())).count
     if tokens < 4 * widest:

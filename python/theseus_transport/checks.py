@@ -37,9 +37,7 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputRefused(f"device is {name}, but this torch sees {torch.cuda.device_count()} GPUs; give cuda:0")
     if device.type == "cuda" and not theseus_ext.build_info()["cuda_kernels"]:
-        raise InputRefused(
-            f"device is {name}, but this build has no CUDA kernels; reinstall with nvcc on PATH"
-        )
+        raise InputRefused(f"device is {name}, but this build has no CUDA kernels; reinstall with nvcc on PATH")
     return device
 
 

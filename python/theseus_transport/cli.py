@@ -70,7 +70,8 @@ def transport(
         NullName, typer.Option(help="What fills directions the data does not determine.")
     ] = NullName.partial,
     floor: Annotated[
-        float, typer.Option(help="Singular values below this share of the largest are undetermined.")
+        float,
+        typer.Option(help="Singular values below this share of the largest are undetermined (float64 models: 1e-12)."),
     ] = FLOOR,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     output: Annotated[OutputName, typer.Option(help="What to write; auto writes what TUNED is.")] = OutputName.auto,

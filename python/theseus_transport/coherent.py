@@ -40,8 +40,10 @@ def plan(e: Evidence, recipe: Recipe) -> Plan:
 
     for b in range(target.depth):
         middle = e.moments[f"{b}.middle"]
-        out.add(f"{b}.middle", procrustes(middle.cross, null=recipe.null, floor=recipe.floor), middle.count)
-        alive = [e > recipe.floor**2 * e.max() for e in (middle.source_energy, middle.target_energy)]
+        energies = (middle.source_energy, middle.target_energy)
+        polar = procrustes(middle.cross, null=recipe.null, floor=recipe.floor, energies=energies)
+        out.add(f"{b}.middle", polar, middle.count)
+        alive = [e > recipe.floor**2 * e.max() for e in energies]
         reads = {"query": first if b == 0 else f"{b}.attention", "expand": f"{b}.mlp"}
         after = f"{b + 1}.attention" if b + 1 < target.depth else "final"
         _head_maps(e, out, b, recipe)

@@ -19,6 +19,8 @@ BELONG = "do config.json and the tensors belong together?"
 
 def tensors_of(model: nn.Module | Tensors) -> Tensors:
     """The parameters and buffers of a module, or the mapping itself (a state dict, a lazy checkpoint)."""
+    if hasattr(model, "peft_config"):
+        raise InputRefused("this is a PEFT model: give its base, and the adapter's folder to Delta.from_adapter")
     return model.state_dict() if isinstance(model, nn.Module) else model
 
 

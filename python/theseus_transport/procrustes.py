@@ -18,6 +18,7 @@ from .errors import InputRefused, NumericalError
 
 Null = Literal["partial", "completed", "svd"]
 FLOOR = 1e-6  # singular values below this share of the largest do not determine a direction
+FLOOR_DOUBLE = 1e-12  # where both models compute in float64, rounding lies at 1e-16
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,14 @@ class Polar:
     gap: Tensor
 
 
-def procrustes(cross: Tensor, *, null: Null = "partial", floor: float = FLOOR, toward: Tensor | None = None) -> Polar:
+def procrustes(
+    cross: Tensor,
+    *,
+    null: Null = "partial",
+    floor: float = FLOOR,
+    toward: Tensor | None = None,
+    energies: tuple[Tensor, Tensor] | None = None,
+) -> Polar:
     """The map T [dS, dT] that best aligns source to target rows (``x_S @ T`` near ``x_T``).
 
     Args:
@@ -44,6 +52,9 @@ def procrustes(cross: Tensor, *, null: Null = "partial", floor: float = FLOOR, t
             ``toward`` says about them; ``svd`` keeps LAPACK's full thin factors, noise included (for comparisons only).
         floor: singular values at most ``floor`` times the largest count as undetermined.
         toward: [..., dS, dT] companion cross-moment for ``completed``; without one, ``completed`` equals ``partial``.
+
+        energies: ([dS], [dT]) of features that are comparable one by one (neurons): the rank is then that of their
+            correlations, so one massive neuron does not make all others look undetermined. One map, no batch.
 
     Raises:
         InputRefused: ``null`` is unknown or ``floor`` is not in [0, 1).
@@ -63,12 +74,23 @@ def procrustes(cross: Tensor, *, null: Null = "partial", floor: float = FLOOR, t
     u, s, vh = _svd(c)
     largest = s[..., :1] if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
     kept = torch.ones_like(s, dtype=torch.bool) if null == "svd" else (s > floor * largest)
+    if energies is not None and not bool(kept.all()):
+        kept = torch.arange(len(s), device=s.device) < max(int(kept.sum()), _rank_of_correlations(c, energies, floor))
     rank = kept.sum(-1)
     smallest = torch.where(kept, s, torch.inf).amin(-1) if s.shape[-1] else torch.full_like(largest[..., 0], torch.inf)
     gap = torch.where((rank > 0) & (largest[..., 0] > 0), smallest / largest[..., 0], 0.0)
     result = Polar((u * kept[..., None, :]) @ vh, rank, gap)
     certify(result.map, c, rank, floor=floor)
     return result if null != "completed" or toward is None else _complete(result, u, vh, toward.double(), floor)
+
+
+def _rank_of_correlations(c: Tensor, energies: tuple[Tensor, Tensor], floor: float) -> int:
+    """Rank of C_ij / sqrt(E_i E_j); features as silent as rounding (floor of the loudest) do not count."""
+    loud = [e.double().clamp(min=floor**2 * float(e.max())).sqrt() for e in energies]
+    if not all(bool((x > 0).all()) for x in loud):
+        return 0
+    s = torch.linalg.svdvals(c / loud[0][:, None] / loud[1])
+    return int((s > floor * s[0]).sum())
 
 
 def _complete(partial: Polar, u: Tensor, vh: Tensor, toward: Tensor, floor: float) -> Polar:

@@ -92,13 +92,14 @@ class _Planner:
         self.update.coverage = sorted(
             self.rows.values(), key=lambda row: order.get(self.family.canonical(row.tensor), -1)
         )
-        fates = {row.fate for row in self.rows.values()}
         if not self.update._jobs:
-            raise InputRefused(
-                "nothing to transport: "
-                + ("every changed tensor was left behind" if "left" in fates else "no tensor differs from the base")
-                + "; was the right base given?"
+            reasons = sorted({row.note for row in self.rows.values() if row.fate == "left"})
+            what = (
+                f"every changed tensor was left behind ({'; '.join(reasons)})"
+                if reasons
+                else "no tensor differs from the base"
             )
+            raise InputRefused(f"nothing to transport: {what}; was the right base given?")
         return self.update
 
     def _is_changed(self, name: str) -> bool:
@@ -178,7 +179,8 @@ class _Planner:
         if why := self._left(weight):
             return why
         if weight not in self.source:
-            return "the source base has no such tensor"
+            tied = self.source.layout.tied and layer.role == "head"
+            return "the source ties its head to the embedding" if tied else "the source base has no such tensor"
         if weight not in self.target:
             tied = self.target.layout.tied and layer.role == "head"
             return "the target ties its head to the embedding" if tied else "the target has no such tensor"

@@ -1,5 +1,6 @@
 """The pairs of the Llama family: RMSNorm, rotary embedding, grouped heads, gated MLP."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -47,6 +48,16 @@ def larger_heads(size: int) -> p.Move:
     return step
 
 
+def massive(*, seed: int = 0, factor: float = 1000.0) -> Spec:
+    """One neuron a thousand times louder than the others, as large models have them."""
+    spec = GROUPED(seed=seed)
+    up, down = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down"))
+    louder = {up: spec.state[up].clone(), down: spec.state[down].clone()}
+    louder[up][3] *= factor
+    louder[down][:, 3] /= factor
+    return replace(spec, state=spec.state | louder)
+
+
 GATE_ZERO = p.neurons(p.with_extra(4), silent=("gate_proj",))
 UP_ZERO = p.neurons(p.with_extra(4), silent=("up_proj",))
 BOTH_ZERO = p.neurons(p.with_extra(4), silent=("gate_proj", "up_proj"))
@@ -57,6 +68,7 @@ NO_FACTORS = "linear", "gains", "everything"  # a narrow source's delta is not a
 
 EXACT = [
     p.Pair("identity-new-gains", GROUPED, (p.residual(),)),
+    p.Pair("massive-neuron", massive, (p.residual(p.rotated), p.neurons(p.permuted_neurons))),
     p.Pair("rotated", GROUPED, (p.residual(p.rotated, 1.7),)),
     p.Pair("rotated-biased-layers", BIASED, (p.residual(p.rotated, 0.6),)),
     p.Pair("permuted", GROUPED, (p.residual(), *PERMUTED)),
