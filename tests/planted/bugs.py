@@ -68,6 +68,8 @@ BUGS = [
         'seen = e.moments[f"{b}.mlp"].derive(*(x.augmented(layer.name) for x in (e.source, e.target)))\n'
         "                    out.add(layer.name, procrustes(seen.cross), seen.count)\n"
         '                    rule = Rule(reads["expand"], layer.name, whitened, scale)'),
+    Bug("rank of neurons read off their covariance", llama("massive-neuron"), COHERENT,
+        "floor=recipe.floor, energies=energies)", "floor=1e-6)"),
     Bug("residual writers mapped by their own output", vit("rotated"), COHERENT,
         'rule = Rule(f"{b}.context", f"{b}.mlp", 1.0, total(layer.name, own))',
         'seen = e.moments[f"{b}.context"].derive(*(x.augmented(layer.name) for x in (e.source, e.target)))\n'
