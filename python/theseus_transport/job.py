@@ -222,6 +222,7 @@ class Session:
                 tokens=data.tokens,
                 warnings=warnings,
             )
+            outcome.job["recipe"] = asdict(alignment.recipe)  # its floor follows the models' precision
 
             def known() -> Outcome:
                 outcome.warnings = [*warnings, *update.warnings]
