@@ -20,6 +20,7 @@ from .recipes import Evidence, Plan, Recipe, Rule
 
 
 def plan(e: Evidence, recipe: Recipe) -> Plan:
+    """Maps, rules and scales from the evidence."""
     source, target = e.source.layout, e.target.layout
     family, out = target.family, Plan()
     whitened = math.sqrt(target.width / source.width) if recipe.scale == "norm" else 1.0  # energy of z is its width
@@ -43,7 +44,7 @@ def plan(e: Evidence, recipe: Recipe) -> Plan:
         energies = (middle.source_energy, middle.target_energy)
         polar = procrustes(middle.cross, null=recipe.null, floor=recipe.floor, energies=energies)
         out.add(f"{b}.middle", polar, middle.count)
-        alive = [e > recipe.floor**2 * e.max() for e in energies]
+        alive = [x > recipe.floor**2 * x.max() for x in energies]
         reads = {"query": first if b == 0 else f"{b}.attention", "expand": f"{b}.mlp"}
         after = f"{b + 1}.attention" if b + 1 < target.depth else "final"
         _head_maps(e, out, b, recipe)

@@ -13,6 +13,7 @@ from .recipes import Evidence, Plan, Recipe, Rule
 
 
 def plan(e: Evidence, recipe: Recipe) -> Plan:
+    """Maps and rules from the evidence; no scales."""
     out = Plan()
     seen = {name: moment.centred() if recipe.center else moment for name, moment in e.moments.items()}
     for name, moment in seen.items():

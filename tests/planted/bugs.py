@@ -111,7 +111,7 @@ BUGS = [
         "_scale(float(own.source[alive[0]].sum()), float(own.target[alive[1]].sum()), recipe)",
         "_scale(float(middle.source_energy.sum()), float(middle.target_energy.sum()), recipe)"),
     Bug("silent neurons counted", llama("silent-gate"), COHERENT,
-        "alive = [e > recipe.floor**2 * e.max() for e", "alive = [e > -1 for e"),
+        "alive = [x > recipe.floor**2 * x.max() for x", "alive = [x > -1 for x"),
     Bug("copies of a head read in full", llama("one-query-copied"), COHERENT,
         "read.blocks / copies[:, None, None]", "read.blocks"),
     Bug("context read without its scale", llama("scaled-heads"), COHERENT,
