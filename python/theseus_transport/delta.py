@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .checkpoint import Checkpoint
 from .errors import InputRefused
 from .models import Tensors, tensors_of
 from .spaces import Family
@@ -88,11 +89,13 @@ class Adapter:
         Raises:
             InputRefused: a file is missing, unreadable or not a plain LoRA.
         """
-        from .checkpoint import Checkpoint
+        return cls.of(Checkpoint.open(folder))
 
-        checkpoint = Checkpoint.open(folder)
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Adapter:
+        """The adapter in an opened PEFT folder; refuses as :meth:`open`."""
         if not checkpoint.adapter_config:
-            raise InputRefused(f"{folder} has no adapter_config.json; is it a PEFT adapter?")
+            raise InputRefused(f"{checkpoint.folder} has no adapter_config.json; is it a PEFT adapter?")
         return cls(checkpoint.adapter_config, checkpoint)
 
     def rank(self, layer: str) -> int:

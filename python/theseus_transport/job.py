@@ -123,9 +123,7 @@ class Session:
                 raise InputRefused(f"{name} {checkpoint.folder} is an adapter; give the base model it was trained on")
         self.layouts = (read_layout("SOURCE", self.source), read_layout("TARGET", self.target))
         if self.tuned.kind == "adapter":
-            if not self.tuned.adapter_config:
-                raise InputRefused(f"TUNED {self.tuned.folder} has no adapter_config.json; is it a PEFT adapter?")
-            self.delta = Delta(self.source, adapter=Adapter(self.tuned.adapter_config, self.tuned))
+            self.delta = Delta(self.source, adapter=Adapter.of(self.tuned))
         else:
             self.delta = Delta.between(self.source, self.tuned)
         self.kind: Kind = _kind(job, self.tuned)
