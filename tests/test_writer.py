@@ -167,8 +167,8 @@ def test_failure_of_a_rename_restores_the_old_folder(
 def test_sigkill_leaves_the_target_absent_or_old(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_checkpoint(tmp_path / "old", plan(some_tensors()))
     script = (
-        "import sys, threading, time, torch\nfrom theseus_transport.writer import write_checkpoint\n"
-        "def slow():\n    print('writing', flush=True)\n    time.sleep(60)\n"
+        "import os, sys, threading, time, torch\nfrom theseus_transport.writer import write_checkpoint\n"
+        "def slow():\n    os.write(1, b'writing\\n')\n    time.sleep(60)\n"  # one call: two threads' prints may mix
         "one = ('a', (3,), torch.float32, lambda: torch.ones(3))\n"
         "def write(folder):\n"
         "    write_checkpoint(folder, [one, ('b', (3,), torch.float32, slow)], shard_size=1, overwrite=True)\n"
