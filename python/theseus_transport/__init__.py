@@ -3,6 +3,8 @@
 from .alignment import Alignment, align
 from .delta import Delta
 from .errors import InputRefused, NumericalError, ResourceError, TheseusError
+from .families import register
+from .family import Embedding, Family
 from .recipes import Recipe
 from .transport import transport
 from .update import Update
@@ -12,6 +14,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Alignment",
     "Delta",
+    "Embedding",
+    "Family",
     "InputRefused",
     "NumericalError",
     "Recipe",
@@ -19,5 +23,6 @@ __all__ = [
     "TheseusError",
     "Update",
     "align",
+    "register",
     "transport",
 ]

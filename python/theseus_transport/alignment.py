@@ -22,10 +22,10 @@ from .maps import Map
 from .models import Base
 from .procrustes import FLOOR, FLOOR_DOUBLE, Null
 from .recipes import Evidence, MapReport, Recipe, Rule
-from .spaces import Layout
+from .spaces import Blocks, Layout
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
 PLANS = {"coherent": coherent.plan, "paper": paper.plan}
 
 
@@ -40,7 +40,8 @@ class Alignment:
         rules: canonical layer name -> maps and scales of its update.
         vectors: canonical name of an embedding (or, in ``paper``, a norm's own vector) -> its rule.
         reports: rank and gap of every map.
-        heads: per block, the source head of every target head.
+        blocks: for every target block the source block that feeds it, or None.
+        heads: per target block, the source head of every target head.
         lost: per block, the source heads that feed no target head.
         provenance: what it was made from (references, fingerprints, calibration); free-form, JSON.
     """
@@ -52,6 +53,7 @@ class Alignment:
     rules: Mapping[str, Rule]
     vectors: Mapping[str, Rule]
     reports: list[MapReport]
+    blocks: list[int | None]
     heads: dict[int, list[int]]
     lost: dict[int, list[int]]
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +68,7 @@ class Alignment:
         save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, path / "maps.safetensors")
         record = {
             "format": FORMAT,
-            **{side: _plain(getattr(self, side)) for side in ("source", "target")},
+            **{side: getattr(self, side).plain() for side in ("source", "target")},
             **{name: dataclasses.asdict(getattr(self, name)) for name in ("recipe",)},
             **{
                 name: {k: dataclasses.asdict(r) for k, r in getattr(self, name).items()}
@@ -74,6 +76,7 @@ class Alignment:
             },
             "maps": {name: type(m).__name__ for name, m in self.maps.items()},
             "reports": [dataclasses.asdict(r) for r in self.reports],
+            "blocks": self.blocks,
             "heads": self.heads,
             "lost": self.lost,
             "provenance": self.provenance,
@@ -108,13 +111,14 @@ class Alignment:
             name, part = key.rsplit("/", 1)
             parts[name][part] = tensor
         return cls(
-            source=Layout.of(record["source"]),
-            target=Layout.of(record["target"]),
+            source=Layout.restored(record["source"]),
+            target=Layout.restored(record["target"]),
             recipe=Recipe(**record["recipe"]),
             maps={name: maps.from_tensors(kind, parts[name]) for name, kind in record["maps"].items()},
             rules={k: Rule(**r) for k, r in record["rules"].items()},
             vectors={k: Rule(**r) for k, r in record["vectors"].items()},
             reports=[MapReport(**r) for r in record["reports"]],
+            blocks=record["blocks"],
             heads={int(b): h for b, h in record["heads"].items()},
             lost={int(b): h for b, h in record["lost"].items()},
             provenance=record["provenance"],
@@ -133,10 +137,10 @@ def align(
     progress: Callable[[], object] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Alignment:
-    """Align two base models of one family and equal depth on a few unlabelled batches.
+    """Align two base models on a few unlabelled batches.
 
     Args:
-        source, target: transformers models, with or without their heads.
+        source, target: models of transformers, or of a registered family, with or without their heads.
         batches: keyword arguments of the forward pass (``input_ids`` and ``attention_mask``, or ``pixel_values``), the
             same for both models or a pair (source, target).
         recipe: ``coherent``, ``paper``, or a :class:`Recipe`; ``null`` and ``floor`` override its fields. The default
@@ -163,7 +167,8 @@ def align(
     if isinstance(batches, (Mapping, torch.Tensor)):
         raise InputRefused("batches must be a list of batches, each a dict of forward arguments; give [batch]")
     count = 0
-    with capture(source, target, layouts, energies=chosen.name == "coherent") as seen:
+    blocks = pair_by_depth(*layouts)
+    with capture(source, target, layouts, energies=chosen.name == "coherent", blocks=blocks) as seen:
         for batch in batches:
             seen.run(*(batch if isinstance(batch, tuple) else (batch, batch)))
             count += 1
@@ -171,7 +176,7 @@ def align(
                 progress()
     if not count:
         raise InputRefused("no calibration batches were given; a few unlabelled ones are needed")
-    evidence = Evidence(bases[0], bases[1], seen.moments, seen.energies)
+    evidence = Evidence(bases[0], bases[1], blocks, seen.links, seen.moments, seen.energies)
     evidence.check()
     made = PLANS[chosen.name](evidence, chosen)
     if not next(iter(seen.moments.values())).count:
@@ -195,6 +200,7 @@ def align(
         rules=made.rules,
         vectors=made.vectors,
         reports=made.reports,
+        blocks=list(blocks),
         heads={b: p.query.tolist() for b, p in made.pairings.items()},
         lost={b: p.lost for b, p in made.pairings.items() if p.lost},
         provenance=provenance or {},
@@ -205,49 +211,47 @@ def check_pair(source: Layout, target: Layout) -> None:
     """Refuse pairs this version cannot align.
 
     Raises:
-        InputRefused: families differ, or depths do.
+        InputRefused: the two families do not compute the same kind of block.
     """
-    kinds = (source.family.model_type, target.family.model_type)
-    if kinds[0] != kinds[1]:
-        raise InputRefused(f"source is {kinds[0]}, target is {kinds[1]}; both must be of one family")
+    families = source.family, target.family
+    told: dict[str, list[str]] = {
+        "which reads {}": [str(f.modality) for f in families],
+        "whose norms are of kind {}": [str(f.norm) for f in families],
+        "whose MLPs have {} expanding layers": [str(len(f.expand)) for f in families],
+    }
+    for what, values in told.items():
+        if values[0] != values[1]:
+            said = [f"{f.model_type}, {what.format(value)}" for f, value in zip(families, values, strict=True)]
+            raise InputRefused(f"source is {said[0]}, target is {said[1]}; an update moves between models of one kind")
+
+
+def pair_by_depth(source: Layout, target: Layout) -> Blocks:
+    """Blocks by index, where both models have the same number of them."""
     if source.depth != target.depth:
         raise InputRefused(
             f"source has {source.depth} blocks, target has {target.depth}; moving across depth is not supported yet, "
             "choose a target of equal depth"
         )
+    return list(range(target.depth))
 
 
 def outline(source: Layout, target: Layout, recipe: Recipe) -> Alignment:
     """An alignment before any map is computed: enough to decide the fate of every tensor, not to move one."""
     check_pair(source, target)
-    fold = recipe.name == "coherent"
-    names = target.family.embeddings if fold else [f"{n}.{p}" for n in target.norms() for p in ("weight", "bias")]
+    blocks = pair_by_depth(source, target)
+    e, fold = Evidence(Base(source, {}, {}), Base(target, {}, {}), blocks, {}, {}, {}), recipe.name == "coherent"
+    vectors = {into: own for own, into in e.embeddings()} if fold else {}
+    for own, into, _ in e.unread() if fold else e.norms():
+        vectors |= {f"{into}.{part}": f"{own}.{part}" for part in ("weight", "bias")}
     return Alignment(
         source=source,
         target=target,
         recipe=recipe,
-        maps={"identity": maps.Identity(), "final": maps.Identity()},
-        rules={layer.name: Rule("identity", "identity", fold=fold) for layer in target.layers()},
-        vectors={name: Rule("identity", "identity", fold=fold) for name in names},
+        maps={"identity": maps.Identity()},
+        rules={into.name: Rule(own.name, "identity", "identity", fold=fold) for own, into in e.pairs()},
+        vectors={into: Rule(own, "identity", "identity") for into, own in vectors.items()},
         reports=[],
+        blocks=list(blocks),
         heads={},
         lost={},
     )
-
-
-def _plain(layout: Layout) -> dict[str, Any]:
-    """The config keys :meth:`Layout.of` reads."""
-    return {
-        "model_type": layout.family.model_type,
-        "num_hidden_layers": layout.depth,
-        "hidden_size": layout.width,
-        "num_attention_heads": layout.heads,
-        "num_key_value_heads": layout.kv_heads,
-        "head_dim": layout.head_dim,
-        "intermediate_size": layout.middle,
-        "tie_word_embeddings": layout.tied,
-        "vocab_size": layout.vocabulary,
-        "image_size": layout.image,
-        "patch_size": layout.patch,
-        "num_channels": layout.channels,
-    }

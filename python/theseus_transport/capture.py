@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,36 +13,45 @@ from torch import Tensor, nn
 
 from . import tokens
 from .errors import InputRefused
+from .family import Slot
 from .moments import CrossMoment, Energy
-from .spaces import Layout, Space
+from .opened import open_attention
+from .spaces import Blocks, Layout, Link, Space, energy_links, moment_links
 from .tokens import RowMixing
 
+MAIN_INPUT = {"text": "input_ids", "vision": "pixel_values"}
 Batch = Mapping[str, Any]
 Mixings = tuple[RowMixing | None, RowMixing | None]
 
 
 class Capture:
-    """Moments of every space and energies of every output, for two models of one family and equal depth.
+    """Moments of every pair of spaces and energies of every pair of outputs, for two models.
 
     Attributes:
-        moments: space name -> CrossMoment.
-        energies: layer name -> Energy, empty when the recipe needs none.
+        links: name -> the two spaces compared.
+        moments: name -> CrossMoment.
+        energies: name -> Energy, empty when the recipe needs none.
     """
 
-    def __init__(self, source: nn.Module, target: nn.Module, layouts: tuple[Layout, Layout], *, energies: bool) -> None:
-        self._models = (_backbone(source), _backbone(target))
+    def __init__(
+        self, source: nn.Module, target: nn.Module, layouts: tuple[Layout, Layout], *, energies: bool, blocks: Blocks
+    ) -> None:
+        self._models = tuple(backbone(m, la) for m, la in zip((source, target), layouts, strict=True))
         self._layouts = layouts
         self._devices = tuple(next(m.parameters()).device for m in self._models)
         self._mixings: Mixings = (None, None)
         self._side = 0  # whose forward pass is running; source and target may be one module
         self._pending: dict[str, Tensor] = {}
         self._done: set[str] = set()
-        self._spaces = [_paired(la.spaces(), la.outputs() if energies else []) for la in layouts]
+        moments, outputs = moment_links(*layouts, blocks), energy_links(*layouts, blocks) if energies else {}
+        self.links = {**moments, **outputs}
         device = self._devices[1]
-        widths = {name: tuple(side[name].width for side in self._spaces) for name in self._spaces[0]}
-        outputs = {s.name for s in layouts[0].outputs()}
-        self.moments = {n: CrossMoment.zeros(w[0], w[1], device) for n, w in widths.items() if n not in outputs}
-        self.energies = {n: Energy.zeros(w[0], w[1], device) for n, w in widths.items() if n in outputs}
+
+        def sizes(link: Link) -> tuple[int, int, torch.device]:
+            return link.source.width, link.target.width, device
+
+        self.moments = {name: CrossMoment.zeros(*sizes(link)) for name, link in moments.items()}
+        self.energies = {name: Energy.zeros(*sizes(link)) for name, link in outputs.items()}
 
     def run(self, source: Batch, target: Batch) -> None:
         """Forward one pair of batches (keyword arguments of each model's forward pass) and add what was seen.
@@ -54,65 +65,93 @@ class Capture:
         with torch.no_grad():
             for self._side, batch in enumerate((source, target)):
                 model, device = self._models[self._side], self._devices[self._side]
-                inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "offsets"}
-                if "input_ids" in inputs:
-                    inputs["use_cache"] = False
-                model(**inputs)
-        if unseen := set(self._spaces[0]) - self._done:
-            raise InputRefused(
-                f"{sorted(unseen)[0]} was not seen in the forward pass of both models ({len(unseen)} such)"
-            )
+                run_model(model, self._layouts[self._side], batch, device)
+        if unseen := self.links.keys() - self._done:
+            name = sorted(unseen)[0]
+            raise InputRefused(f"{name} was not seen in the forward pass of both models ({len(unseen)} such)")
 
-    def _observe(self, side: int, space: Space, activation: Tensor) -> None:
+    def _observe(self, side: int, name: str, space: Space, activation: Tensor) -> None:
         if side != self._side:
             return
         rows = activation.detach().flatten(0, -2)
         if rows.shape[1] != space.width:
             raise InputRefused(f"{space.module} is {rows.shape[1]} wide, but the config says {space.width}")
         if side == 0:
-            if space.name in self._pending:
+            if name in self._pending:
                 raise InputRefused(f"{space.module} ran more than once in one forward pass of the source")
-            self._pending[space.name] = rows.to(self._devices[1])
+            self._pending[name] = rows.to(self._devices[1])
             return
-        if space.name in self._done or space.name not in self._pending:
+        if name in self._done or name not in self._pending:
             raise InputRefused(f"{space.module} ran more than once, or only in the target's forward pass")
-        moment = self.moments.get(space.name) or self.energies[space.name]
-        moment.update(self._pending.pop(space.name), rows, *self._mixings)
-        self._done.add(space.name)
+        moment = self.moments.get(name) or self.energies[name]
+        moment.update(self._pending.pop(name), rows, *self._mixings)
+        self._done.add(name)
 
     def _hook(self, side: int) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        model = self._models[side]
-        names = self._layouts[side].family.index(name for name, _ in model.named_modules())
-        for space in self._spaces[side].values():
-            if space.module not in names:
-                raise InputRefused(
-                    f"{type(model).__name__} has no {space.module}; is it a {self._layouts[side].family.model_type}?"
-                )
-            module = model.get_submodule(names[space.module])
+        model, family = self._models[side], self._layouts[side].family
+        slots = family.modules(name for name, _ in model.named_modules())
+        for name, link in self.links.items():
+            space = link.target if side else link.source
+            if space.module not in slots:
+                raise InputRefused(f"{type(model).__name__} has no {space.module}; is it a {family.model_type}?")
+            slot = slots[space.module]
+            norm = model.get_submodule(slots[space.norm].stored) if space.side == "normed" and space.norm else None
+            module, observe = model.get_submodule(slot.stored), partial(self._observe, side, name, space)
             if space.side == "input":
-                yield module.register_forward_pre_hook(_input_hook(self._observe, side, space))
+                yield module.register_forward_pre_hook(_input_hook(observe))
             else:
-                yield module.register_forward_hook(_output_hook(self._observe, side, space))
+                yield module.register_forward_hook(_output_hook(observe, slot, norm))
 
 
 @contextmanager
 def capture(
-    source: nn.Module, target: nn.Module, layouts: tuple[Layout, Layout], *, energies: bool
+    source: nn.Module,
+    target: nn.Module,
+    layouts: tuple[Layout, Layout],
+    *,
+    energies: bool,
+    blocks: Blocks | None = None,
 ) -> Iterator[Capture]:
-    """Open hooks on both models, in evaluation mode; both are as they were afterwards."""
-    session = Capture(source, target, layouts, energies=energies)
+    """Open hooks on both models, in evaluation mode; both are as they were afterwards.
+
+    Args:
+        energies: whether the energies of outputs are wanted.
+        blocks: for every target block the source block it is compared with, or None; by default the same one.
+    """
     training = [(m, m.training) for model in (source, target) for m in model.modules()]
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    try:
-        for side in (0, 1):
-            handles.extend(session._hook(side))
-        source.eval(), target.eval()
-        yield session
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training:
-            module.training = mode
+    with ExitStack() as stack:
+        for model in {id(m): m for m in (source, target)}.values():
+            stack.enter_context(open_attention(model))
+        session = Capture(
+            source, target, layouts, energies=energies, blocks=range(layouts[1].depth) if blocks is None else blocks
+        )
+        try:
+            for side in (0, 1):
+                for handle in session._hook(side):
+                    stack.callback(handle.remove)
+            source.eval(), target.eval()
+            yield session
+        finally:
+            for module, mode in training:
+                module.training = mode
+
+
+def backbone(model: nn.Module, layout: Layout) -> nn.Module:
+    """The model without its head."""
+    inside = getattr(model, layout.family.prefix, None) if layout.family.prefix else None
+    return inside if isinstance(inside, nn.Module) else model
+
+
+def run_model(model: nn.Module, layout: Layout, batch: Batch, device: torch.device) -> None:
+    """One forward pass; arguments the model does not know by name are given by position."""
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "offsets"}
+    known = inspect.signature(model.forward).parameters
+    if "use_cache" in known and layout.family.modality == "text":
+        inputs["use_cache"] = False
+    key = MAIN_INPUT[layout.family.modality]
+    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    first = [] if key in known or anything else [inputs.pop(key)]
+    model(*first, **inputs)
 
 
 def mixings(layouts: tuple[Layout, Layout], source: Batch, target: Batch) -> Mixings:
@@ -124,7 +163,7 @@ def mixings(layouts: tuple[Layout, Layout], source: Batch, target: Batch) -> Mix
     Raises:
         InputRefused: the two batches do not hold the same samples or tokens.
     """
-    key = "pixel_values" if layouts[0].family.modality == "vision" else "input_ids"
+    key = MAIN_INPUT[layouts[0].family.modality]
     for side, batch in (("source", source), ("target", target)):
         if key not in batch:
             raise InputRefused(f"the {side} batch has no {key}, only {', '.join(batch) or 'nothing'}")
@@ -132,8 +171,7 @@ def mixings(layouts: tuple[Layout, Layout], source: Batch, target: Batch) -> Mix
     if samples != len(target[key]):
         raise InputRefused(f"the source batch has {samples} samples, the target batch {len(target[key])}")
     if key == "pixel_values":
-        grids = [layout.grid for layout in layouts]
-        return (None if grids[0] == grids[1] else tokens.bilinear(*grids).batched(samples), None)
+        return _by_patches(*layouts, samples)
     if "offsets" in source and "offsets" in target:
         return _by_characters(source, target)
     shapes = [tuple(b[key].shape) for b in (source, target)]
@@ -166,21 +204,34 @@ def _by_characters(source: Batch, target: Batch) -> Mixings:
     return mixed, tokens.select(torch.stack(kept_rows))
 
 
-def _backbone(model: nn.Module) -> nn.Module:
-    """The model without its head: transformers' own ``base_model``."""
-    return getattr(model, "base_model", model)
+def _by_patches(source: Layout, target: Layout, samples: int) -> Mixings:
+    """The source's patch grid interpolated to the target's; class and register tokens where both sides have them."""
+    if source.ahead == target.ahead:
+        if source.grid == target.grid:
+            return None, None
+        return tokens.bilinear(source.grid, target.grid, prefix=sum(source.ahead)).batched(samples), None
+    shared = tuple(min(pair) for pair in zip(source.ahead, target.ahead, strict=True))
+    kept = []
+    for layout in (source, target):
+        (classes, registers), (rows, columns) = layout.ahead, layout.grid
+        ones = [i < shared[0] for i in range(classes)] + [i < shared[1] for i in range(registers)]
+        kept.append(torch.tensor(ones + [True] * (rows * columns)))
+    own = tokens.select(kept[0]).then(tokens.bilinear(source.grid, target.grid, prefix=sum(shared)))
+    return own.batched(samples), tokens.select(kept[1].repeat(samples))
 
 
-def _paired(spaces: list[Space], outputs: list[Space]) -> dict[str, Space]:
-    return {s.name: s for s in (*spaces, *outputs)}
+Observe = Callable[[Tensor], None]
 
 
-Observe = Callable[[int, Space, Tensor], None]
+def _input_hook(observe: Observe) -> Callable[..., None]:
+    return lambda module, args: observe(args[0])
 
 
-def _input_hook(observe: Observe, side: int, space: Space) -> Callable[..., None]:
-    return lambda module, args: observe(side, space, args[0])
+def _output_hook(observe: Observe, slot: Slot, norm: nn.Module | None) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, result: Any) -> None:
+        output = result[0] if isinstance(result, tuple) else result
+        if norm is not None:
+            output = norm.forward(output)  # not a call: its own hooks are for the model's pass
+        observe(output.chunk(slot.parts, -1)[slot.part])
 
-
-def _output_hook(observe: Observe, side: int, space: Space) -> Callable[..., None]:
-    return lambda module, args, result: observe(side, space, result)
+    return hook

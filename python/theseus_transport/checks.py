@@ -15,8 +15,8 @@ import theseus_ext
 from .checkpoint import Checkpoint, check_finite
 from .errors import InputRefused
 from .headers import read_json
-from .models import check_shapes
-from .spaces import Layout
+from .models import Base, canonical_shapes, check_shapes
+from .spaces import Layout, moment_links
 from .update import Row
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,7 @@ def read_layout(name: str, checkpoint: Checkpoint) -> Layout:
         raise InputRefused(f"{name} {checkpoint.files[0]} is not what its folder loads as; give it a folder of its own")
     try:
         layout = Layout.of(checkpoint.config)
-        names = layout.family.index(checkpoint)
-        check_shapes(layout, {canonical: checkpoint.shapes[stored] for canonical, stored in names.items()})
+        check_shapes(layout, canonical_shapes(layout, checkpoint))
     except InputRefused as error:
         raise InputRefused(f"{name} {checkpoint.folder}: {error}") from error
     return layout
@@ -77,10 +76,10 @@ def check_tune(source: Checkpoint, tuned: Checkpoint, layout: Layout) -> None:
         for what, ours, theirs in ((k, getattr(layout, k), getattr(other, k)) for k in sizes):
             if ours != theirs:
                 raise InputRefused(f"{what} is {theirs} in TUNED and {ours} in SOURCE; {trained}")
-    names = [layout.family.index(c) for c in (source, tuned)]
+    bases = [Base.of(c, layout) for c in (source, tuned)]
     dot, base, tune = torch.zeros(3, dtype=torch.float64)
-    for name in names[0].keys() & names[1].keys():
-        a, b = source[names[0][name]].double(), tuned[names[1][name]].double()
+    for name in bases[0].slots.keys() & bases[1].slots.keys():
+        a, b = bases[0].need(name), bases[1].need(name)
         if a.ndim > 1 and a.shape == b.shape:
             dot, base, tune = dot + (a * b).sum(), base + a.square().sum(), tune + b.square().sum()
     cosine = float(dot / (base * tune).sqrt().clamp(min=1e-300))
@@ -153,7 +152,7 @@ def available_memory() -> int | None:
 def predict_bytes(source: Checkpoint, target: Checkpoint, s: Layout, t: Layout) -> int:
     """Peak host memory in bytes: float32 weights, float64 moments and maps, workspace of the widest decomposition."""
     elements = sum(torch.Size(shape).numel() for c in (source, target) for shape in c.shapes.values())
-    spaces = sum(a.width * b.width for a, b in zip(s.spaces(), t.spaces(), strict=True))
-    widest = max(a.width * b.width for a, b in zip(s.spaces(), t.spaces(), strict=True))
+    sizes = [link.source.width * link.target.width for link in moment_links(s, t, range(t.depth)).values()]
+    spaces, widest = sum(sizes), max(sizes)
     runtime = 500 << 20  # the interpreter with torch and transformers
     return runtime + 4 * elements + 3 * 8 * spaces + 5 * 8 * widest

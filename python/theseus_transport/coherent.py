@@ -7,73 +7,106 @@ heads and neurons, new gains, per-head scales.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import maps
-from .moments import CrossMoment, Energy
+from .moments import CrossMoment
 from .pairing import pair_heads
 from .procrustes import Polar, procrustes
 from .recipes import Evidence, Plan, Recipe, Rule
+from .spaces import Role, after_name
+
+QKV: tuple[Role, ...] = ("query", "key", "value")
 
 
 def plan(e: Evidence, recipe: Recipe) -> Plan:
     """Maps, rules and scales from the evidence."""
     source, target = e.source.layout, e.target.layout
-    family, out = target.family, Plan()
+    out, layer_norm = Plan(), target.family.norm == "layer"
     whitened = math.sqrt(target.width / source.width) if recipe.scale == "norm" else 1.0  # energy of z is its width
-    z = {name: _normalised(e, name) for name in e.moments if e.norm_of(name)}
+    z = {name: _normalised(e, name) for name in e.moments if e.links[name].target.norm}
     together: Tensor = sum(moment.cross for moment in z.values())  # type: ignore[assignment]
     for name, moment in z.items():
         out.add(name, procrustes(moment.cross, null=recipe.null, floor=recipe.floor, toward=together), moment.count)
-    first = "0.attention"
-    if out.reports[0].rank < _full_rank(e):  # few token types: lean on deeper spaces where the first says nothing
-        polar = procrustes(z[first].cross, null="completed", floor=recipe.floor, toward=together)
-        out.add("embedding", polar, z[first].count)
-        first = "embedding"
+    behind = "embedding" if "embedding" in z else "0.attention"
+    reads_embedding = e.blocks[0] == 0
+    first = "0.attention" if reads_embedding else behind  # the residual's map where nothing but embeddings wrote it
+    embedding = behind
+    if min(_rank(out, name) for name in {first, behind}) < _full_rank(e):
+        # few token types: lean on deeper spaces where the first says nothing
+        for name in sorted({first, behind}):
+            polar = procrustes(z[name].cross, null="completed", floor=recipe.floor, toward=together)
+            out.add(f"{name}.completed", polar, z[name].count)
+        first, embedding = f"{first}.completed", f"{behind}.completed"
 
-    def total(layer: str, energy: Energy) -> float:
+    def written(name: str) -> float:
         """Scale of an output that writes the residual."""
-        own = energy.centred if family.norm == "layer" else (float(energy.source.sum()), float(energy.target.sum()))
+        energy = e.energies[name]
+        own = energy.centred if layer_norm else (float(energy.source.sum()), float(energy.target.sum()))
         return _scale(*own, recipe)
 
-    for b in range(target.depth):
+    pairs = list(e.pairs())
+    for b in (b for b, own in enumerate(e.blocks) if own is not None):
         middle = e.moments[f"{b}.middle"]
         energies = (middle.source_energy, middle.target_energy)
         polar = procrustes(middle.cross, null=recipe.null, floor=recipe.floor, energies=energies)
         out.add(f"{b}.middle", polar, middle.count)
         alive = [x > recipe.floor**2 * x.max() for x in energies]
-        reads = {"query": first if b == 0 else f"{b}.attention", "expand": f"{b}.mlp"}
-        after = f"{b + 1}.attention" if b + 1 < target.depth else "final"
+        reads = first if b == 0 and reads_embedding else f"{b}.attention"
         _head_maps(e, out, b, recipe)
-        for layer in (la for la in target.layers() if la.block == b):
-            own = e.energies[layer.name]
+        for own, layer in pairs:
+            if layer.block != b:
+                continue
             match layer.role:
                 case "query" | "key" | "value":
-                    rule = Rule(reads["query"], f"{b}.{layer.role}", whitened)
+                    rule = Rule(own.name, reads, f"{b}.{layer.role}", whitened)
                 case "output":
-                    rule = Rule(f"{b}.context", f"{b}.mlp", 1.0, total(layer.name, own))
+                    rule = Rule(own.name, f"{b}.context", f"{b}.mlp", 1.0, written(layer.name))
                 case "expand":
-                    scale = _scale(float(own.source[alive[0]].sum()), float(own.target[alive[1]].sum()), recipe)
-                    rule = Rule(reads["expand"], f"{b}.middle", whitened, scale)
-                case "contract":
-                    inner = _scale(float(middle.source_energy.sum()), float(middle.target_energy.sum()), recipe)
-                    rule = Rule(f"{b}.middle", after, inner, total(layer.name, own))
+                    seen = e.energies[layer.name]
+                    scale = _scale(float(seen.source[alive[0]].sum()), float(seen.target[alive[1]].sum()), recipe)
+                    rule = Rule(own.name, f"{b}.mlp", f"{b}.middle", whitened, scale)
                 case _:
-                    continue
+                    inner = _scale(float(middle.source_energy.sum()), float(middle.target_energy.sum()), recipe)
+                    after = after_name(source, target, e.blocks, b)
+                    rule = Rule(own.name, f"{b}.middle", after, inner, written(layer.name))
             out.rules[layer.name] = rule
-    for name in family.heads:
-        out.rules[name] = Rule("final", "identity", whitened)
-    for name in family.embeddings:
-        out.vectors[name] = Rule("identity", first, 1.0, total("embedding", e.energies["embedding"]))
+    for own, layer in pairs:
+        if layer.role == "head":
+            out.rules[layer.name] = Rule(own.name, "final", "identity", whitened)
+    token = target.family.embedding("token")
+    if token and target.tied and layer_norm:  # a head reads the mean too: mean goes to mean
+        polar_map = out.maps[embedding](torch.eye(source.width, dtype=torch.float64))
+        out.maps["token"] = maps.Dense(polar_map + 1 / math.sqrt(source.width * target.width))
+    for name, into in e.embeddings():
+        output = "token" if token and into == token.name and "token" in out.maps else embedding
+        out.vectors[into] = Rule(name, "identity", output, 1.0, written("embedding.output"))
+    _norm_vectors(e, out, first, whitened, written)
     return out
+
+
+def _norm_vectors(e: Evidence, out: Plan, first: str, whitened: float, written: Callable[[str], float]) -> None:
+    """Gains and biases that no linear layer can take up: of the final norm (where no head moves), of a norm whose
+    output is the residual itself, and of norms inside the heads."""
+    for own, into, name in e.unread():
+        residual = name == "embedding"
+        output = first if residual else name
+        out.vectors[f"{into}.weight"] = Rule(f"{own}.weight", "identity", output, kind="gain")
+        out.vectors[f"{into}.bias"] = (
+            Rule(f"{own}.bias", "identity", output, 1.0, written("embedding.norm"))
+            if residual
+            else Rule(f"{own}.bias", "identity", output, 1.0, whitened, kind="shift")
+        )
 
 
 def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
     """Maps ``b.query``, ``b.key``, ``b.value`` (outputs) and ``b.context`` (read by the output projection)."""
-    source, target, family = e.source.layout, e.target.layout, e.target.layout.family
+    source, target = e.source.layout, e.target.layout
+    names: dict[Role, tuple[str, str]] = {la.role: (own.name, la.name) for own, la in e.pairs() if la.block == b}
     context = e.moments[f"{b}.context"]
     heads, kv_heads = (source.heads, target.heads), (source.kv_heads, target.kv_heads)
     pairing = out.pairings[b] = pair_heads(context, heads, kv_heads)
@@ -85,17 +118,17 @@ def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
         per[0] = per[0][chosen]
         return tuple(_by_group(v, target.kv_heads) for v in per)  # type: ignore[return-value]
 
-    def cross_of(layer: str, counts: tuple[int, int], chosen: Tensor) -> Tensor:
+    def cross_of(role: Role, counts: tuple[int, int], chosen: Tensor) -> Tensor:
         """Cross of paired heads of q or k, before rotary embedding: [kv_heads_T, head_dim_S, head_dim_T]."""
         moment = e.moments[f"{b}.attention"].augmented.cpu()
-        w_s, w_t = (base.augmented(target.block(b, layer)).cpu() for base in (e.source, e.target))
+        w_s, w_t = (base.augmented(n).cpu() for base, n in zip((e.source, e.target), names[role], strict=True))
         left = (w_s @ moment).unflatten(0, (counts[0], -1))[chosen]
         return _by_group(left @ w_t.unflatten(0, (counts[1], -1)).mT, target.kv_heads)
 
     def blocks(polar: Polar, scale: Tensor, chosen: Tensor, of_group: Tensor, count: int) -> maps.Heads:
         return maps.Heads(chosen, (polar.map.cpu() * scale[:, None, None])[of_group], count)
 
-    query, key, value = (e.energies[target.block(b, n)] for n in (family.query, family.key, family.value))
+    query, key, value = (e.energies[names[role][1]] for role in QKV)
     e_query = energies((query.source, query.target), heads, pairing.query)
     e_key = energies((key.source, key.target), kv_heads, pairing.kv)
     e_value = energies((value.source, value.target), kv_heads, pairing.kv)
@@ -105,10 +138,10 @@ def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
     paired = _by_group(cross[pairing.query, torch.arange(target.heads)], target.kv_heads)
     t_context = procrustes(paired, null=recipe.null, floor=recipe.floor)
     shared = sum(
-        cross_of(name, counts, chosen) / _positive((e_s * e_t).sqrt())[:, None, None]
-        for name, counts, chosen, (e_s, e_t) in (
-            (family.query, heads, pairing.query, e_query),
-            (family.key, kv_heads, pairing.kv, e_key),
+        cross_of(role, counts, chosen) / _positive((e_s * e_t).sqrt())[:, None, None]
+        for role, counts, chosen, (e_s, e_t) in (
+            (QKV[0], heads, pairing.query, e_query),
+            (QKV[1], kv_heads, pairing.kv, e_key),
         )
     )
     t_shared = procrustes(shared, null=recipe.null, floor=recipe.floor)  # type: ignore[arg-type]
@@ -129,10 +162,10 @@ def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
 
 
 def _normalised(e: Evidence, space: str) -> CrossMoment:
-    """The moment of z, behind the norm's gain and bias; under LayerNorm with its exact null direction removed."""
-    norm = e.norm_of(space)
-    source, target = (base.norm(norm, base.layout.width) for base in (e.source, e.target))
-    z = e.moments[space].unfold(source, target, norm)
+    """The moment of z, behind the norms' gains and biases; under LayerNorm with its exact null direction removed."""
+    link = e.links[space]
+    source = e.source.norm(link.source.norm, link.source.width)
+    z = e.moments[space].unfold(source, e.target.norm(link.target.norm, link.target.width), link.target.norm)
     if e.target.layout.family.norm == "layer":  # every row of z sums to 0
         cross = z.cross - z.cross.mean(0)
         z = replace(z, cross=cross - cross.mean(1, keepdim=True))
@@ -141,6 +174,10 @@ def _normalised(e: Evidence, space: str) -> CrossMoment:
 
 def _full_rank(e: Evidence) -> int:
     return min(e.source.layout.width, e.target.layout.width) - (e.target.layout.family.norm == "layer")
+
+
+def _rank(out: Plan, name: str) -> int:
+    return next(r.rank for r in out.reports if r.space == name)
 
 
 def _scale(source: float, target: float, recipe: Recipe) -> float:

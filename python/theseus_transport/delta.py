@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .errors import InputRefused
+from .family import Family, Slot
 from .models import Tensors, tensors_of
-from .spaces import Family
 
 PREFIX = "base_model.model."
 REFUSED_INIT = (
@@ -30,7 +30,6 @@ REFUSED_OPTIONS = (
     "use_qalora",
     "use_bdlora",
     "lora_bias",
-    "fan_in_fan_out",
     "layer_replication",
     "target_parameters",
     "trainable_token_indices",
@@ -179,32 +178,33 @@ class Delta:
         return cls(tensors_of(base), adapter=Adapter(config, tensors))
 
     def tuned_tensors(self, family: Family) -> Renamed:
-        """Canonical name -> stored tensor of the tuned model, lazily; for an adapter only what it saves whole."""
+        """Canonical name -> tensor of the tuned model, lazily; for an adapter only what it saves whole."""
         if self.tuned is not None:
             return Renamed(self.tuned, family.index(self.tuned))
         assert self.adapter is not None
         whole = self.adapter.whole()
         index = family.index(whole)
-        return Renamed(self.adapter.tensors, {name: whole[spelled] for name, spelled in index.items()})
+        return Renamed(self.adapter.tensors, {n: replace(s, stored=whole[s.stored]) for n, s in index.items()})
 
 
 class Renamed(Mapping[str, Tensor]):
-    """A mapping under other names, reading through."""
+    """Tensors under canonical names, reading through."""
 
-    def __init__(self, tensors: Tensors, names: dict[str, str]) -> None:
-        self._tensors, self.names = tensors, names
+    def __init__(self, tensors: Tensors, slots: dict[str, Slot]) -> None:
+        self._tensors, self.slots = tensors, slots
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self.names[name]]
+        slot = self.slots[name]
+        return slot.view(self._tensors[slot.stored])
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self.slots
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.slots)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.slots)
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:

@@ -290,5 +290,5 @@ def _side(checkpoint: Checkpoint, layout: Layout, name: str) -> SideInfo:
         channels=layout.channels,
         image_size=layout.image,
         max_positions=positions if isinstance(positions, int) else None,
-        tokens_per_image=layout.grid[0] * layout.grid[1] + 1 if vision else 1,
+        tokens_per_image=layout.grid[0] * layout.grid[1] + sum(layout.ahead) if vision else 1,
     )

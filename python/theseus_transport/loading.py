@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 import transformers
 from torch import nn
@@ -22,7 +20,7 @@ def load_model(checkpoint: Checkpoint, layout: Layout) -> nn.Module:
         InputRefused: transformers cannot build it, or tensors are missing (they would be random).
     """
     double = torch.float64 in checkpoint.dtypes.values()
-    extra = {"add_pooling_layer": False} if layout.family.modality == "vision" else {}
+    extra = {"add_pooling_layer": False} if layout.family.model_type == "vit" else {}
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -47,7 +45,7 @@ def load_model(checkpoint: Checkpoint, layout: Layout) -> nn.Module:
     if missing := sorted(info["missing_keys"]):
         raise InputRefused(f"{checkpoint.folder} lacks {missing[0]} ({len(missing)} such tensors); is it complete?")
     unread = sorted(n for n in info["unexpected_keys"] if layout.family.canonical(n).startswith(layout.family.blocks))
-    if unread := [n for n in unread if not any(re.search(rule, n) for rule in layout.family.left)]:
+    if unread := [n for n in unread if not layout.family.why_left(layout.family.canonical(n))]:
         raise InputRefused(
             f"{checkpoint.folder}: config.json has no place for {unread[0]} ({len(unread)} such); {BELONG}"
         )

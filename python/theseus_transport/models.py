@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputRefused
+from .family import Slot
 from .spaces import Layout
 
 Tensors = Mapping[str, Tensor]
@@ -41,6 +42,11 @@ def double(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 
+def canonical_shapes(layout: Layout, tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor by canonical name, nothing read where the mapping knows shapes."""
+    return {name: slot.shape(shape_of(tensors, slot.stored)) for name, slot in layout.family.index(tensors).items()}
+
+
 @dataclass(frozen=True)
 class Base:
     """Tensors of one model under canonical names; reads lazily, computes in float64 on the CPU.
@@ -48,32 +54,35 @@ class Base:
     Attributes:
         layout: geometry.
         tensors: as stored.
-        names: canonical name -> name as stored. A tied head is no tensor of its own.
+        slots: canonical name -> where it is stored. A tied head is no tensor of its own.
     """
 
     layout: Layout
     tensors: Tensors
-    names: dict[str, str]
+    slots: dict[str, Slot]
 
     @classmethod
     def of(cls, model: nn.Module | Tensors, layout: Layout | None = None, config: Any = None) -> Base:
-        """From a transformers module, or from tensors with a layout or a config."""
-        layout = layout or Layout.of(config if config is not None else getattr(model, "config", None) or {})
+        """From a module, or from tensors with a layout or a config."""
+        if layout is None:
+            layout = Layout.of(config if config is not None else model if isinstance(model, nn.Module) else {})
         tensors = tensors_of(model)
-        names = layout.family.index(tensors)
+        slots = layout.family.index(tensors)
         if layout.tied:
-            names.pop("lm_head.weight", None)
-        return cls(layout, tensors, names)
+            slots.pop(f"{layout.family.heads.get('vocabulary')}.weight", None)
+        return cls(layout, tensors, slots)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names
+        return name in self.slots
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return shape_of(self.tensors, self.names[name])
+        slot = self.slots[name]
+        return slot.shape(shape_of(self.tensors, slot.stored))
 
     def get(self, name: str) -> Tensor | None:
         """The tensor in its own dtype, or None."""
-        return self.tensors[self.names[name]].detach() if name in self.names else None
+        slot = self.slots.get(name)
+        return None if slot is None else slot.view(self.tensors[slot.stored].detach())
 
     def need(self, name: str) -> Tensor:
         """The tensor in float64 on the CPU.
@@ -107,19 +116,21 @@ def check_shapes(
     layout: Layout, shapes: Mapping[str, Sequence[int]], *, says: str = "config.json", cure: str = BELONG
 ) -> None:
     """Compare shapes, by canonical name, with what ``says`` promised, before anything of that size is made."""
-    blocks = {match[1] for name in shapes if (match := re.match(rf"{layout.family.blocks}\.(\d+)\.", name))}
+    inside = re.compile(rf"{re.escape(layout.family.blocks)}\.(\d+)\.")
+    blocks = {match[1] for name in shapes if (match := inside.match(name))}
     if len(blocks) != layout.depth:
         raise InputRefused(f"{says} says {layout.depth} blocks, the tensors are of {len(blocks)}; {cure}")
     roles, width = layout.weights(), layout.width
     expected: dict[str, tuple[int, ...]] = {
         f"{layer.name}.weight": roles[layer.role] for layer in layout.layers() if layer.role in roles
     }
-    if layout.vocabulary:
-        expected["embed_tokens.weight"] = (layout.vocabulary, width)
-    if layout.patch:
-        rows, columns = layout.grid
-        expected["embeddings.position_embeddings"] = (1, 1 + rows * columns, width)
-        expected["embeddings.patch_embeddings.projection.weight"] = (width, layout.channels or 0, *layout.patch)
+    patches = layout.grid[0] * layout.grid[1] if layout.patch else 0
+    for e in layout.family.embeddings:
+        rows = {"token": layout.vocabulary, "position": patches and sum(layout.ahead[:1]) + patches}.get(e.slot)
+        if e.slot == "patch":
+            expected[e.name] = (width, layout.channels or 0, *(layout.patch or ()))
+        elif rows:
+            expected[e.name] = (1, rows, width)[2 - e.axis :]
     for name, shape in expected.items():
         if name not in shapes:
             raise InputRefused(f"there is no tensor {name}; is the checkpoint complete?")

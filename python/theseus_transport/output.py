@@ -76,22 +76,22 @@ def adapter_config(update: Update, base_name: str | None) -> str:
 
     Where not all of the adapter moved, or the target's class names its modules otherwise, what moved is listed by name.
     """
-    adapter, canonical = update.delta.adapter, update.family.canonical
+    adapter, source, target = update.delta.adapter, update.source_family, update.family
     assert adapter is not None
     config = {**adapter.config, "base_model_name_or_path": base_name, "inference_mode": True, "revision": None}
     keys = adapter.layers()
-    given = {canonical(spelled): spelled for spelled in keys}
-    moved = {layer: given[canonical(layer)] for layer, _ in update.factor_jobs()}
-    if set(moved) != set(given.values()):
-        ranks = {layer: shape_of(adapter.tensors, keys[spelled][0])[0] for layer, spelled in moved.items()}
+    as_it_was = {layer: (adapter.rank(layer), adapter.scaling(layer)) for layer in keys}
+    if as_it_was != {layer: (moved.rank, moved.scaling) for layer, moved in update.factors.items()}:
         root = (lambda r: r**0.5) if config.get("use_rslora") else float
         config |= {
-            "target_modules": sorted(moved),
-            "rank_pattern": ranks,
-            "alpha_pattern": {layer: adapter.scaling(moved[layer]) * root(r) for layer, r in ranks.items()},
+            "target_modules": sorted(update.factors),
+            "rank_pattern": {layer: moved.rank for layer, moved in update.factors.items()},
+            "alpha_pattern": {layer: moved.scaling * root(moved.rank) for layer, moved in update.factors.items()},
             **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
         }
-    whole = {name: canonical(name) in update.target for name in adapter.whole()}
+    if source is not target:
+        config["fan_in_fan_out"] = bool(target.transposed)
+    whole = {name: source.canonical(name) in update.target for name in adapter.whole()}
     if not all(whole.values()):  # else PEFT looks for a head that is not there
         modules = {name.rpartition(".")[0].rpartition(".")[2] for name, kept in whole.items() if kept}
         config |= {"modules_to_save": sorted(modules) or None, "task_type": None}
@@ -101,25 +101,23 @@ def adapter_config(update: Update, base_name: str | None) -> str:
 def _adapter(update: Update) -> Iterator[Planned]:
     adapter = update.delta.adapter
     assert adapter is not None
-    keys = {update.family.canonical(spelled): keys for spelled, keys in adapter.layers().items()}
-    for layer, compute in update.factor_jobs():
-        once = lru_cache(maxsize=1)(compute)
-        name = update.family.canonical(layer)
-        rank = shape_of(adapter.tensors, keys[name][0])[0]
-        out_features, in_features = update.target.shape(f"{name}.weight")
-        sizes = {"a": (rank, in_features), "b": (out_features, rank)}
-        for (part, size), key in zip(sizes.items(), keys[name], strict=True):
-            dtype = dtype_of(adapter.tensors, key)
-            yield f"{PREFIX}{layer}.lora_{part.upper()}.weight", size, dtype, partial(_factor, once, part, dtype)
+    for layer, moved in update.factors.items():
+        once = lru_cache(maxsize=1)(moved.compute)
+        out_features, in_features = moved.shape
+        sizes = {"a": (moved.rank, in_features), "b": (out_features, moved.rank)}
+        for part, size in sizes.items():
+            make = partial(_factor, once, part, moved.dtype, 1.0 if part == "a" else update.alpha)
+            yield f"{PREFIX}{layer}.lora_{part.upper()}.weight", size, moved.dtype, make
     for name in adapter.whole():
-        stored = update.target.names.get(update.family.canonical(name))
-        if stored is not None:
+        canonical = update.source_family.canonical(name)
+        if canonical in update.target:
+            stored = update.target.slots[canonical].stored
             shape, dtype = shape_of(update.target.tensors, stored), dtype_of(update.target.tensors, stored)
             yield f"{PREFIX}{stored}", shape, dtype, partial(_tuned, update, stored)
 
 
 def _checkpoint(update: Update) -> Iterator[Planned]:
-    for name in update.target.names.values():
+    for name in dict.fromkeys(slot.stored for slot in update.target.slots.values()):
         tensors = update.target.tensors
         yield name, shape_of(tensors, name), dtype_of(tensors, name), partial(_tuned, update, name)
 
@@ -146,8 +144,8 @@ def _tuned(update: Update, name: str) -> Tensor:
     return rounded
 
 
-def _factor(once: Callable[[], Factors], part: str, dtype: torch.dtype) -> Tensor:
-    return getattr(once(), part).to(dtype).contiguous()
+def _factor(once: Callable[[], Factors], part: str, dtype: torch.dtype, alpha: float) -> Tensor:
+    return (getattr(once(), part) * alpha).to(dtype).contiguous()
 
 
 def _then(make: Callable[[], Tensor], progress: Callable[[], object]) -> Tensor:

@@ -18,20 +18,19 @@ def plan(e: Evidence, recipe: Recipe) -> Plan:
     seen = {name: moment.centred() if recipe.center else moment for name, moment in e.moments.items()}
     for name, moment in seen.items():
         out.add(name, procrustes(moment.cross, null=recipe.null, floor=recipe.floor), moment.count)
-    target = e.target.layout
     reads = {"output": "context", "expand": "mlp", "contract": "middle"}
-    for layer in target.layers():
+    for own, layer in e.pairs():
         if layer.role == "head":
-            out.rules[layer.name] = Rule("final", "identity", fold=False)
+            out.rules[layer.name] = Rule(own.name, "final", "identity", fold=False)
             continue
         space = f"{layer.block}.{reads.get(layer.role, 'attention')}"
-        weights = tuple(base.augmented(layer.name) for base in (e.source, e.target))
+        weights = e.source.augmented(own.name), e.target.augmented(layer.name)
         polar, built = output_map(e.moments[space], *weights, recipe=recipe)
         out.add(layer.name, polar, seen[space].count, built)
-        out.rules[layer.name] = Rule(space, layer.name, fold=False)
-    for name in e.moments:
-        if norm := e.norm_of(name):
-            out.vectors[f"{norm}.weight"] = out.vectors[f"{norm}.bias"] = Rule("identity", name, fold=False)
+        out.rules[layer.name] = Rule(own.name, space, layer.name, fold=False)
+    for own_norm, norm, name in e.norms():
+        for part in ("weight", "bias"):
+            out.vectors[f"{norm}.{part}"] = Rule(f"{own_norm}.{part}", "identity", name, fold=False)
     return out
 
 

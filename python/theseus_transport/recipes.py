@@ -7,6 +7,7 @@ two bases are re-parametrisations of each other. ``paper``: every layer's own in
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -19,6 +20,7 @@ from .models import Base
 from .moments import CrossMoment, Energy
 from .pairing import HeadPairing
 from .procrustes import FLOOR, Null, Polar
+from .spaces import Blocks, Layer, Link
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,20 @@ class Recipe:
 class Rule:
     """How one layer's update moves: ``dW_T = s_out / s_in * T_out^T dW_S T_in``, ``db_T = s_out T_out^T db_S``.
 
-    ``input`` and ``output`` name maps; ``fold`` says whether the norm in front is folded into the weight.
+    Attributes:
+        source: canonical name, in the source, of the layer (or vector) that feeds this one.
+        input, output: names of maps.
+        fold: whether the norm in front, and a factor behind, are folded into the weight.
+        kind: of a vector: ``linear`` moves as a row, ``gain`` and ``shift`` as a norm's own gain and bias.
     """
 
+    source: str
     input: str
     output: str
     scale_in: float = 1.0
     scale_out: float = 1.0
     fold: bool = True
+    kind: Literal["linear", "gain", "shift"] = "linear"
 
 
 @dataclass(frozen=True)
@@ -107,12 +115,21 @@ class Plan:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All a recipe may look at: two bases, moments by space, energies by output."""
+    """All a recipe may look at.
+
+    Attributes:
+        source, target: the two bases.
+        blocks: for every target block the source block that feeds it, or None.
+        links: name -> the two spaces compared.
+        moments, energies: by link.
+    """
 
     source: Base
     target: Base
-    moments: dict[str, CrossMoment]
-    energies: dict[str, Energy]
+    blocks: Blocks
+    links: Mapping[str, Link]
+    moments: Mapping[str, CrossMoment]
+    energies: Mapping[str, Energy]
 
     def check(self) -> None:
         """Raise NumericalError, naming the space, where activations were not finite."""
@@ -122,6 +139,42 @@ class Evidence:
                     f"activations of space {name} held NaN or Inf; check both bases and the calibration"
                 )
 
-    def norm_of(self, space: str) -> str | None:
-        """The norm whose output this space is."""
-        return {s.name: s.module for s in self.target.layout.spaces() if s.side == "output"}.get(space)
+    def pairs(self) -> Iterator[tuple[Layer, Layer]]:
+        """(source, target) of every linear layer that is fed, heads last."""
+        for layer in self.target.layout.layers():
+            block = None if layer.role == "head" else self.blocks[layer.block]
+            if own := self.source.layout.counterpart(layer, block):
+                yield own, layer
+
+    def embeddings(self) -> Iterator[tuple[str, str]]:
+        """(source, target) canonical names of the embeddings both families have."""
+        for e in self.target.layout.family.embeddings:
+            if own := self.source.layout.family.embedding(e.slot):
+                yield own.name, e.name
+
+    def norms(self) -> Iterator[tuple[str, str, str]]:
+        """(source, target, link) of the norms of the residual: canonical names, and the link that compares outputs."""
+        source, target = self.source.layout, self.target.layout
+        for b, own in enumerate(self.blocks):
+            if own is not None:
+                for part in ("attention", "mlp"):
+                    names = (getattr(la.family, f"{part}_norm") for la in (source, target))
+                    yield source.block(own, next(names)), target.block(b, next(names)), f"{b}.{part}"
+        if source.family.embedding_norm and target.family.embedding_norm:
+            yield source.family.embedding_norm, target.family.embedding_norm, "embedding"
+        yield source.family.final_norm, target.family.final_norm, "final"
+
+    def unread(self) -> Iterator[tuple[str, str, str]]:
+        """(source, target, map) of norms whose output is more, or other, than what linear layers read.
+
+        The final norm, of which no head may move; the norm whose output is the residual; the norms inside heads.
+        """
+        source, target = self.source.layout, self.target.layout
+        yield source.family.final_norm, target.family.final_norm, "final"
+        if source.family.embedding_norm and target.family.embedding_norm:
+            yield source.family.embedding_norm, target.family.embedding_norm, "embedding"
+        for b, own in enumerate(self.blocks):
+            for role in ("query", "key") if own is not None else ():
+                names = [getattr(la.family, f"{role}_norm") for la in (source, target)]
+                if own is not None and all(names):
+                    yield source.block(own, names[0]), target.block(b, names[1]), f"{b}.{role}"

@@ -1,156 +1,65 @@
-"""Families as data: which linear layers a model has, which space each reads, and where they are kept.
-
-Names are canonical: those of transformers' modules, relative to the backbone (``LlamaModel``, ``ViTModel``).
-Checkpoints and adapters may spell them otherwise; a family's ``aliases`` bring them back.
-"""
+"""The geometry of one model, and the spaces of two that are compared: which activation goes with which."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from .errors import InputRefused
+from .families import FAMILIES, REFUSED
+from .family import Family
 
-Role = Literal["query", "key", "value", "output", "expand", "contract", "embedding", "head"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One record per family; adding a family is adding one.
-
-    Attributes:
-        model_type: ``config.model_type`` of transformers.
-        modality: what the forward pass reads, ``text`` or ``vision``.
-        norm: ``rms`` or ``layer`` (LayerNorm removes the mean over features).
-        attention_norm, mlp_norm: norms inside a block; final_norm: the one behind the last block.
-        query, key, value, output: the attention's linear layers inside a block.
-        expand: the layers that read the MLP's norm; contract: the layer that reads the MLP's middle.
-        embedding_module: the module whose output enters the first block.
-        embeddings: parameters [rows, width] or [width, ...] that make that output, with the axis of the width.
-        heads: layers outside the backbone that read the final norm, onto a vocabulary or classes both sides share.
-        left: parameters that stay by rule, with the reason.
-        aliases: (pattern, replacement) that turn older spellings into canonical names.
-    """
-
-    model_type: str
-    modality: Literal["text", "vision"]
-    norm: Literal["rms", "layer"]
-    attention_norm: str
-    mlp_norm: str
-    final_norm: str
-    query: str
-    key: str
-    value: str
-    output: str
-    expand: tuple[str, ...]
-    contract: str
-    embedding_module: str
-    embeddings: Mapping[str, int]
-    heads: tuple[str, ...]
-    prefix: str
-    blocks: str = "layers"
-    left: Mapping[str, str] = field(default_factory=dict)
-    aliases: tuple[tuple[str, str], ...] = ()
-
-    def canonical(self, name: str) -> str:
-        """The canonical name of a tensor or module, whatever its spelling."""
-        name = name.removeprefix(f"{self.prefix}.")
-        for pattern, replacement in self.aliases:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    def index(self, names: Iterable[str]) -> dict[str, str]:
-        """Canonical name -> the spelling used in ``names``.
-
-        Raises:
-            InputRefused: two names mean the same tensor.
-        """
-        found: dict[str, str] = {}
-        for name in names:
-            other = found.setdefault(self.canonical(name), name)
-            if other != name:
-                raise InputRefused(f"{other} and {name} both mean {self.canonical(name)}; keep one of them")
-        return found
-
-
-LLAMA = Family(
-    model_type="llama",
-    modality="text",
-    norm="rms",
-    prefix="model",
-    attention_norm="input_layernorm",
-    mlp_norm="post_attention_layernorm",
-    final_norm="norm",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    output="self_attn.o_proj",
-    expand=("mlp.gate_proj", "mlp.up_proj"),
-    contract="mlp.down_proj",
-    embedding_module="embed_tokens",
-    embeddings={"embed_tokens.weight": 1},
-    heads=("lm_head", "score"),
-    left={r"rotary_emb\.inv_freq$": "a buffer the target computes itself"},
-)
-
-VIT = Family(
-    model_type="vit",
-    modality="vision",
-    norm="layer",
-    prefix="vit",
-    attention_norm="layernorm_before",
-    mlp_norm="layernorm_after",
-    final_norm="layernorm",
-    query="attention.q_proj",
-    key="attention.k_proj",
-    value="attention.v_proj",
-    output="attention.o_proj",
-    expand=("mlp.fc1",),
-    contract="mlp.fc2",
-    embedding_module="embeddings",
-    embeddings={
-        "embeddings.patch_embeddings.projection.weight": 0,
-        "embeddings.patch_embeddings.projection.bias": 0,
-        "embeddings.cls_token": 2,
-        "embeddings.position_embeddings": 2,
-    },
-    heads=("classifier",),
-    left={
-        r"^pooler\.": "the pooler's output leaves the model; nothing says which features correspond",
-        r"^embeddings\.mask_token$": "read only in masked pre-training",
-    },
-    aliases=(
-        (r"^encoder\.layer\.", "layers."),
-        (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\b", r".attention.\1_proj"),
-        (r"\.attention\.output\.dense\b", ".attention.o_proj"),
-        (r"\.intermediate\.dense\b", ".mlp.fc1"),
-        (r"(layers\.\d+)\.output\.dense\b", r"\1.mlp.fc2"),
-    ),
-)
-
-FAMILIES = {family.model_type: family for family in (LLAMA, VIT)}
+Role = Literal["query", "key", "value", "output", "expand", "contract", "head"]
+Blocks = Sequence["int | None"]  # for every target block the source block that feeds it
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A parameterised layer: its canonical name, what it is for, its block, and the norm whose output it reads."""
+    """A linear layer.
+
+    Attributes:
+        name: canonical.
+        role: what it is for; slot: the role, told apart within a block (gate and up) or by the purpose of a head.
+        block: its block; the depth for a head.
+        norm: the norm whose output it reads, if it reads one.
+        scale: the per-feature factor behind it, if the family has one.
+    """
 
     name: str
     role: Role
+    slot: str
     block: int
     norm: str | None = None
+    scale: str | None = None
 
 
 @dataclass(frozen=True)
 class Space:
-    """An activation that linear layers read: the module to hook, and whether it is that module's input or output."""
+    """An activation: the module to hook, and what of it.
 
-    name: str
+    Attributes:
+        module: canonical name.
+        side: the module's input or output, or its output behind ``norm`` where the model itself norms one token only.
+        width: features.
+        norm: the norm whose output the activation is, if it is one.
+    """
+
     module: str
-    side: Literal["input", "output"]
+    side: Literal["input", "output", "normed"]
     width: int
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two spaces, one of each model, whose tokens correspond."""
+
+    source: Space
+    target: Space
 
 
 @dataclass(frozen=True)
@@ -169,18 +78,28 @@ class Layout:
     image: tuple[int, int] | None
     patch: tuple[int, int] | None
     channels: int | None
+    registers: int = 0
+    scaled: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Layout:
-        """From a transformers config or its dict.
+        """From a transformers config, its dict, or a model.
 
         Raises:
             InputRefused: the family is not supported, or a size is missing or impossible.
         """
-        values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+        if isinstance(config, nn.Module):
+            config = getattr(config, "config", None) or _recognised(config)
+        values: Mapping[str, Any] = (
+            config if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else vars(config)
+        )
         kind = values.get("model_type")
+        if isinstance(kind, str) and kind in FAMILIES:
+            values = FAMILIES[kind].geometry(values)
+            kind = values["model_type"]
         if not isinstance(kind, str) or kind not in FAMILIES:
-            raise InputRefused(f"model_type is {kind!r}; supported families are {', '.join(sorted(FAMILIES))}")
+            why = f", which {REFUSED[kind]}" if isinstance(kind, str) and kind in REFUSED else ""
+            raise InputRefused(f"model_type is {kind!r}{why}; supported families are {', '.join(sorted(FAMILIES))}")
         family = FAMILIES[kind]
         text = family.modality == "text"
 
@@ -194,6 +113,7 @@ class Layout:
                 f"hidden_size {width}, {heads} attention heads and {kv_heads} key-value heads do not divide; "
                 "was config.json edited?"
             )
+        tied = values.get("tie_word_embeddings")
         return cls(
             family=family,
             depth=size("num_hidden_layers"),
@@ -202,18 +122,38 @@ class Layout:
             kv_heads=kv_heads,
             head_dim=size("head_dim", width // heads),
             middle=size("intermediate_size"),
-            tied=bool(values.get("tie_word_embeddings")) and text,
+            tied=text and (family.tied if tied is None else bool(tied)),
             vocabulary=size("vocab_size") if text else None,
             image=None if text else _pair("image_size", values.get("image_size")),
             patch=None if text else _pair("patch_size", values.get("patch_size")),
             channels=None if text else size("num_channels", 3),
+            scaled=bool(family.output_scale) and values.get("layer_scale") is not False,
+            registers=0 if text or not family.embedding("register") else size("num_register_tokens"),
         )
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON; :meth:`restored` reads it."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "family": self.family.model_type}
+
+    @classmethod
+    def restored(cls, values: Mapping[str, Any]) -> Layout:
+        kind = values["family"]
+        if kind not in FAMILIES:
+            raise InputRefused(f"family {kind!r} is not known here; register it first (theseus_transport.register)")
+        sides = {k: tuple(values[k]) if values[k] else None for k in ("image", "patch")}
+        return cls(**{**values, **sides, "family": FAMILIES[kind]})
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches per column and row of an image."""
         assert self.image and self.patch
         return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
+
+    @property
+    def ahead(self) -> tuple[int, int]:
+        """Class tokens and register tokens in front of an image's patches."""
+        return int(self.family.class_token), self.registers
 
     def block(self, b: int, name: str) -> str:
         return f"{self.family.blocks}.{b}.{name}"
@@ -223,40 +163,71 @@ class Layout:
         f, out = self.family, []
         for b in range(self.depth):
             attention, mlp = self.block(b, f.attention_norm), self.block(b, f.mlp_norm)
-            roles: list[tuple[str, Role, str | None]] = [
-                (f.query, "query", attention),
-                (f.key, "key", attention),
-                (f.value, "value", attention),
-                (f.output, "output", None),
-                *((name, "expand", mlp) for name in f.expand),
-                (f.contract, "contract", None),
+            roles: list[tuple[str, Role, str, str | None, str | None]] = [
+                (f.query, "query", "query", attention, None),
+                (f.key, "key", "key", attention, None),
+                (f.value, "value", "value", attention, None),
+                (f.output, "output", "output", None, f.output_scale if self.scaled else None),
+                *((name, "expand", f"expand.{i}", mlp, None) for i, name in enumerate(f.expand)),  # type: ignore[list-item]
+                (f.contract, "contract", "contract", None, f.contract_scale if self.scaled else None),
             ]
-            out += [Layer(self.block(b, name), role, b, norm) for name, role, norm in roles]
-        return out + [Layer(name, "head", self.depth, f.final_norm) for name in f.heads]
+            out += [
+                Layer(self.block(b, name), role, slot, b, norm, scale and self.block(b, scale))
+                for name, role, slot, norm, scale in roles
+            ]
+        return out + [Layer(n, "head", f"head.{slot}", self.depth, f.final_norm) for slot, n in f.heads.items()]
+
+    def counterpart(self, layer: Layer, block: int | None) -> Layer | None:
+        """This model's layer in the same slot of ``block``, or as a head."""
+        wanted = self.depth if layer.role == "head" else block
+        return next((own for own in self.layers() if own.slot == layer.slot and own.block == wanted), None)
 
     def norms(self) -> list[str]:
-        """Canonical names of all norms, the final one last."""
+        """Canonical names of the norms linear layers read, the final one last."""
         f = self.family
         inner = [self.block(b, n) for b in range(self.depth) for n in (f.attention_norm, f.mlp_norm)]
         return [*inner, f.final_norm]
 
-    def spaces(self) -> list[Space]:
-        """The four spaces of each block and the final norm's output, in the order a forward pass meets them."""
-        f, out = self.family, []
-        for b in range(self.depth):
-            out += [
-                Space(f"{b}.attention", self.block(b, f.attention_norm), "output", self.width),
-                Space(f"{b}.context", self.block(b, f.output), "input", self.heads * self.head_dim),
-                Space(f"{b}.mlp", self.block(b, f.mlp_norm), "output", self.width),
-                Space(f"{b}.middle", self.block(b, f.contract), "input", self.middle),
-            ]
-        return [*out, Space("final", f.final_norm, "output", self.width)]
+    def space(self, b: int, part: str) -> Space:
+        """A space of block ``b``: ``attention``, ``context``, ``mlp`` or ``middle``."""
+        f = self.family
+        match part:
+            case "attention":
+                return self._normed(self.block(b, f.attention_norm))
+            case "context":
+                return Space(self.block(b, f.output), "input", self.heads * self.head_dim)
+            case "mlp":
+                return self._normed(self.block(b, f.mlp_norm))
+            case _:
+                return Space(self.block(b, f.contract), "input", self.middle)
 
-    def outputs(self) -> list[Space]:
-        """The outputs whose energies set the scales: every linear layer of a block and the embedding."""
-        widths = {role: out for role, (out, _) in self.weights().items()}
-        layers = [Space(la.name, la.name, "output", widths[la.role]) for la in self.layers() if la.role in widths]
-        return [Space("embedding", self.family.embedding_module, "output", self.width), *layers]
+    def final(self) -> Space:
+        """The final norm's output, over all tokens."""
+        name = self.family.final_norm
+        if not self.family.pooled_norm:
+            return self._normed(name)
+        return Space(f"{self.family.blocks}.{self.depth - 1}", "normed", self.width, name)
+
+    def after(self, b: int) -> Space:
+        """The first norm's output behind block ``b``: what its MLP writes, as the next reader sees it."""
+        return self.space(b + 1, "attention") if b + 1 < self.depth else self.final()
+
+    def first(self) -> Space:
+        """The first norm's output behind the embeddings."""
+        name = self.family.embedding_norm
+        return self._normed(name) if name else self.space(0, "attention")
+
+    def embedded(self) -> Space:
+        """The embeddings' sum."""
+        f = self.family
+        if f.embedding_norm:
+            return Space(f.embedding_norm, "input", self.width)
+        return Space(f.embedding_module, "output", self.width)
+
+    def written(self, layer: Layer) -> Space:
+        """A linear layer's own output, behind the factor that scales it."""
+        out, _ = self.weights()[layer.role]
+        return Space(layer.scale.rpartition(".")[0] if layer.scale else layer.name, "output", out)
 
     def weights(self) -> dict[Role, tuple[int, int]]:
         """[out, in] of the weights of a block, by role."""
@@ -269,6 +240,61 @@ class Layout:
             "expand": (self.middle, self.width),
             "contract": (self.width, self.middle),
         }
+
+    def _normed(self, norm: str) -> Space:
+        return Space(norm, "output", self.width, norm)
+
+
+def moment_links(source: Layout, target: Layout, blocks: Blocks) -> dict[str, Link]:
+    """The spaces whose cross-moments are wanted, by name, in the order a forward pass of the target meets them.
+
+    Of every paired target block b: ``b.attention``, ``b.context``, ``b.mlp``, ``b.middle``; ``b.after`` where what
+    follows the two blocks is no such pair itself; ``embedding`` where what follows the embeddings is not
+    ``0.attention``; ``final``.
+    """
+    found: dict[str, Link] = {}
+    if blocks[0] != 0 or source.family.embedding_norm or target.family.embedding_norm:
+        found["embedding"] = Link(source.first(), target.first())
+    for b, own in enumerate(blocks):
+        if own is None:
+            continue
+        for part in ("attention", "context", "mlp", "middle"):
+            found[f"{b}.{part}"] = Link(source.space(own, part), target.space(b, part))
+        if after_name(source, target, blocks, b) == f"{b}.after":
+            found[f"{b}.after"] = Link(source.after(own), target.after(b))
+    found["final"] = Link(source.final(), target.final())
+    return found
+
+
+def after_name(source: Layout, target: Layout, blocks: Blocks, b: int) -> str:
+    """The name of the link between what follows target block ``b`` and what follows its source block."""
+    own, last = blocks[b], b + 1 == target.depth
+    assert own is not None
+    if last and own + 1 == source.depth:
+        return "final"
+    return f"{b + 1}.attention" if not last and blocks[b + 1] == own + 1 else f"{b}.after"
+
+
+def energy_links(source: Layout, target: Layout, blocks: Blocks) -> dict[str, Link]:
+    """The outputs whose energies set the scales: by target layer, and ``embedding.output``, ``embedding.norm``."""
+    found = {"embedding.output": Link(source.embedded(), target.embedded())}
+    if source.family.embedding_norm and target.family.embedding_norm:
+        found["embedding.norm"] = Link(source.first(), target.first())
+    for layer in target.layers():
+        if layer.role != "head" and (own := blocks[layer.block]) is not None:
+            found[layer.name] = Link(_written(source, layer, own), target.written(layer))
+    return found
+
+
+def _written(source: Layout, layer: Layer, block: int) -> Space:
+    own = source.counterpart(layer, block)
+    assert own is not None  # check_pair
+    return source.written(own)
+
+
+def _recognised(model: nn.Module) -> Mapping[str, Any]:
+    found = (family.recognise(model) for family in FAMILIES.values())
+    return next((config for config in found if config), {})
 
 
 def _size(key: str, value: Any) -> int:

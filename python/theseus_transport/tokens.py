@@ -70,6 +70,11 @@ class RowMixing:
 
         return RowMixing(self.column.to(device), self.tokens, move(self.row_ptr), move(self.weight))
 
+    def then(self, outer: RowMixing) -> RowMixing:
+        """``outer @ self`` of a selection: ``outer`` mixes the rows this one selects."""
+        assert self.row_ptr is None and outer.tokens == self.rows
+        return RowMixing(self.column[outer.column], self.tokens, outer.row_ptr, outer.weight)
+
     def batched(self, batch: int) -> RowMixing:
         """The same mixing for each of ``batch`` samples laid out one after the other."""
         start = torch.arange(batch)
@@ -111,7 +116,7 @@ def bilinear(grid: tuple[int, int], to: tuple[int, int], *, prefix: int = 1) -> 
     patches, rows = grid[0] * grid[1], to[0] * to[1]
     basis = torch.eye(patches, dtype=torch.float64).reshape(1, patches, *grid)
     mixed = F.interpolate(basis, size=to, mode="bilinear", align_corners=False).reshape(patches, rows).T
-    return from_dense(torch.block_diag(torch.eye(prefix, dtype=torch.float64), mixed))
+    return from_dense(torch.block_diag(torch.eye(prefix, dtype=torch.float64), mixed) if prefix else mixed)
 
 
 def overlap(source: Tensor, target: Tensor) -> tuple[RowMixing, Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .alignment import Alignment
-from .delta import Delta, Factors, Renamed
+from .delta import Adapter, Delta, Factors, Renamed
 from .errors import InputRefused
-from .models import Base, Tensors, check_shapes, double
-from .moves import move_dense, move_factors, move_gain, move_vector
+from .family import Slot
+from .models import Base, Tensors, check_shapes
+from .moves import Move
+from .pieces import Piece, fused
 from .recipes import Rule
-from .spaces import Layer
 from .update import Fate, Row, Update
+from .vectors import VectorMove
 
 
 def transport(
@@ -47,52 +49,59 @@ def transport(
 
 
 class _Planner:
-    """Decides the fate of every tensor; the arithmetic is in the functions below."""
+    """Decides the fate of every tensor; the arithmetic is in :mod:`moves`."""
 
     def __init__(
         self, alignment: Alignment, delta: Delta, target: nn.Module | Tensors, alpha: float, leave: Sequence[str]
     ) -> None:
         self.alignment, self.delta, self.leave = alignment, delta, leave
-        self.family = alignment.target.family
+        self.family = alignment.source.family
         self.source = Base.of(delta.base, alignment.source)
         self.target = Base.of(target, alignment.target)
-        self.update = Update(self.target, delta, alpha)
+        self.update = Update(self.source, self.target, delta, alpha)
         self.rows: dict[str, Row] = {}
+        self.moves = self._paired_layers()
         tuned = delta.tuned_tensors(self.family)
         self._untie(tuned)
-        for name in [n for n in tuned.names if self._asked_to_leave(n)]:
-            del tuned.names[name]  # as if the tuned model had not changed it
+        for name in [n for n in tuned.slots if self._asked_to_leave(n)]:
+            del tuned.slots[name]  # as if the tuned model had not changed it
             self._row(name, "left", "left on request")
         self.tuned = tuned
         self.changed = {name for name in self.tuned if self._is_changed(name)}
+
+    def _paired_layers(self) -> dict[str, Move]:
+        """Source layer name -> its move."""
+        a = self.alignment
+        own = {layer.name: layer for layer in a.source.layers()}
+        rest = (a.maps, self.source, self.target, self.update.warnings)
+        fed = [(into, a.rules[into.name]) for into in a.target.layers() if into.name in a.rules]
+        return {rule.source: Move(own[rule.source], into, rule, *rest) for into, rule in fed}
 
     def _untie(self, tuned: Renamed) -> None:
         """A tied head is no tensor of its own, but an untied target's head takes its update."""
         if not self.source.layout.tied:
             return
-        tuned.names.pop("lm_head.weight", None)
-        if "lm_head.weight" in self.target and self.delta.adapter is None:
-            for names in (self.source.names, tuned.names):
-                if shared := names.get("embed_tokens.weight"):
-                    names["lm_head.weight"] = shared
+        heads = [f"{side.layout.family.heads.get('vocabulary')}.weight" for side in (self.source, self.target)]
+        token = self.family.embedding("token")
+        tuned.slots.pop(heads[0], None)
+        if heads[1] in self.target and self.delta.adapter is None and token:
+            for slots in (self.source.slots, tuned.slots):
+                if shared := slots.get(token.name):
+                    slots[heads[0]] = shared
 
     def plan(self) -> Update:
         self._check_bases()
-        for layer in self.alignment.target.layers():
-            if layer.name in self.alignment.rules:
-                self._plan_layer(layer, self.alignment.rules[layer.name])
+        for move in self.moves.values():
+            self._plan_layer(move)
         for name, rule in self.alignment.vectors.items():
-            axis = self.family.embeddings.get(name, 0)
-            self._plan_vector(name, partial(move_vector, self.alignment.maps[rule.output], rule, axis), axis)
-        if "final" in self.alignment.maps and not self.alignment.vectors.keys() & {f"{self.family.final_norm}.weight"}:
-            self._plan_unread_norm()
+            self._plan_vector(rule, name)
         self._plan_factors()
         self._settle()
-        order = {name: i for i, name in enumerate(self.source.names)}
+        order = {name: i for i, name in enumerate(self.source.slots)}
         self.update.coverage = sorted(
             self.rows.values(), key=lambda row: order.get(self.family.canonical(row.tensor), -1)
         )
-        if not self.update._jobs:
+        if not self.update:
             reasons = sorted({row.note for row in self.rows.values() if row.fate == "left"})
             what = (
                 f"every changed tensor was left behind ({'; '.join(reasons)})"
@@ -123,153 +132,161 @@ class _Planner:
 
     def _left(self, name: str) -> str | None:
         """Why a tensor stays behind by rule."""
-        if name in self.family.embeddings and name not in self.alignment.vectors:
-            return f"the {self.alignment.recipe.name} recipe leaves embeddings"
-        return next((why for pattern, why in self.family.left.items() if re.search(pattern, name)), None)
+        if any(e.name == name for e in self.family.embeddings) and self.alignment.recipe.name == "paper":
+            return "the paper recipe leaves embeddings"
+        inside = re.match(rf"{re.escape(self.family.blocks)}\.(\d+)\.", name)
+        if inside and int(inside[1]) not in self.alignment.blocks:
+            return f"no block of the target takes block {inside[1]}"
+        return self.family.why_left(name)
 
     def _check_bases(self) -> None:
         for side, base in (("source", self.source), ("target", self.target)):
-            shapes = {name: base.shape(name) for name in base.names}
+            shapes = {name: base.shape(name) for name in base.slots}
             says = f"the alignment's {side}"
             check_shapes(base.layout, shapes, says=says, cure="was the right base given?")
         if self.delta.tuned is not None:
-            for name in self.source.names.keys() - self.tuned.names.keys() - self.rows.keys():
-                if (
-                    not self._left(name)
-                    and not self._asked_to_leave(name)
-                    and name.split(".")[0] not in self.family.heads
-                ):
+            for name in self.source.slots.keys() - self.tuned.slots.keys() - self.rows.keys():
+                if not self._left(name) and not self._asked_to_leave(name) and not self._of_head(name):
                     raise InputRefused(
                         f"the tuned model has no tensor {name}; is it complete, and is it a tune of the source?"
                     )
 
+    def _of_head(self, name: str) -> bool:
+        return name.split(".")[0] in self.family.heads.values()
+
     def _row(self, name: str, fate: Fate, note: str = "") -> None:
         self.rows[name] = Row(name, fate, note)
 
-    def _plan_layer(self, layer: Layer, rule: Rule) -> None:
-        weight, own = f"{layer.name}.weight", {f"{layer.name}.{p}" for p in ("weight", "bias")}
-        norm = {f"{layer.norm}.{p}" for p in ("weight", "bias")} & self.changed if rule.fold else set()
-        if not (own | norm) & self.changed:
+    def _plan_layer(self, move: Move) -> None:
+        own, into, rule = move.own, move.into, move.rule
+        weight, bias, its_bias = f"{own.name}.weight", f"{own.name}.bias", f"{into.name}.bias"
+        around = {f"{own.norm}.weight", f"{own.norm}.bias", own.scale} & self.changed if rule.fold else set()
+        if not ({weight, bias} | around) & self.changed:
             return
-        if reason := self._unfit(layer, weight):
-            for name in own & self.changed:
+        if reason := self._unfit(move):
+            for name in {weight, bias} & self.changed:
                 self._row(name, "left", reason)
             return
-        if norm and self.delta.adapter is not None:
+        if around and self.delta.adapter is not None:
             raise InputRefused(
-                f"the adapter saves {sorted(norm)[0]} whole; a moved adapter cannot carry a norm's change"
+                f"the adapter saves {sorted(filter(None, around))[0]} whole; a moved adapter cannot carry its change"
             )
-        bias = f"{layer.name}.bias"
-        takes_bias = bias in self.target or (self.family.norm == "layer" and rule.fold and layer.norm is not None)
+        norm = self.alignment.target.family.norm
+        takes_bias = its_bias in self.target or (norm == "layer" and rule.fold and into.norm is not None)
         if bias in self.changed and not takes_bias:
             self._row(bias, "left", "the target has no bias to take it")
-            if not ({weight} | norm) & self.changed:
+            if not ({weight} | around) & self.changed:
                 return
-        moving = [n for n in sorted(own) if n in self.target and not self._asked_to_leave(n)]
+        kept = {part for part in ("weight", "bias") if self._asked_to_leave(f"{own.name}.{part}")}
+        moving = [n for n in ("weight", "bias") if f"{into.name}.{n}" in self.target and n not in kept]
         if not moving:
             return
-        job = partial(self._dense, layer, rule)
-        self.update._jobs |= {self.target.names[name]: job for name in moving}
-        for name in (own & self.changed) - self.rows.keys():
+        job = partial(self._dense, move)
+        for part in moving:
+            self.update.plan(f"{into.name}.{part}", job)
+        for name in ({weight, bias} & self.changed) - self.rows.keys():
             self._row(name, "transported")
-        for name in norm:
-            self._row(name, "folded", "into its readers")
+        for name in filter(None, around):
+            self._row(name, "folded", "into the layer in front" if name == own.scale else "into its readers")
 
-    def _unfit(self, layer: Layer, weight: str) -> str | None:
+    def _unfit(self, move: Move) -> str | None:
+        weight, into = f"{move.own.name}.weight", f"{move.into.name}.weight"
         if why := self._left(weight):
             return why
-        if weight not in self.source:
-            tied = self.source.layout.tied and layer.role == "head"
-            return "the source ties its head to the embedding" if tied else "the source base has no such tensor"
-        if weight not in self.target:
-            tied = self.target.layout.tied and layer.role == "head"
-            return "the target ties its head to the embedding" if tied else "the target has no such tensor"
-        rows = self.source.shape(weight)[0], self.target.shape(weight)[0]
-        if layer.role == "head" and rows[0] != rows[1]:
+        for side, base, name in (("source base", self.source, weight), ("target", self.target, into)):
+            if name not in base:
+                tied = base.layout.tied and move.own.slot == "head.vocabulary"
+                return (
+                    f"the {side.split()[0]} ties its head to the embedding"
+                    if tied
+                    else f"the {side} has no such tensor"
+                )
+        rows = self.source.shape(weight)[0], self.target.shape(into)[0]
+        if move.own.role == "head" and rows[0] != rows[1]:
             return f"the source has {rows[0]} outputs, the target {rows[1]}"
         return None
 
-    def _dense(self, layer: Layer, rule: Rule) -> dict[str, Tensor]:
-        moved = move_dense(layer, rule, self.alignment.maps, self.source, self.tuned, self.target, self.update.warnings)
-        return {self.target.names[f"{layer.name}.{part}"]: value for part, value in moved.items()}
+    def _dense(self, move: Move) -> dict[str, Tensor]:
+        return {f"{move.into.name}.{part}": value for part, value in move.dense(self.tuned).items()}
 
-    def _plan_vector(self, name: str, move: Callable[[Tensor], Tensor], axis: int) -> None:
-        if name not in self.changed:
+    def _plan_vector(self, rule: Rule, into: str) -> None:
+        """An embedding, or a norm's own gain or bias where no linear layer took it up."""
+        name = rule.source
+        if name not in self.changed or (name in self.rows and rule.kind != "linear"):
             return
         if why := self._left(name):
             return self._row(name, "left", why)
-        if name not in self.source or name not in self.target:
+        if name not in self.source or into not in self.target:
             side = "target" if name in self.source else "source base"
             return self._row(name, "left", f"the {side} has no such tensor")
-        shapes = [list(base.shape(name)) for base in (self.source, self.target)]
-        rest = [s[:axis] + s[axis + 1 :] for s in shapes]
-        if rest[0] != rest[1]:
-            return self._row(
-                name, "left", f"the source's is {shapes[0]}, the target's {shapes[1]}: rows do not correspond"
-            )
-
-        def job() -> dict[str, Tensor]:
-            return {self.target.names[name]: move(double(self.tuned[name]) - self.source.need(name))}
-
-        self.update._jobs[self.target.names[name]] = job
-        self._row(name, "transported")
-
-    def _plan_unread_norm(self) -> None:
-        """The final norm where no linear layer that moves reads it: a tied head, or no head at all."""
-        norm = self.family.final_norm
-        if not {f"{norm}.weight", f"{norm}.bias"} & (self.changed - self.rows.keys()):
-            return
-        scale = self.alignment.rules[self.family.heads[0]].scale_in
-        gains = self.source.norm(norm, self.source.layout.width)[0], self.target.norm(norm, self.target.layout.width)[0]
-        t = self.alignment.maps["final"](torch.eye(len(gains[0]), dtype=torch.float64))
-        if self.family.norm == "layer":  # z has no mean, but a gain and a bias do: mean goes to mean
-            t = t + 1 / math.sqrt(t.shape[0] * t.shape[1])
-        self._plan_vector(f"{norm}.weight", partial(move_gain, t, *gains), 0)
-        self._plan_vector(f"{norm}.bias", lambda d: gains[1] * scale * ((d / gains[0]) @ t), 0)
+        move = VectorMove(into, rule, self.alignment.maps[rule.output], self.source, self.target)
+        if why := move.unfit():
+            return self._row(name, "left", why)
+        self.update.plan(into, lambda: {into: move(self.tuned[name])})
+        self._row(name, "transported", move.note)
 
     def _plan_factors(self) -> None:
         adapter = self.delta.adapter
         if adapter is None:
             return
-        layers = {layer.name: layer for layer in self.alignment.target.layers()}
-        prefixed = any(name.startswith(f"{self.family.prefix}.") for name in self.target.tensors)
+        found: dict[str, list[Piece]] = {}
         for spelled in adapter.layers():
             name = self.family.canonical(spelled)
             if self._asked_to_leave(name) or self._asked_to_leave(f"{name}.weight"):
                 self._row(name, "left", "left on request")
                 continue
-            rule = self.alignment.rules.get(name)
-            if rule is None:
-                raise InputRefused(f"the adapter changes {spelled}, which has no rule; {_leaving(name)}")
-            if f"{name}.weight" in self.changed:
-                raise InputRefused(f"the adapter both factors {spelled} and saves it whole")
-            if reason := self._unfit(layers[name], f"{name}.weight"):
-                self._row(name, "left", reason)
-                continue
-            factors, shape = adapter.factors(spelled), self.source.shape(f"{name}.weight")
-            if (found := (factors.b.shape[0], factors.a.shape[1])) != shape:
-                raise InputRefused(
-                    f"the adapter's {spelled} is {list(found)}, the base's {list(shape)}; was the right base given?"
-                )
-            own = f"{self.family.prefix}.{name}" if prefixed and layers[name].role != "head" else name
-            compute = partial(self._moved_factors, layers[name], rule, spelled)
-            self.update._factors[own] = compute
-            self.update._jobs[self.target.names[f"{name}.weight"]] = partial(self._product, name, compute)
-            self._row(name, "transported", "as factors")
+            for part, slot in self.family.parts(name).items():
+                self._plan_piece(adapter, spelled, part, slot, found)
+        for own, pieces in found.items():
+            self.update.factors[own] = fused(pieces)
 
-    def _moved_factors(self, layer: Layer, rule: Rule, spelled: str) -> Factors:
+    def _plan_piece(self, adapter: Adapter, spelled: str, part: str, slot: Slot, found: dict[str, list[Piece]]) -> None:
+        """One layer of the adapter, or the part of a fused one."""
+        move = self.moves.get(part)
+        if move is None:
+            if why := self._left(f"{part}.weight"):
+                return self._row(part, "left", why)
+            raise InputRefused(f"the adapter changes {spelled}, which has no rule; {_leaving(part)}")
+        weight, into = f"{part}.weight", f"{move.into.name}.weight"
+        if weight in self.changed:
+            raise InputRefused(f"the adapter both factors {spelled} and saves it whole")
+        if reason := self._unfit(move):
+            return self._row(part, "left", reason)
+        rows, columns = self.source.shape(weight)
+        factors = adapter.factors(spelled)
+        if (size := (factors.b.shape[0], factors.a.shape[1])) != (rows * slot.parts, columns):
+            raise InputRefused(
+                f"the adapter's {spelled} is {list(size)}, the base's {[rows * slot.parts, columns]}; "
+                "was the right base given?"
+            )
+        compute = partial(self._moved_factors, move, spelled, slot)
+        module, place = self.target.layout.family.home(move.into.name)
+        scale = self.target.shape(into), factors.scaling
+        piece = Piece(spelled, place, len(factors.a), factors.a.dtype, *scale, compute)
+        found.setdefault(self._adapter_name(module, move), []).append(piece)
+        self.update.plan(into, partial(self._product, into, compute))
+        self._row(part, "transported", "as factors")
+
+    def _adapter_name(self, module: str, move: Move) -> str:
+        """A layer of the target as an adapter spells it: as transformers' class with its head names it."""
+        prefix = self.target.layout.family.prefix
+        prefixed = any(name.startswith(f"{prefix}.") for name in self.target.tensors)
+        return f"{prefix}.{module}" if prefixed and move.into.role != "head" else module
+
+    def _moved_factors(self, move: Move, spelled: str, slot: Slot) -> Factors:
         assert self.delta.adapter is not None
         factors = self.delta.adapter.factors(spelled)
-        return move_factors(layer, rule, self.alignment.maps, factors, self.source, self.target, self.update.warnings)
+        return move.factors(replace(factors, b=factors.b.chunk(slot.parts)[slot.part]))
 
-    def _product(self, name: str, compute: Callable[[], Factors]) -> dict[str, Tensor]:
+    def _product(self, into: str, compute: Callable[[], Factors]) -> dict[str, Tensor]:
         f = compute()
-        return {self.target.names[f"{name}.weight"]: f.scaling * (f.b.double() @ f.a.double())}
+        return {into: f.scaling * (f.b.double() @ f.a.double())}
 
     def _settle(self) -> None:
         """Every tensor has a fate; a changed one without a rule is an error."""
-        norms = set(self.alignment.source.norms())
-        for name in {**self.source.names, **dict.fromkeys(self.tuned)}:
+        unread = {rule.source for rule in self.alignment.vectors.values()}
+        norms = {*self.alignment.source.norms(), *(name.rpartition(".")[0] for name in unread)}
+        for name in {**self.source.slots, **dict.fromkeys(self.tuned)}:
             if name in self.rows or (self.delta.adapter is not None and name not in self.tuned):
                 continue
             if name not in self.changed:
@@ -278,14 +295,11 @@ class _Planner:
                 self._row(name, "left", why)
             elif name.rpartition(".")[0] in norms:
                 self._row(name, "left", "no layer that reads it moves")
-            elif name.split(".")[0] in self.family.heads:
-                self._row(
-                    name,
-                    "left",
-                    "the source base has no such tensor"
-                    if name not in self.source
-                    else "the target has no such tensor",
-                )
+            elif any(e.name == name for e in self.family.embeddings):
+                self._row(name, "left", "the target has no such tensor")
+            elif self._of_head(name):
+                side = "source base" if name not in self.source else "target"
+                self._row(name, "left", f"the {side} has no such tensor")
             else:
                 raise InputRefused(f"{name} changed but has no rule; {_leaving(name)}")
 

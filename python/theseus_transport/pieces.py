@@ -1,0 +1,60 @@
+"""Moved LoRA factors of layers that the target keeps in one fused layer, put together as factors of that layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .delta import Factors
+from .family import Slot
+from .update import MovedFactors
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The moved factors of one layer of the target.
+
+    Attributes:
+        spelled: the adapter's layer it comes from; pieces of one layer share their A.
+        place: which part of the target's module it is.
+        rank, dtype, scaling: of the adapter's factors.
+        shape: [out, in] of the target's layer.
+        compute: the moved factors.
+    """
+
+    spelled: str
+    place: Slot
+    rank: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    scaling: float
+    compute: Callable[[], Factors]
+
+
+def fused(pieces: Sequence[Piece]) -> MovedFactors:
+    """One module's factors, its pieces one below the other in B.
+
+    Pieces of one layer of the adapter have one A, and the rank stays; pieces of several (separate q and v that become
+    parts of a fused qkv) stack their A, and ranks add.
+    """
+    groups: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.spelled, []).append(piece)
+    first, parts = pieces[0], pieces[0].place.parts
+    rank = sum(group[0].rank for group in groups.values())
+    rows, columns = first.shape
+
+    def compute() -> Factors:
+        a, b, start = torch.zeros(rank, columns, dtype=torch.float64), torch.zeros(rows * parts, rank).double(), 0
+        for group in groups.values():
+            span = slice(start, start + group[0].rank)
+            for piece in group:
+                moved, top = piece.compute(), piece.place.part * rows
+                a[span] = moved.a
+                b[top : top + rows, span] = moved.b * (piece.scaling / first.scaling)
+            start = span.stop
+        return Factors(a, b, first.scaling)
+
+    return MovedFactors(rank, (rows * parts, columns), first.dtype, first.scaling, compute)
