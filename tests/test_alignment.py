@@ -70,7 +70,7 @@ def test_what_is_no_alignment(tmp_path: Path) -> None:
     for number in (99, None):
         (folder / "alignment.json").write_text(json.dumps({**record, "format": number}))
         with pytest.raises(
-            InputRefused, match=f"maps has alignment format {number}, this version reads 1; align again"
+            InputRefused, match=f"maps has alignment format {number}, this version reads 2; align again"
         ):
             Alignment.load(folder)
     (folder / "alignment.json").write_text("{")
@@ -83,7 +83,7 @@ def test_what_is_no_alignment(tmp_path: Path) -> None:
 
 def test_pairs_that_cannot_be_aligned() -> None:
     llama, vit = (SPECS[name][0].build() for name in SPECS)
-    with pytest.raises(InputRefused, match="source is llama, target is vit; both must be of one family"):
+    with pytest.raises(InputRefused, match="source is llama, which reads text, target is vit, which reads vi"):
         align(llama, vit, [])
     with pytest.raises(InputRefused, match="source has 2 blocks, target has 3; moving across depth"):
         align(llama, base(LLAMA, num_hidden_layers=3).build(), [])

@@ -10,7 +10,7 @@ from exact.models import LLAMA, LLAMA_HEADLESS, VIT, base, batches
 from theseus_transport import InputRefused, tokens
 from theseus_transport.capture import Capture, capture
 from theseus_transport.moments import CrossMoment, Energy
-from theseus_transport.spaces import Layout
+from theseus_transport.spaces import Layout, energy_links, moment_links
 from torch import Tensor, nn
 
 ROUNDING = dict(rtol=1e-11, atol=1e-11)  # float64 sums over up to 100 tokens, in another order
@@ -49,8 +49,10 @@ def activations(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]
     def keep(name: str, side: str) -> Callable:
         return lambda _, args, result: found.__setitem__(name, args[0] if side == "input" else result)
 
-    spaces = [*layout.spaces(), *layout.outputs()]
-    handles = [backbone.get_submodule(s.module).register_forward_hook(keep(s.name, s.side)) for s in spaces]
+    blocks = range(layout.depth)
+    links = {**moment_links(layout, layout, blocks), **energy_links(layout, layout, blocks)}
+    spaces = {name: link.target for name, link in links.items()}
+    handles = [backbone.get_submodule(s.module).register_forward_hook(keep(n, s.side)) for n, s in spaces.items()]
     with torch.no_grad():
         model(**batch)
     for handle in handles:
@@ -224,7 +226,7 @@ def test_a_model_that_is_not_what_its_config_says(text: Models) -> None:
     own = layouts(text)
     cases = {
         r"LlamaModel has no layers\.2\.input_layernorm; is it a llama\?": tuple(replace(la, depth=3) for la in own),
-        r"LlamaModel has no layers\.0\.layernorm_before; is it a vit\?": layouts(IMAGE_MODELS),
+        r"LlamaForCausalLM has no layers\.0\.layernorm_before; is it a vit\?": layouts(IMAGE_MODELS),
         r"embed_tokens is 36 wide, but the config says 40": (own[0], replace(own[1], width=40)),
         r"layers\.0\.mlp\.down_proj is 28 wide, but the config says 27": (own[0], replace(own[1], middle=27)),
     }

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from theseus_transport import Delta, InputRefused
 from theseus_transport.delta import PREFIX, Adapter
-from theseus_transport.spaces import LLAMA as LLAMA_FAMILY
-from theseus_transport.spaces import VIT as VIT_FAMILY
+from theseus_transport.families import LLAMA as LLAMA_FAMILY
+from theseus_transport.families import VIT as VIT_FAMILY
 from torch import Tensor, nn
 
 SPEC = base(LLAMA)
@@ -171,7 +171,6 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
                 "use_dora": True,
                 "use_qalora": True,
                 "lora_bias": True,
-                "fan_in_fan_out": True,
                 "layer_replication": [[0, 2]],
                 "target_parameters": ["mlp.experts"],
                 "trainable_token_indices": [1, 2],

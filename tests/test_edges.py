@@ -14,8 +14,8 @@ from test_procrustes import draw, known
 from test_update import SOURCE, TARGET, TUNED, moved
 from theseus_transport import Alignment, Delta, InputRefused, Recipe, align, transport
 from theseus_transport.delta import Adapter
+from theseus_transport.families import LLAMA as LLAMA_FAMILY
 from theseus_transport.procrustes import procrustes
-from theseus_transport.spaces import LLAMA as LLAMA_FAMILY
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 6), (6, 8)], ids=str)

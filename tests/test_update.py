@@ -1,6 +1,5 @@
 """An update of the target: computed when asked for, added in place, written as an adapter; what is refused or lost."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from exact.models import LLAMA, LLAMA_HEADLESS, VIT, Spec, base, batches, tune
 from peft import LoraConfig, PeftModel, get_peft_model
 from theseus_transport import Alignment, Delta, InputRefused, Update, align, transport
 from theseus_transport.delta import PREFIX
+from theseus_transport.moves import Move
 from theseus_transport.update import Row
 from torch import Tensor, nn
 
@@ -61,13 +61,12 @@ def moved_factors(tensors: Mapping[str, Tensor], **options: object) -> Update:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the layers computed so far."""
     calls: list[str] = []
-    planner = importlib.import_module("theseus_transport.transport")  # the package's attribute is the function
 
-    def counting(move: Callable) -> Callable:
-        return lambda layer, *args: (calls.append(layer.name), move(layer, *args))[1]
+    def counting(compute: Callable) -> Callable:
+        return lambda move, *args: (calls.append(move.into.name), compute(move, *args))[1]
 
-    for move in ("move_dense", "move_factors"):
-        monkeypatch.setattr(planner, move, counting(getattr(planner, move)))
+    for name in ("dense", "factors"):
+        monkeypatch.setattr(Move, name, counting(getattr(Move, name)))
     return calls
 
 
@@ -226,7 +225,7 @@ def test_bases_of_another_width_are_refused() -> None:
         ),
         (
             {**factors(), f"{PREFIX}model.layers.0.input_layernorm.weight": torch.ones(24)},
-            r"the adapter saves layers\.0\.input_layernorm\.weight whole; a moved adapter cannot carry a norm's change",
+            r"the adapter saves layers\.0\.input_layernorm\.weight whole; a moved adapter cannot carry its change",
         ),
     ],
 )

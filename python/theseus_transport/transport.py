@@ -135,7 +135,7 @@ class _Planner:
         if any(e.name == name for e in self.family.embeddings) and self.alignment.recipe.name == "paper":
             return "the paper recipe leaves embeddings"
         inside = re.match(rf"{re.escape(self.family.blocks)}\.(\d+)\.", name)
-        if inside and int(inside[1]) not in self.alignment.blocks:
+        if inside and int(inside[1]) < self.source.layout.depth and int(inside[1]) not in self.alignment.blocks:
             return f"no block of the target takes block {inside[1]}"
         return self.family.why_left(name)
 
