@@ -1,4 +1,4 @@
-# make build | demo | test | lint | planted | bench | cuda-check | clean.   Everything lives in .venv and build/.
+# make build | demo | test | lint | planted | bench | package-check | cuda-check | clean.   Everything lives in .venv and build/.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := build/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test lint planted bench cuda-check clean
+.PHONY: build demo test lint planted bench package-check cuda-check clean
 build: $(STAMP)
 
 $(BIN)/python:
@@ -31,12 +31,15 @@ lint: build
 planted: build
 	OMP_NUM_THREADS=1 $(BIN)/python tests/planted/run.py
 
+# Speed beside plain torch and beside the official recipe; FULL=1 also what takes many minutes. Writes bench/results.
 bench: build
-	@mkdir -p bench/results
-	$(BIN)/python -m pytest bench -q -p no:xdist -o python_files='bench_*.py' -o addopts= --benchmark-columns=min,median \
-	    --benchmark-json=bench/results/cross_moment-$$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')").json
+	$(BIN)/python -m pytest bench -q -s -p no:xdist -o python_files='bench_*.py' -o addopts=-rs $(if $(FULL),--full)
 
-# What a machine with nvcc can show without a GPU: compiles, loads under a CUDA torch, and its CPU path is right.
+# From an sdist to a command that runs in a fresh environment.
+package-check:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) .ci/package-check
+
+# What a machine with nvcc can show without a GPU: the kernels compile, and one build serves torch 2.11 and 2.13.
 cuda-check:
 	.ci/cuda-check
 
