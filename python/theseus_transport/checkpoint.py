@@ -8,17 +8,18 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import InputRefused
-from .headers import DEQUANTISE, digest, file_blake2b, head, inside, read_header, read_json
+from .headers import DEQUANTISE, digest, file_blake2b, head, inside, read_header, read_json, refuse_unreadable
 
 KINDS = {"checkpoint": "model", "adapter": "adapter_model"}  # kind -> stem of its weight files
 
 
-def refuse_unsupported(config: Mapping, *, where: object = "config.json") -> None:
+def refuse_unsupported(config: Mapping[str, Any], *, where: object = "config.json") -> None:
     """Refuse a quantised checkpoint (GPTQ, AWQ, bitsandbytes, fp8, ...) by the name its config gives."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         quantised = part.get("quantization_config") or part.get("compression_config")
@@ -127,7 +128,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         weights = weights or sorted({inside(folder, name) for name in set(weight_map.values())})
         for path in weights:
             pickled = _unpickle(path) if path.suffix == ".bin" else {}
-            tensors: Mapping = pickled if path.suffix == ".bin" else read_header(path)
+            tensors: Mapping[str, Any] = pickled if path.suffix == ".bin" else read_header(path)
             if index:
                 listed = {name for name, file in weight_map.items() if folder / file == path}
                 _refuse_mismatch(path, set(tensors), listed, index)
@@ -162,7 +163,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             return self._pickled[name].clone()
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise InputRefused(f"{path}: cannot read {name!r} any more: {error}; did the file change?") from error
 
@@ -183,7 +185,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """Bytes of all tensors."""
         return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
 
-    def fingerprint(self, *, full: bool = False) -> dict:
+    @refuse_unreadable()
+    def fingerprint(self, *, full: bool = False) -> dict[str, Any]:
         """{"files": {name: {size, mtime_ns, header_blake2b}}} as on disk now; `full` adds blake2b of whole files."""
         rows = {}
         for path in self.files:
@@ -192,6 +195,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             rows[path.name] = row | ({"blake2b": file_blake2b(path)} if full else {})
         return {"files": rows}
 
+    @refuse_unreadable()
     def header_hash(self) -> str:
         """BLAKE2b over names, sizes and headers of all files: equal for copies made elsewhere or later."""
         rows = sorted((p.name, p.stat().st_size, digest(head(p))) for p in self.files)

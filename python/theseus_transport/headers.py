@@ -7,8 +7,10 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +23,7 @@ DTYPES = {
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the same limit as the safetensors library
 MAX_RANK = 16
+MAX_DIGITS = 20  # of an integer in JSON; sizes and offsets stay below 2^64
 QUANTISED_DTYPES = ("F4", "F6_", "F8_")
 QUANTISED_TENSORS = (".qweight", ".qzeros", ".SCB", ".absmax", ".weight_packed", ".weight_scale_inv")
 DEQUANTISE = "dequantise first, e.g. load with transformers in bf16 and save_pretrained"
@@ -35,17 +38,33 @@ class TensorRecord(NamedTuple):
     stop: int
 
 
-def parse_json(text: bytes, where: Path) -> dict:
-    """An object from JSON text, each key once; InputRefused names `where`."""
+@contextmanager
+def refuse_unreadable() -> Iterator[None]:
+    """Turn what the system answers to reading (vanished, forbidden, a failing disk) into InputRefused with the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputRefused(f"{error.filename} cannot be read: {error.strerror}; did it change, is it yours?") from error
 
-    def once(pairs: list) -> dict:
+
+def parse_json(text: bytes, where: Path) -> dict[str, Any]:
+    """An object from JSON text, each key once, integers of at most 20 digits; InputRefused names `where`."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             raise ValueError(f"key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} is given twice")
         return found
 
+    def bounded(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise ValueError(f"an integer of {len(digits)} digits")
+        return int(digits)
+
     try:
-        parsed = json.loads(text, object_pairs_hook=once)
+        parsed = json.loads(text.decode("utf-8-sig"), object_pairs_hook=once, parse_int=bounded)
+        if b"\\u" in text:
+            json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair could not even be printed
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise InputRefused(f"{where} holds no valid JSON: {error}; was it downloaded whole?") from None
     if not isinstance(parsed, dict):
@@ -53,7 +72,8 @@ def parse_json(text: bytes, where: Path) -> dict:
     return parsed
 
 
-def read_json(path: Path) -> dict:
+@refuse_unreadable()
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of at most 100 MB."""
     if (size := path.stat().st_size) > MAX_HEADER:
         raise InputRefused(f"{path} has {size} bytes, more than the {MAX_HEADER} allowed for JSON")
@@ -65,14 +85,18 @@ def inside(folder: Path, name: str) -> Path:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", name):
         raise InputRefused(f"{folder}: file name {name!r} leads out of the folder; only plain relative names are read")
-    real_folder, real = folder.resolve(), (folder / name).resolve()
+    try:
+        real_folder, real = folder.resolve(), (folder / name).resolve()
+        is_file = real.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+        raise InputRefused(f"{folder}: file name {name[:200]!r} cannot be followed: {str(error)[:200]}") from error
     allowed = [real_folder]
     if real_folder.parent.name == "snapshots":  # <cache>/models--owner--name/snapshots/<revision>
         repository = real_folder.parent.parent
         allowed += [repository / "blobs", repository.parent / "blobs"]  # the second is shared between repositories
     if not any(real.is_relative_to(root) for root in allowed):
         raise InputRefused(f"{folder / name} links to {real}, outside the model's folder; put the file itself there")
-    if not real.is_file():
+    if not is_file:
         raise InputRefused(f"{folder / name} is missing or not a regular file; was the model downloaded whole?")
     return folder / name
 
@@ -104,12 +128,15 @@ def _record(path: Path, name: str, entry: object) -> TensorRecord:
             raise InputRefused(f"{path}: {name!r} has {label} {str(values)[:80]}, expected integers in [0, 2^63)")
     if len(offsets) != 2:
         raise InputRefused(f"{path}: {name!r} has data_offsets {offsets}, expected [start, stop]")
+    if math.prod(max(size, 1) for size in shape) >= 2**60 and 0 in shape:
+        raise InputRefused(f"{path}: {name!r} has shape {shape}: nothing, of a size that cannot be counted")
     needed, span = math.prod(shape) * DTYPES[code].itemsize, offsets[1] - offsets[0]
     if needed != span:
         raise InputRefused(f"{path}: {name!r} of shape {shape} in {code} needs {needed} bytes, its offsets span {span}")
     return TensorRecord(DTYPES[code], tuple(shape), *offsets)
 
 
+@refuse_unreadable()
 def read_header(path: Path) -> dict[str, TensorRecord]:
     """Name -> record of a safetensors file; nothing is allocated for tensors, every size is checked against the file.
 
@@ -140,6 +167,7 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=32).hexdigest()
 
 
+@refuse_unreadable()
 def head(path: Path) -> bytes:
     """The bytes that tell one version of a file from another without reading its tensors."""
     if path.suffix == ".safetensors":
@@ -149,6 +177,7 @@ def head(path: Path) -> bytes:
         return file.read()
 
 
+@refuse_unreadable()
 def file_blake2b(path: Path) -> str:
     """BLAKE2b (256 bits, hex) of a whole file, read in pieces of 4 MiB."""
     running = hashlib.blake2b(digest_size=32)

@@ -1,0 +1,152 @@
+"""SIGKILL at every step of a write, and at random moments: a folder is the old one, the new one or absent, never torn.
+
+A process of its own forks the writers: they start with all imports done, and no thread of the test run is copied.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+import theseus_transport as tt
+import tiny
+import torch
+from theseus_transport.checkpoint import Checkpoint
+from theseus_transport.delta import Adapter
+from theseus_transport.folder import differences, new_folder, read_manifest
+from theseus_transport.writer import write_checkpoint
+
+KINDS = ("checkpoint", "adapter", "alignment")
+RANDOM = 8  # writers killed at random moments
+FACTORS = {f"base_model.model.layers.0.q_proj.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+CONFIG = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8})
+
+
+def writer(kind: str) -> Callable[[Path, int], object]:
+    """write(folder, version), over what is there."""
+    if kind == "alignment":
+        torch.manual_seed(0)
+        alignment = tt.align(tiny.vit("source"), tiny.vit("target"), [{"pixel_values": torch.randn(30, 3, 8, 8)}])
+
+        def write(folder: Path, version: int) -> None:
+            with new_folder(folder, metadata={"version": version}, overwrite=True) as place:
+                alignment.save(place)
+
+        return write
+    tensors = FACTORS if kind == "adapter" else {f"t{i}": torch.ones(5) for i in range(4)}
+    files = {"adapter_config.json": CONFIG} if kind == "adapter" else {"config.json": "{}"}
+    stem = "adapter_model" if kind == "adapter" else "model"
+
+    def write_tensors(folder: Path, version: int) -> None:
+        entries = [(name, t.shape, t.dtype, lambda t=t: t * version) for name, t in tensors.items()]
+        options = {"files": files, "metadata": {"version": version}, "overwrite": True}
+        write_checkpoint(folder, entries, stem=stem, shard_size=40, **options)
+
+    return write_tensors
+
+
+def version(kind: str, folder: Path) -> int:
+    """Of a folder that is whole and opens."""
+    assert differences(folder) == [], folder
+    written = read_manifest(folder)["metadata"]["version"]
+    if kind == "alignment":
+        assert tt.Alignment.load(folder).maps
+        return written
+    opened = Checkpoint.open(folder)
+    if kind == "adapter":
+        assert Adapter.of(opened).factors("layers.0.q_proj").scaling == 2
+    assert len(opened) in (2, 4) and all(bool((opened[name] == written).all()) for name in opened)
+    return written
+
+
+def killed(work: Callable[[], None], *, step: int | None = None, after: float = 0.0) -> bool:
+    """Run in a fork; SIGKILL before its ``step``-th call that may touch a file, or ``after`` seconds into it."""
+    ready, told = os.pipe()
+    if (child := os.fork()) == 0:
+        calls, sync = count(), os.fsync
+
+        def watch(event: str, *_: object) -> None:
+            if event.startswith(("open", "os.", "shutil.")) and next(calls) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.write(told, b".")
+        if step is not None:
+            sys.addaudithook(watch)
+            os.fsync = lambda file: (watch("os.fsync"), sync(file))[1]
+        try:
+            work()
+        finally:
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+    os.read(ready, 1)
+    os.close(ready), os.close(told)
+    if step is None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+    return code != 0
+
+
+def inspect(kind: str, place: Path) -> str:
+    """What a killed writer left in place of version 1 of ``out``: old, new or absent."""
+    out = place / "out"
+    hidden = {path for path in place.iterdir() if path.name.startswith((".out.tmp-", ".out.old-"))}
+    assert {path.name for path in set(place.iterdir()) - hidden} <= {"out"}
+    if out.exists():
+        return "old" if version(kind, out) == 1 else "new"
+    (aside,) = (path for path in hidden if ".old-" in path.name)
+    assert version(kind, aside) == 1, "between two renames the old folder lies whole beside"
+    return "absent"
+
+
+def drive(kind: str, root: Path) -> None:
+    """Kill writers; prints how often what was found."""
+    torch.set_num_threads(1)
+    write, generator, found, moments = writer(kind), random.Random(0), Counter(), Counter()
+
+    def again(out: Path) -> None:
+        for later in count(2):
+            write(out, later)
+
+    trials = ((step, 0.0) for step in count())
+    for number in count():
+        step, after = next(trials, (None, 0.0))
+        out = root / str(number) / "out"
+        write(out, 1)
+        if step is None:
+            assert killed(lambda: again(out), after=after)  # noqa: B023
+        elif not killed(lambda: write(out, 2), step=step):  # noqa: B023
+            moments["steps"] = step  # the writer needed no more
+            assert inspect(kind, out.parent) == "new"
+            trials = iter([(None, generator.uniform(0, 0.05)) for _ in range(RANDOM)])
+            continue
+        found[inspect(kind, out.parent)] += 1
+        write(out, 10**6)
+        assert version(kind, out) == 10**6, "what is left over stands in nobody's way"
+        moments["random"] += step is None
+        if moments["random"] == RANDOM:
+            break
+    print(json.dumps({**found, **moments}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_every_step(kind: str, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, kind, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["steps"] > 20 and found["random"] == RANDOM, found
+    assert all(found.get(state) for state in ("old", "new", "absent")), found
+
+
+if __name__ == "__main__":
+    drive(sys.argv[1], Path(sys.argv[2]))
