@@ -11,8 +11,8 @@ import tiny
 import torch
 from broken import adapter, config, data, index, pickled, poisoned, tensors, text, without
 from safetensors.torch import load_file
+from theseus_transport import bases as bases_module
 from theseus_transport import doctor as doctor_module
-from theseus_transport import job as job_module
 from theseus_transport.cli import app
 from typer.testing import CliRunner
 
@@ -58,7 +58,7 @@ CASES = [
     case("no model", "holds no model.safetensors", source="causal"),
     case("no config", "has no config.json", source=without("causal/source", "config.json")),
     case("config is no JSON", "no valid JSON", source=text("causal/source", "config.json", "{")),
-    case("other family", "model_type is 'gpt2'; supported", source=config("causal/source", model_type="gpt2")),
+    case("other family", "model_type is 'gpt9'; supported", source=config("causal/source", model_type="gpt9")),
     case("width is text", "hidden_size is '24', expected a positive", source=config("causal/source", hidden_size="24")),
     case("no heads", "num_attention_heads is 0", target=config("causal/target", num_attention_heads=0)),
     case("heads do not divide", "7 attention heads .* divide", source=config("causal/source", num_attention_heads=7)),
@@ -72,8 +72,7 @@ CASES = [
         "quant_method": "gptq"})),
     case("integers", "torch.int8, not floating point", source=tensors("causal/source", lambda t: t.update(
         {WEIGHT: t[WEIGHT].char()}))),
-    case("depth", "source has 2 blocks, target has 3", target="deep"),
-    case("family", "source is llama, target is vit", target="vision/target"),
+    case("family", "source is llama, which reads text, target is vit, which reads vision", target="vision/target"),
     case("base of other width", "width is 24 in TUNED and 40 in SOURCE", source="causal/target"),
     case("unrelated base", r"cosine -?0\.0\d+, but a tune", source="stranger"),
     case("no change", "no tensor differs from the base", tuned="causal/source"),
@@ -169,7 +168,8 @@ def test_the_screen_is_readable_at_80_columns(root, tmp_path):
 def test_json_is_one_object_on_stdout(root, tmp_path, tuned):
     result = invoke(*arguments(root, tmp_path / "out", "--json", tuned=tuned))
     outcome = json.loads(result.stdout)
-    assert outcome["written"] == str(tmp_path / "out") and outcome["used_bytes"] > 0 and outcome["warnings"] == []
+    assert outcome["written"] == str(tmp_path / "out") and outcome["used_bytes"] > 0
+    assert all("near chance" in warning for warning in outcome["warnings"])  # which random models are
     assert outcome["kind"] == ("adapter" if tuned == "patterns" else "checkpoint") and result.stderr == ""
     refused = invoke(*arguments(root, tmp_path / "out", "--json", tuned=tuned))
     assert json.loads(refused.stdout) == {"error": refused.stderr.removeprefix("error ").strip(), "exit_code": 3}
@@ -187,7 +187,11 @@ def test_inspect_tells_how_a_folder_was_made_and_what_is_damaged(root, tmp_path)
     whole = invoke("inspect", out, columns=1000)
     assert whole.exit_code == 0 and "all 3 files are as written" in whole.stdout
     assert f"adapter of {root / 'lora'}, moved from {root / 'causal' / 'source'} to" in whole.stdout
-    assert "recipe coherent, null partial, alpha 0.5" in whole.stdout and "as factors" in whole.stdout
+    assert (
+        "recipe coherent, null partial, floor 1e-06, " in whole.stdout
+        and "; alpha 0.5, " in whole.stdout
+        and "as factors" in whole.stdout
+    )
     weights = out / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     (out / "README.md").unlink()
@@ -239,13 +243,13 @@ def test_what_happens_on_the_way_has_an_exit_code(root, tmp_path, monkeypatch, e
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(job_module, "align", fail)
+    monkeypatch.setattr(bases_module, "align", fail)
     result = invoke(*arguments(root, tmp_path / "out"), columns=1000)
     assert result.exit_code == code and message in result.stderr and files(tmp_path) == {}
 
 
 def test_usage():
-    assert invoke("--version").stdout.strip() == job_module.__version__
+    assert invoke("--version").stdout.strip() == bases_module.__version__
     assert invoke().exit_code == 2 and invoke("transport").exit_code == 2
     assert "4 x the widest space" in re.sub(r"[\s│]+", " ", invoke("transport", "--help").stdout)
 

@@ -15,11 +15,12 @@ import yaml
 from broken import edited
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from theseus_transport import job as job_module
-from theseus_transport import writer
+from theseus_transport import bases as bases_module
+from theseus_transport import folder
+from theseus_transport.folder import differences as verify
+from theseus_transport.folder import read_manifest
 from theseus_transport.job import Job, Session
 from theseus_transport.report import condensed
-from theseus_transport.writer import read_manifest, verify
 from transformers import (
     AutoModel,
     LlamaForCausalLM,
@@ -74,7 +75,7 @@ def computed(job, cls):
             for side in ("source", "target")
         ]
         batches.append(tuple(s if vision else s | {"attention_mask": torch.ones_like(s["input_ids"])} for s in sides))
-    alignment = tt.align(*bases, batches, recipe=job.recipe)
+    alignment = tt.align(*bases, batches[:-1] if len(batches) > 2 else batches, recipe=job.recipe)  # one is held out
     target, source, tuned = cls.from_pretrained(job.target), held(job.source), Path(job.tuned)
     adapted = (tuned / "adapter_config.json").exists()
     delta = tt.Delta.from_adapter(tuned, source) if adapted else tt.Delta.between(source, held(tuned))
@@ -218,7 +219,7 @@ def test_warnings_reach_outcome_manifest_and_screen(root, tmp_path):
     for expected in ("5 tokens, 1000000 were wanted", "less than half their rank", "swallows", "their rounding moves"):
         assert any(expected in warning for warning in outcome.warnings), expected
     assert read_manifest(tmp_path / "out")["metadata"]["outcome"]["warnings"] == outcome.warnings
-    assert len(condensed(outcome.warnings)) < len(outcome.warnings)  # blocks differ in their number only
+    assert condensed(["block 1 is odd", "block 2 is odd", "x"]) == ["block 1 is odd (and 1 like it)", "x"]
     assert not logging.getLogger("theseus_transport").handlers
 
 
@@ -246,14 +247,14 @@ def test_after_a_failure_nothing_is_left_and_the_old_folder_stands(lora, monkeyp
 
 
 def test_memory_and_disk_are_checked_first(full, monkeypatch):
-    monkeypatch.setattr(job_module, "align", None)  # nothing heavy may run
-    monkeypatch.setattr(job_module, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(bases_module, "align", None)  # nothing heavy may run
+    monkeypatch.setattr(bases_module, "available_memory", lambda: 2**20)
     with pytest.raises(tt.ResourceError, match=r"needs about 0\.5 GiB of memory, 0\.0 GiB are available"):
         run(full)
     monkeypatch.undo()
-    monkeypatch.setattr(job_module, "align", None)
-    usage = writer.shutil.disk_usage("/")
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(bases_module, "align", None)
+    usage = folder.shutil.disk_usage("/")
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(tt.ResourceError, match="needs [0-9]{6} bytes, .* has 1000 free"):
         run(full)
     assert not full.out.exists()

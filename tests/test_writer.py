@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from theseus_transport import writer
+from theseus_transport import folder
 from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.errors import InputRefused, NumericalError, ResourceError
-from theseus_transport.writer import check_writable, planned_bytes, read_manifest, verify, write_checkpoint
+from theseus_transport.folder import check_writable, read_manifest
+from theseus_transport.folder import differences as verify
+from theseus_transport.writer import planned_bytes, write_checkpoint
 
 
 def plan(tensors: dict[str, torch.Tensor]) -> list[tuple]:
@@ -158,7 +160,7 @@ def test_failure_of_a_rename_restores_the_old_folder(
             raise OSError(errno.EIO, "disk on fire")
         rename(source, target)
 
-    monkeypatch.setattr(writer.os, "rename", flaky)
+    monkeypatch.setattr(folder.os, "rename", flaky)
     with pytest.raises(OSError, match="disk on fire"):
         write_checkpoint(tmp_path / "out", plan({"new": torch.ones(1)}), overwrite=True)
     assert listing(tmp_path) == {"out"} and same(Checkpoint.open(tmp_path / "out"), some_tensors())
@@ -175,7 +177,7 @@ def test_sigkill_leaves_the_target_absent_or_old(tmp_path: Path, caplog: pytest.
         "for folder in sys.argv[1:]:\n    threading.Thread(target=write, args=(folder,)).start()\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "old"), str(tmp_path / "new")]
-    environment = os.environ | {"PYTHONPATH": str(Path(writer.__file__).parent.parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(folder.__file__).parent.parent)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as child:
         assert child.stdout is not None and [child.stdout.readline() for _ in range(2)] == [b"writing\n"] * 2
         child.send_signal(signal.SIGKILL)
@@ -243,10 +245,10 @@ def test_check_writable_names_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
         check_writable(tmp_path / "file", 0)
     with pytest.raises(InputRefused, match="not a folder that may be written"):
         check_writable(tmp_path / "file" / "out", 0)
-    monkeypatch.setattr(writer.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(folder.os, "access", lambda path, mode: False)
     with pytest.raises(InputRefused, match="may be written"):
         check_writable(tmp_path / "out", 0)
-    monkeypatch.setattr(writer.os.path, "ismount", lambda path: True)
+    monkeypatch.setattr(folder.os.path, "ismount", lambda path: True)
     with pytest.raises(InputRefused, match="is a mount point"):
         check_writable(tmp_path / "out", 0)
 

@@ -1,4 +1,4 @@
-"""Calibration data: batches for both models, from a tensor file, a text file, or the text Python itself ships."""
+"""Calibration data: batches for both models, from tensors, text, images, or the text Python itself ships."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 from .checkpoint import Checkpoint, check_finite
 from .errors import InputRefused
-from .text import Tokenizer, builtin_pieces, read_pieces, rows_of_text
+from .images import Preprocessor, find_images, read_images
+from .text import Tokenizer, builtin_pieces, read_pieces, read_records, rows_of_text
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class SideInfo:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches, the tokens (vision: patches) that pair, and where they came from.
+    """Batches, the tokens (vision: patches) that pair, and where they came from; `held` is a batch kept aside, if any.
 
     Each batch is (source_kwargs, target_kwargs), the same object where both models read the same. Rows pair: row i of
     both sides is the same text or image, and token i pairs with token i, unless both sides hold `offsets`
@@ -48,6 +49,7 @@ class Calibration:
     tokens: int
     description: str
     fingerprint: str  # BLAKE2b of every tensor
+    held: tuple[Tensors, Tensors] | None = None
 
 
 def load_calibration(
@@ -59,13 +61,18 @@ def load_calibration(
     batch_size: int,
     sequence_length: int = 512,
     seed: int = 0,
+    hold_out: bool = False,
+    skip_bad: bool = False,
 ) -> Calibration:
-    """Batches for both models from a `.safetensors` of ready tensors, a utf-8 text file, or "builtin".
+    """Batches for both models from a `.safetensors` of ready tensors, text, a folder of images, or "builtin".
 
     A tensor file holds `input_ids` [n, tokens] with optional `attention_mask` [n, tokens], or `pixel_values`
     [n, c, h, w]; names may carry `source.` and `target.` where the sides differ, then `offsets` [n, tokens, 2] may join
-    (see Calibration). Text is tokenized by each model's own tokenizer and packed into rows of `sequence_length`.
+    (see Calibration). Text (utf-8, or `.jsonl` of `text` or chat `messages`) is tokenized by each model's own tokenizer
+    and packed into rows of `sequence_length`; images are preprocessed as each model's preprocessor_config.json says.
     Of more data than `tokens_wanted` a sample drawn with `seed` is used, in its order; of less, all, with a warning.
+    With `hold_out` one batch more is drawn, and held out if that leaves enough, or two. `skip_bad` leaves out images
+    and lines that cannot be read, and counts them, rather than refusing them.
 
     Raises InputRefused, with values and the cure, for data that do not fit the models.
     """
@@ -73,38 +80,52 @@ def load_calibration(
         raise InputRefused(
             f"{source.name} is a {source.kind} model, {target.name} a {target.kind} model: no common data"
         )
-    path = Path(reference).expanduser()
-    if str(reference) != "builtin" and not path.is_file():
-        raise InputRefused(f"calibration {str(reference)!r} is no file; give a .safetensors, a text file or 'builtin'")
-    builtin = str(reference) == "builtin"
+    path, builtin = Path(reference).expanduser(), str(reference) == "builtin"
+    if not builtin and not path.exists():
+        raise InputRefused(
+            f"calibration {str(reference)!r} is no file; give a .safetensors, a text file, a folder of images "
+            "or 'builtin'"
+        )
+    extra = batch_size if hold_out else 0  # rows
+    infos = (source, target)
     if path.suffix == ".safetensors" and not builtin:
         sides = _ready_tensors(path, source, target)
+    elif path.is_dir() and not builtin:
+        sides = _pictures(path, infos, tokens_wanted, extra, seed, skip_bad)
     elif source.kind == "vision":
         raise InputRefused(
             f"{source.name} reads images, which {str(reference)!r} does not hold; "
-            "give --calibration images.safetensors with pixel_values [n, c, h, w]"
+            "give --calibration a folder of images, or a .safetensors with pixel_values [n, c, h, w]"
         )
     else:
-        length = min([sequence_length, *(side.max_positions for side in (source, target) if side.max_positions)])
+        length = min([sequence_length, *(side.max_positions for side in infos if side.max_positions)])
         own = Tokenizer(source.folder, source.name, source.vocab_size)
         same = Path(source.folder).resolve() == Path(target.folder).resolve()
-        other = own if same else Tokenizer(target.folder, target.name, target.vocab_size)
-        groups = builtin_pieces() if builtin else [read_pieces(path)]
-        sides = rows_of_text(groups, (own, other), tokens=tokens_wanted, length=length, seed=seed)
-        for side, info in zip(sides, (source, target), strict=True):
+        tokenizers = (own, own if same else Tokenizer(target.folder, target.name, target.vocab_size))
+        if path.suffix == ".jsonl" and not builtin:
+            groups = [read_records(path, tokenizers, skip_bad=skip_bad)]
+        else:
+            groups = builtin_pieces() if builtin else [read_pieces(path)]
+        sides = rows_of_text(groups, tokenizers, tokens=tokens_wanted + extra * length, length=length, seed=seed)
+        for side, info in zip(sides, infos, strict=True):
             _check_ids(f"the tokenizer of {info.name}", side["input_ids"], info)
-    sides = _sample(sides, (source, target), tokens_wanted, seed)
+    sides = _sample(sides, infos, tokens_wanted, extra, seed)
     origin = f"text of Python {platform.python_version()}" if builtin else path.name
-    counts = _counts(sides, (source, target))
-    tokens, rows = int(counts.sum()), len(counts)
+    counts = _counts(sides, infos)
+    rows = len(counts) - extra
+    if rows <= extra and counts[: max(rows, 0)].sum() < tokens_wanted:  # too few to hold some out
+        rows = len(counts)
+    tokens = int(counts[:rows].sum())
     if tokens < tokens_wanted:
         log.warning("calibration %s has %d tokens, %d were wanted: maps of wide layers may be poor", origin, tokens,
                     tokens_wanted)  # fmt: skip
+    aside = f", {len(counts) - rows} rows held out" if rows < len(counts) else ""
     return Calibration(
-        batches=batches_of(*sides, batch_size=batch_size),
+        batches=batches_of(*_rows(sides, slice(rows)), batch_size=batch_size),
         tokens=tokens,
-        description=f"{origin}: {rows} rows, {tokens} tokens, seed {seed}",
+        description=f"{origin}: {rows} rows, {tokens} tokens, seed {seed}{aside}",
         fingerprint=_fingerprint(sides),
+        held=_rows(sides, slice(rows, None)) if aside else None,
     )
 
 
@@ -160,6 +181,25 @@ def _ready_tensors(path: Path, source: SideInfo, target: SideInfo) -> tuple[Tens
                 "shape or mask, so they cannot pair one to one; add source.offsets and target.offsets [n, tokens, 2]"
             )
     return sides[0], sides[1]
+
+
+def _pictures(
+    folder: Path, infos: tuple[SideInfo, SideInfo], tokens: int, extra: int, seed: int, skip_bad: bool
+) -> tuple[Tensors, Tensors]:
+    """Pixels of both sides for as many images, drawn with `seed`, as hold `tokens`, and `extra` more."""
+    if (kind := infos[0].kind) != "vision":
+        raise InputRefused(f"calibration {folder} is a folder, {infos[0].name} is a {kind} model; give a text file")
+    paths = find_images(folder)
+    drawn = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted = -(-tokens // min(info.tokens_per_image for info in infos)) + extra
+    preprocessors = []
+    for info in infos:
+        size = info.image_size if isinstance(info.image_size, tuple) else (info.image_size or 0,) * 2
+        preprocessors.append(Preprocessor.of(info.folder, info.name, size, info.channels or 3))
+    same = preprocessors[0] == preprocessors[1]
+    found = read_images([paths[i] for i in drawn], preprocessors[: 1 if same else 2], wanted=wanted, skip_bad=skip_bad)
+    sides = [{"pixel_values": pixels} for pixels in found]
+    return sides[0], sides[-1]
 
 
 def _check_side(path: Path, prefix: str, side: Tensors, info: SideInfo) -> None:
@@ -228,15 +268,20 @@ def _counts(sides: tuple[Tensors, Tensors], infos: tuple[SideInfo, SideInfo]) ->
 
 
 def _sample(
-    sides: tuple[Tensors, Tensors], infos: tuple[SideInfo, SideInfo], wanted: int, seed: int
+    sides: tuple[Tensors, Tensors], infos: tuple[SideInfo, SideInfo], wanted: int, extra: int, seed: int
 ) -> tuple[Tensors, Tensors]:
-    """As many rows as hold `wanted` tokens, drawn at random, in their order; all rows where they hold fewer."""
+    """As many rows as hold `wanted` tokens and `extra` more, at random, in their order; all where they hold fewer."""
     counts = _counts(sides, infos)
     drawn = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
-    enough = int((counts[drawn].cumsum(0) < wanted).sum()) + 1
+    enough = int((counts[drawn].cumsum(0) < wanted).sum()) + 1 + extra
     if enough >= len(counts):
         return sides
     kept = drawn[:enough].sort().values
+    return _rows(sides, kept)
+
+
+def _rows(sides: tuple[Tensors, Tensors], kept: slice | torch.Tensor) -> tuple[Tensors, Tensors]:
+    """Some rows of both sides, one dict where both read the same."""
     cut = {key: value[kept] for key, value in sides[0].items()}
     return cut, cut if sides[1] is sides[0] else {key: value[kept] for key, value in sides[1].items()}
 

@@ -15,8 +15,9 @@ import theseus_ext
 from .checkpoint import Checkpoint, check_finite
 from .errors import InputRefused
 from .headers import read_json
+from .links import moment_links
 from .models import Base, canonical_shapes, check_shapes
-from .spaces import Layout, moment_links
+from .spaces import Layout
 from .update import Row
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ def find_device(name: str) -> torch.device:
         raise InputRefused(f"device is {name}, but this torch sees no GPU; run `theseus doctor`, or use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputRefused(f"device is {name}, but this torch sees {torch.cuda.device_count()} GPUs; give cuda:0")
-    if device.type == "cuda" and not theseus_ext.build_info()["cuda_kernels"]:
-        raise InputRefused(f"device is {name}, but this build has no CUDA kernels; reinstall with nvcc on PATH")
+    if device.type == "cuda" and (problem := theseus_ext.cuda_problem(device)):
+        raise InputRefused(f"device is {name}: {problem}, or use --device cpu")
     return device
 
 

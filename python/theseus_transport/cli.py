@@ -1,4 +1,4 @@
-"""The command: ``theseus transport``, ``inspect``, ``doctor``, ``demo``."""
+"""The command: ``theseus transport``, ``align``, ``apply``, ``inspect``, ``verify``, ``doctor``, ``demo``."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__
-from .errors import InputRefused, TheseusError
-from .procrustes import FLOOR
+from .folder import MANIFEST
+from .options import options, parse_alpha
 from .report import console, record, report, warnings
+from .screen import errors
 
 app = typer.Typer(
     add_completion=False,
@@ -30,93 +41,44 @@ app = typer.Typer(
 )
 
 
-class RecipeName(str, Enum):
-    coherent = "coherent"
-    paper = "paper"
-
-
-class NullName(str, Enum):
-    partial = "partial"
-    completed = "completed"
-    svd = "svd"
-
-
-class OutputName(str, Enum):
-    auto = "auto"
-    adapter = "adapter"
-    checkpoint = "checkpoint"
-    delta = "delta"
-
-
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+COMMON = ("overwrite", "allow_pickle", "dry_run")
+ALIGNED = ("calibration", "device", "tokens", "batch_size", "seed", "held_out", "skip_bad_inputs")
+MOVED = ("alpha", "output", "out_dtype", "leave")
 
 
 @app.command()
-def transport(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Base model the update was trained on: a folder or a hub id.")
-    ],
-    tuned: Annotated[
-        str, typer.Argument(metavar="TUNED", help="The tune of SOURCE: a checkpoint or a PEFT LoRA adapter.")
-    ],
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="Base model to move it to: same family, same depth.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    calibration: Annotated[
-        str, typer.Option(help="A .safetensors of ready tensors, a text file, or 'builtin' (text Python ships).")
-    ] = "builtin",
-    recipe: Annotated[RecipeName, typer.Option(help="How maps and scales are chosen.")] = RecipeName.coherent,
-    alpha: Annotated[float, typer.Option(help="Strength of the update.")] = 1.0,
-    null: Annotated[
-        NullName, typer.Option(help="What fills directions the data does not determine.")
-    ] = NullName.partial,
-    floor: Annotated[
-        float,
-        typer.Option(help="Singular values below this share of the largest are undetermined (float64 models: 1e-12)."),
-    ] = FLOOR,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    output: Annotated[OutputName, typer.Option(help="What to write; auto writes what TUNED is.")] = OutputName.auto,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Calibration tokens.", show_default="4 x the widest space")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
-    seed: Annotated[int, typer.Option(help="Which calibration samples are drawn.")] = 0,
-    leave: Annotated[list[str] | None, typer.Option(help="Glob of tensors to leave behind; may be repeated.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (weights only).")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the coverage, write nothing.")
-    ] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Move the update TUNED - SOURCE to TARGET and write it to OUT."""
-    with _errors(as_json):
+@options("source", "tuned", "target", "out", *ALIGNED, *MOVED, *COMMON, recipe=True)
+def transport(dry_run: bool, as_json: bool, recipe: dict[str, Any], **given: Any) -> None:
+    """Move the update TUNED - SOURCE to TARGET and write it to OUT: align and apply in one go."""
+    with errors(as_json):
         from .job import Job, Session
         from .recipes import Recipe
 
-        job = Job(
-            source=source,
-            tuned=tuned,
-            target=target,
-            out=out,
-            calibration=calibration,
-            recipe=Recipe(name=recipe.value, null=null.value, floor=floor),
-            alpha=alpha,
-            output=output.value,
-            device=device,
-            tokens=tokens,
-            batch_size=batch_size,
-            seed=seed,
-            leave=tuple(leave or ()),
-            overwrite=overwrite,
-            allow_pickle=allow_pickle,
-        )
-        session = Session(job)
-        if dry_run:
-            outcome = session.rehearse()
-        else:
-            with _progress() as progress:
-                outcome = session.run(progress)
-        _show(asdict(outcome), report(outcome), as_json)
+        _run(Session(Job(recipe=Recipe(**recipe), **_moved(given))), dry_run, as_json)
+
+
+@app.command()
+@options("source", "target", "maps", *ALIGNED, *COMMON, recipe=True)
+def align(dry_run: bool, as_json: bool, recipe: dict[str, Any], maps: str, **given: Any) -> None:
+    """Align SOURCE and TARGET once; `theseus apply` then moves any tune of SOURCE through MAPS."""
+    with errors(as_json):
+        from .bases import AlignJob
+        from .job import AlignSession
+        from .recipes import Recipe
+
+        _run(AlignSession(AlignJob(recipe=Recipe(**recipe), out=Path(maps), **given)), dry_run, as_json)
+
+
+@app.command()
+@options("maps", "tuned", "out", "other_source", "other_target", *MOVED, "verify_inputs", *COMMON)
+def apply(dry_run: bool, as_json: bool, other_source: str | None, other_target: str | None, **given: Any) -> None:
+    """Move the update of TUNED through an alignment and write it to OUT."""
+    with errors(as_json):
+        from .job import Job, Session
+
+        job = Job.of_maps(source=other_source, target=other_target, **_moved(given))
+        _run(Session(job), dry_run, as_json)
 
 
 @app.command()
@@ -124,25 +86,38 @@ def inspect(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder this command wrote.")], as_json: JsonFlag = False
 ) -> None:
     """Show what a folder holds and how it was made; check its files against the manifest."""
-    from .writer import MANIFEST, read_manifest, verify
+    from .folder import differences, read_manifest
+    from .verify import parts_of
 
-    with _errors(as_json):
-        if not (out / MANIFEST).is_file():
-            raise InputRefused(f"{out} holds no {MANIFEST}; give a folder this command wrote")
-        manifest = read_manifest(out)
-        damaged = verify(out)
-        if as_json:
-            print(json.dumps({"damaged": damaged, **manifest}, indent=1))
-        else:
-            screen = console()
+    with errors(as_json):
+        manifests = {part: read_manifest(part) for part in parts_of(out) or [out]}
+        faults = {part: differences(part) for part in manifests}
+        told = [{"damaged": faults[part], **manifest} for part, manifest in manifests.items()]
+        parts: list[Any] = []
+        for part, manifest in manifests.items():
             try:
-                screen.print(record(manifest["metadata"]["outcome"]))
+                parts.append(record(manifest["metadata"]["outcome"]))
             except (AttributeError, KeyError, TypeError, ValueError):
-                screen.print(f"{MANIFEST} does not tell how this was made")
-            screen.print(*warnings(damaged, "[red]damaged[/]"), sep="\n", end="\n" if damaged else "")
-            if not damaged:
-                screen.print(f"all {len(manifest['files'])} files are as written")
-        if damaged:
+                parts.append(f"{MANIFEST} does not tell how this was made")
+            parts.append(_verdict(faults[part], f"all {len(manifest['files'])} files are as written"))
+        _show(told[0] if len(told) == 1 else {"folders": told}, Group(*parts), as_json)
+        if any(faults.values()):
+            raise typer.Exit(3)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder this command wrote.")],
+    target: Annotated[str | None, typer.Option(help="Where the target base is now.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a folder in full: files, headers, values, and that it fits the target base."""
+    from .verify import verify as faults_of
+
+    with errors(as_json):
+        faults = faults_of(out, target=target)
+        _show({"damaged": faults}, _verdict(faults, f"{out} is whole, finite, and fits the target base"), as_json)
+        if faults:
             raise typer.Exit(3)
 
 
@@ -151,7 +126,7 @@ def doctor(as_json: JsonFlag = False) -> None:
     """Say what this installation can do, and run a small exact control."""
     from .doctor import examine
 
-    with _errors(as_json):
+    with errors(as_json):
         facts = examine()
         table = Table("what", "finding", title="theseus doctor", title_justify="left")
         for name, finding in facts.items():
@@ -170,7 +145,7 @@ def demo(
     """Move fine-tunes between two vision transformers trained here on scikit-learn's digits, and measure."""
     from .demo import DemoSettings, render_table, run_demo
 
-    with _errors(as_json):
+    with errors(as_json):
         with _progress() as progress:
             result = run_demo(DemoSettings(seeds=seeds), out, progress)
         _show(result.as_dict(), render_table(result), as_json)
@@ -197,6 +172,24 @@ def main() -> None:
     app()
 
 
+def _moved(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a Job from the options that move."""
+    return {**given, "alpha": parse_alpha(given["alpha"]), "leave": tuple(given["leave"] or ())}
+
+
+def _run(session: Any, dry_run: bool, as_json: bool) -> None:
+    if dry_run:
+        outcome = session.rehearse()
+    else:
+        with _progress() as progress:
+            outcome = session.run(progress)
+    _show(asdict(outcome), report(outcome), as_json)
+
+
+def _verdict(faults: list[str], whole: str) -> Any:
+    return Group(*warnings(faults, "[red]damaged[/]")) if faults else Text(whole)
+
+
 def _show(data: dict[str, Any], renderable: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(data, indent=1))
@@ -204,32 +197,11 @@ def _show(data: dict[str, Any], renderable: Any, as_json: bool) -> None:
         console().print(renderable, crop=False)
 
 
-@contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    """Errors a user can act on become one message and an exit code."""
-    try:
-        yield
-    except TheseusError as error:
-        _fail(str(error), error.exit_code, as_json)
-    except (MemoryError, RuntimeError) as error:
-        from .checks import out_of_memory
+class Rate(ProgressColumn):
+    """Steps per second."""
 
-        if not out_of_memory(error):
-            raise
-        _fail(f"out of memory: {error}; free some, lower --batch-size, or use smaller models", 4, as_json)
-    except OSError as error:
-        _fail(f"{error}; check the path, its permissions and the disk", 4, as_json)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130, as_json)
-
-
-def _fail(message: str, code: int, as_json: bool) -> NoReturn:
-    if as_json:
-        print(json.dumps({"error": message, "exit_code": code}))
-    screen = console(stderr=True)
-    screen.print("[bold red]error[/]", end=" ")
-    screen.print(message, markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(code)
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
 @contextmanager
@@ -239,6 +211,7 @@ def _progress() -> Iterator[Callable[[str, int], Callable[[], object]]]:
         TextColumn("{task.description:>6}"),
         BarColumn(),
         MofNCompleteColumn(),
+        Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -15,7 +15,7 @@ from .alignment import align
 from .delta import Delta
 from .transport import transport
 
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "scipy")
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "scipy", "pyyaml", "pillow")
 BOUND = 1e-9  # float64; an exact re-parametrisation leaves rounding only
 
 
@@ -27,8 +27,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         **{f"extension {k}": v for k, v in theseus_ext.build_info().items()},
-        "gpu": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        or "none seen by torch",
+        "gpu": "; ".join(map(_gpu, range(torch.cuda.device_count()))) or "none seen by torch",
         "threads": torch.get_num_threads(),
         "exact control": f"a tiny ViT with permuted neurons: error {error:.1e} (bound {BOUND:g})",
         "healthy": error <= BOUND,
@@ -69,6 +68,11 @@ def permuted_control() -> float:
     with torch.no_grad():
         moved, wanted, start = (m(pixel_values=images[16:]).last_hidden_state for m in (target, tuned, source))
     return float((moved - wanted).norm() / (wanted - start).norm())
+
+
+def _gpu(index: int) -> str:
+    problem = theseus_ext.cuda_problem(torch.device("cuda", index))
+    return f"{torch.cuda.get_device_name(index)}, {problem or 'the compiled kernels run on it'}"
 
 
 def _version(package: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,61 +14,139 @@ from torch import Tensor
 
 from .delta import PREFIX, Factors
 from .errors import InputRefused
+from .folder import check_writable
 from .models import dtype_of, shape_of
 from .update import Update
-from .writer import check_writable, write_checkpoint
+from .writer import Output, write_checkpoints
 
 Kind = Literal["adapter", "checkpoint", "delta"]
 Planned = tuple[str, Sequence[int], torch.dtype, Callable[[], Tensor]]
+Files = Mapping[str, bytes | str | Path | Callable[[], str]]
 LOST = 0.1  # share of an update that rounding may swallow before it is worth a warning
+NAMED = 3  # tensors a warning names
+
+
+@dataclass
+class Rounding:
+    """What writing base plus update in the output's dtype loses: |round(W + d) - W - d| / |d|, by tensor."""
+
+    shares: dict[str, float] = field(default_factory=dict)
+    lost: float = 0.0  # sum of squares of what rounding changed
+    moved: float = 0.0  # sum of squares of the update
+
+    def add(self, name: str, base: Tensor, change: Tensor, rounded: Tensor) -> None:
+        lost = float((rounded.double() - base.double() - change.double()).square().sum())
+        if moved := float(change.double().square().sum()):
+            self.shares[name] = (lost / moved) ** 0.5
+            self.lost, self.moved = self.lost + lost, self.moved + moved
+
+    @property
+    def total(self) -> float:
+        """|round(W + d) - W - d| / |d| over all tensors; 0 where nothing was added."""
+        return (self.lost / self.moved) ** 0.5 if self.moved else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "tensors": self.shares}
+
+    def warnings(self) -> list[str]:
+        """One sentence that names the worst tensors, if rounding swallows more than a tenth of any."""
+        worst = sorted((n for n, share in self.shares.items() if share > LOST), key=lambda n: -self.shares[n])
+        if not worst:
+            return []
+        named = ", ".join(f"{name} {self.shares[name]:.0%}" for name in worst[:NAMED])
+        return [
+            f"rounding swallows more than {LOST:.0%} of the update of {len(worst)} tensors ({self.total:.0%} of all), "
+            f"worst {named}; --out-dtype float32 or --output delta keeps it"
+        ]
+
+
+@dataclass
+class Written:
+    """One folder to write: where, how strong, what belongs beside the tensors; what rounding lost, once written."""
+
+    folder: str | Path
+    alpha: float
+    files: Files | None = None
+    metadata: Callable[[], Mapping[str, Any]] | None = None
+    rounding: Rounding = field(default_factory=Rounding)
 
 
 def write_update(
+    update: Update, folder: str | Path, kind: Kind, *, base_name: str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write the update as one folder, nothing beside it; returns the manifest. See :func:`write_updates`."""
+    output = Written(folder, update.alpha)
+    return write_updates(update, [output], kind, base_name=base_name, overwrite=overwrite)[0]
+
+
+def write_updates(
     update: Update,
-    folder: str | Path,
+    outputs: Sequence[Written],
     kind: Kind,
     *,
-    files: Mapping[str, bytes | str | Path | Callable[[], str]] | None = None,
-    metadata: Callable[[], Mapping[str, Any]] | None = None,
+    dtype: torch.dtype | None = None,
     base_name: str | None = None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
     progress: Callable[[], object] = lambda: None,
-) -> dict[str, Any]:
-    """Write the update, whole or not at all; values are computed one layer at a time while writing.
+) -> list[dict[str, Any]]:
+    """Write the update, each folder whole or not at all; values are computed one layer at a time while writing.
 
     Args:
-        kind: ``adapter`` (for a LoRA), ``checkpoint`` (target base plus update, in the base's dtypes) or ``delta``.
-        files: what belongs beside it, by name: configuration, tokenizer, model card (a function is called once
-            all tensors are written).
+        outputs: the folders; each tensor is moved once for all of them.
+        kind: ``adapter`` (for a LoRA), ``checkpoint`` (target base plus update) or ``delta``.
+        dtype: of what is written; None keeps the base's (checkpoint), the adapter's own, or float32 (delta).
         base_name: what an adapter's configuration should name as its base.
-        metadata: makes what the manifest should record, once all tensors are written.
-        progress: called after every tensor.
+        progress: called after every tensor of the first folder.
 
     Returns:
-        The manifest.
+        The manifests.
     """
     if kind == "adapter" and update.delta.adapter is None:
         raise InputRefused("a full fine-tune has no low-rank factors; write it as a checkpoint or a delta")
-    extra: dict[str, bytes | str | Path | Callable[[], str]] = dict(files or {})
-    if kind == "adapter":
-        extra["adapter_config.json"] = adapter_config(update, base_name)
-    tensors = [(n, s, d, partial(_then, make, progress)) for n, s, d, make in planned(update, kind)]
+    made = []
+    for i, (view, out) in enumerate(zip(at_alphas(update, [o.alpha for o in outputs]), outputs, strict=True)):
+        files: dict[str, Any] = dict(out.files or {})
+        if kind == "adapter":
+            files["adapter_config.json"] = adapter_config(view, base_name)
+        step = (lambda: None) if i else progress
+        tensors = [(n, s, d, partial(_then, make, step)) for n, s, d, make in planned(view, kind, dtype, out.rounding)]
+        made.append(Output(out.folder, tensors, files, out.metadata))
     stem = {"adapter": "adapter_model", "checkpoint": "model", "delta": "delta"}[kind]
-    return write_checkpoint(
-        folder, tensors, stem=stem, files=extra, metadata=metadata, overwrite=overwrite, inputs=inputs
-    )
+    return write_checkpoints(made, stem=stem, overwrite=overwrite, inputs=inputs)
 
 
-def planned(update: Update, kind: Kind) -> list[Planned]:
-    """Name, shape, dtype and computation of every tensor the output will hold."""
-    return list({"adapter": _adapter, "checkpoint": _checkpoint, "delta": _delta}[kind](update))
+def at_alphas(update: Update, alphas: Sequence[float]) -> list[Update]:
+    """The update at several strengths; the last tensor moved is kept, so that asking each in turn moves it once."""
+    last: Any = lru_cache(maxsize=1)(lambda compute: compute())
+    factors = {n: replace(moved, compute=partial(last, moved.compute)) for n, moved in update.factors.items()}
+    return [replace(update, alpha=alpha, factors=factors, _kept={}) for alpha in alphas]
 
 
-def check_output(update: Update, folder: str | Path, kind: Kind, *, overwrite: bool, inputs: Sequence[Path]) -> int:
-    """Bytes the output will take; refuses a folder that cannot be written, before anything heavy runs."""
-    nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype, _ in planned(update, kind))
-    check_writable(folder, nbytes, overwrite=overwrite, inputs=inputs)
+def planned(
+    update: Update, kind: Kind, dtype: torch.dtype | None = None, rounding: Rounding | None = None
+) -> list[Planned]:
+    """Name, shape, dtype and computation of every tensor the output will hold; ``rounding`` learns while writing."""
+    rounding = rounding or Rounding()
+    if kind == "delta":
+        return list(_delta(update, dtype))
+    return list((_adapter if kind == "adapter" else _checkpoint)(update, dtype, rounding))
+
+
+def check_output(
+    update: Update,
+    folders: Sequence[str | Path],
+    kind: Kind,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
+) -> int:
+    """Bytes the outputs will take; refuses folders that cannot be written, before anything heavy runs."""
+    sizes = [torch.Size(shape).numel() * d.itemsize for _, shape, d, _ in planned(update, kind, dtype)]
+    nbytes = len(folders) * sum(sizes)
+    for folder in folders:
+        check_writable(folder, nbytes, overwrite=overwrite, inputs=inputs)
     return nbytes
 
 
@@ -98,49 +177,54 @@ def adapter_config(update: Update, base_name: str | None) -> str:
     return json.dumps(config, indent=2, sort_keys=True)
 
 
-def _adapter(update: Update) -> Iterator[Planned]:
+def _adapter(update: Update, dtype: torch.dtype | None, rounding: Rounding) -> Iterator[Planned]:
     adapter = update.delta.adapter
     assert adapter is not None
     for layer, moved in update.factors.items():
         once = lru_cache(maxsize=1)(moved.compute)
         out_features, in_features = moved.shape
-        sizes = {"a": (moved.rank, in_features), "b": (out_features, moved.rank)}
-        for part, size in sizes.items():
-            make = partial(_factor, once, part, moved.dtype, 1.0 if part == "a" else update.alpha)
-            yield f"{PREFIX}{layer}.lora_{part.upper()}.weight", size, moved.dtype, make
+        own = dtype or moved.dtype
+        for part, size in {"a": (moved.rank, in_features), "b": (out_features, moved.rank)}.items():
+            make = partial(_factor, once, part, own, 1.0 if part == "a" else update.alpha)
+            yield f"{PREFIX}{layer}.lora_{part.upper()}.weight", size, own, make
     for name in adapter.whole():
         canonical = update.source_family.canonical(name)
         if canonical in update.target:
             stored = update.target.slots[canonical].stored
-            shape, dtype = shape_of(update.target.tensors, stored), dtype_of(update.target.tensors, stored)
-            yield f"{PREFIX}{stored}", shape, dtype, partial(_tuned, update, stored)
+            shape, own = shape_of(update.target.tensors, stored), _own(update, stored, dtype)
+            yield f"{PREFIX}{stored}", shape, own, partial(_tuned, update, stored, own, rounding)
 
 
-def _checkpoint(update: Update) -> Iterator[Planned]:
+def _checkpoint(update: Update, dtype: torch.dtype | None, rounding: Rounding) -> Iterator[Planned]:
     for name in dict.fromkeys(slot.stored for slot in update.target.slots.values()):
-        tensors = update.target.tensors
-        yield name, shape_of(tensors, name), dtype_of(tensors, name), partial(_tuned, update, name)
+        own = _own(update, name, dtype)
+        yield name, shape_of(update.target.tensors, name), own, partial(_tuned, update, name, own, rounding)
 
 
-def _delta(update: Update) -> Iterator[Planned]:
+def _delta(update: Update, dtype: torch.dtype | None) -> Iterator[Planned]:
     for name in update:
-        yield name, shape_of(update.target.tensors, name), update.dtype(name), partial(update.__getitem__, name)
+        own = dtype or update.dtype(name)
+        yield name, shape_of(update.target.tensors, name), own, partial(_cast, update, name, own)
 
 
-def _tuned(update: Update, name: str) -> Tensor:
-    """Base plus update in the base's dtype; says where rounding swallows the update."""
+def _cast(update: Update, name: str, dtype: torch.dtype) -> Tensor:
+    return update[name].to(dtype)
+
+
+def _own(update: Update, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype to write a tensor of the target in: the base's, or the one asked for where it is floating point."""
+    own = dtype_of(update.target.tensors, name)
+    return dtype if dtype is not None and own.is_floating_point else own
+
+
+def _tuned(update: Update, name: str, dtype: torch.dtype, rounding: Rounding) -> Tensor:
+    """Base plus update."""
     base = update.target.tensors[name].detach().cpu()
     if name not in update:
-        return base
+        return base.to(dtype)
     change = update[name].cpu()
-    exact = base.to(change.dtype) + change
-    rounded = exact.to(base.dtype)
-    swallowed = float((rounded.to(change.dtype) - exact).norm() / change.norm().clamp(min=1e-30))
-    if swallowed > LOST and float(change.norm()) > 0:
-        update.warnings.append(
-            f"{name}: rounding to {str(base.dtype).removeprefix('torch.')} swallows {swallowed:.0%} of the update; "
-            "--output delta keeps it"
-        )
+    rounded = (base.to(change.dtype) + change).to(dtype)
+    rounding.add(name, base, change, rounded)
     return rounded
 
 

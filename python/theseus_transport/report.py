@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .job import Outcome
+    from .outcome import Outcome
 
+MATCH = "alpha |delta_T| / |W_T| = |delta_S| / |W_S|, norms over the weight matrices that move"
 CARD = jinja2.Template(
     """\
 ---
@@ -36,11 +38,13 @@ evaluated; measure it on your task before you rely on it.
 | | |
 |---|---|
 | output | {{ kind }} |
-| recipe | {{ job.recipe.name }}, null {{ job.recipe.null }}, floor {{ job.recipe.floor }} |
-| alpha | {{ job.alpha }} |
-| calibration | {{ calibration }} |
+| recipe | {{ recipe }} |
+| alpha | {{ job.alpha }}{% if alphas[0].asked == "match" %} (match: {{ match }}){% endif %} |
+{% if rounding %}| rounding | {{ "%.1f" | format(100 * rounding) }} % of the update |
+{% endif %}| calibration | {{ calibration }} |
 | tensors | {% for fate, n in fates %}{{ n }} {{ fate }}{% if not loop.last %}, {% endif %}{% endfor %} |
 {% if maps %}| maps | {{ maps | length }}, lowest rank {{ "%.0f" | format(100 * lowest) }} % of its width |
+{% endif %}{% if quality %}| held out | {{ held }} |
 {% endif %}| versions | {% for name, v in job.versions.items() %}{{ name }} {{ v }} {% endfor %}|
 {% if warnings %}
 ## Warnings
@@ -60,7 +64,14 @@ def model_card(outcome: Outcome) -> str:
         outcome.kind
     ]
     return CARD.render(
-        **vars(outcome) | {"warnings": condensed(outcome.warnings)}, fates=fates, lowest=lowest, title=title
+        **vars(outcome) | {"warnings": condensed(outcome.warnings)},
+        fates=fates,
+        lowest=lowest,
+        title=title,
+        held=held_out(outcome.quality) if outcome.quality else "",
+        recipe=choices(outcome.job["recipe"]),
+        match=MATCH.replace("|", "\\|"),
+        rounding=outcome.alphas[0]["rounding"]["total"],
     )
 
 
@@ -102,24 +113,69 @@ def maps_table(maps: list[dict[str, Any]]) -> Table:
     return table
 
 
+def quality_table(quality: list[dict[str, Any]]) -> Table:
+    """How maps do on held-out rows, one line per kind of space: the worst of all blocks."""
+    table = Table(
+        "space",
+        "maps",
+        "held out",
+        "shifted rows",
+        title="Quality (1 is a perfect match, shifted rows are chance; the worst of all blocks)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in quality:
+        kinds.setdefault(re.sub(r"\d+", "*", row["space"]), []).append(row)
+    for kind, group in kinds.items():
+        worst = min(group, key=lambda row: row["held"] - row["shifted"])
+        colour = "yellow" if worst["near_chance"] else ""
+        table.add_row(escape(kind), str(len(group)), Text(f"{worst['held']:.2f}", colour), f"{worst['shifted']:.2f}")
+    return table
+
+
 def report(outcome: Outcome) -> RenderableType:
     """All of an outcome, for a terminal."""
-    parts: list[RenderableType] = [coverage_table(outcome.coverage)]
+    parts: list[RenderableType] = [coverage_table(outcome.coverage), coverage_counts(outcome)] * bool(outcome.coverage)
     if outcome.maps:
         parts += ["", maps_table(outcome.maps)]
+    if outcome.quality:
+        parts += ["", quality_table(outcome.quality)]
     facts = Table.grid(padding=(0, 2))
     facts.add_row("calibration", escape(outcome.calibration))
     used = "" if outcome.used_bytes is None else f", {size(outcome.used_bytes)} used"
     facts.add_row("memory", f"{size(outcome.predicted_bytes)} predicted{used}")
     facts.add_row("output", f"{outcome.kind}, {size(outcome.bytes_out)}")
+    facts.add_row("time predicted", _stages(outcome.predicted_seconds) + ", by flops and this machine's rate")
     if outcome.seconds:
-        facts.add_row("time", ", ".join(f"{stage} {s:.1f} s" for stage, s in outcome.seconds.items()))
+        facts.add_row("time used", _stages(outcome.seconds))
+    for row in outcome.alphas:
+        alpha = f"{row['alpha']:.4g}" + (f" (match: {MATCH})" if row["asked"] == "match" else "")
+        swallowed = f", rounding is {row['rounding']['total']:.1%} of the update" if row["rounding"]["tensors"] else ""
+        facts.add_row("alpha", alpha + swallowed)
     if outcome.lost_heads:
         lost = sum(map(len, outcome.lost_heads.values()))
         facts.add_row("heads", f"{lost} source heads (of all blocks) have no place in the target; their update is lost")
     parts += ["", facts, *warnings(outcome.warnings), "", "[bold]next[/]"]
     parts += [Text(f"  {line}", no_wrap=True, overflow="ignore") for line in next_steps(outcome)]  # to be copied whole
     return Group(*parts)
+
+
+def choices(recipe: dict[str, Any]) -> str:
+    """Every field of a recipe, in one line."""
+    return ", ".join([recipe["name"], *(f"{field} {value}" for field, value in recipe.items() if field != "name")])
+
+
+def held_out(quality: list[dict[str, Any]]) -> str:
+    """Quality in one line."""
+    median, poor = statistics.median(row["held"] for row in quality), sum(row["near_chance"] for row in quality)
+    return f"{len(quality)} maps, median {median:.2f} of 1, {poor} near chance"
+
+
+def coverage_counts(outcome: Outcome) -> str:
+    """How many tensors had which fate, in one line."""
+    fates = Counter(row["fate"] for row in outcome.coverage)
+    return f"{len(outcome.coverage)} tensors: " + ", ".join(f"{n} {fate}" for fate, n in sorted(fates.items()))
 
 
 def record(outcome: dict[str, Any]) -> RenderableType:
@@ -129,9 +185,14 @@ def record(outcome: dict[str, Any]) -> RenderableType:
         AttributeError, KeyError, TypeError, ValueError: it is no outcome.
     """
     job, recipe = outcome["job"], outcome["job"]["recipe"]
-    made = f"{outcome['kind']} of {job['tuned']}, moved from {job['source']} to {job['target']}"
-    how = f"recipe {recipe['name']}, null {recipe['null']}, alpha {job['alpha']}, calibration {outcome['calibration']}"
-    tables = coverage_table(outcome["coverage"]), maps_table(outcome["maps"])
+    if outcome["kind"] == "alignment":
+        made, alpha = f"alignment of {job['source']} and {job['target']}", ""
+    else:
+        made = f"{outcome['kind']} of {job['tuned']}, moved from {job['source']} to {job['target']}"
+        alpha = f"alpha {job['alpha']}, "
+    how = f"recipe {choices(recipe)}; {alpha}calibration {outcome['calibration']}"
+    tables = [coverage_table(outcome["coverage"])] * bool(outcome["coverage"]) + [maps_table(outcome["maps"])]
+    tables += [quality_table(outcome["quality"])] * bool(outcome["quality"])
     return Group(escape(made), escape(how), *tables, *warnings(outcome["warnings"]))
 
 
@@ -152,6 +213,10 @@ def next_steps(outcome: Outcome) -> list[str]:
     job, out = outcome.job, outcome.written
     if out is None:
         return ["nothing was computed or written (--dry-run); run the same command without it"]
+    if outcome.kind == "alignment":
+        return [f"theseus apply {out} TUNED OUT    # for every tune of {job['source']}"]
+    if len(outcome.alphas) > 1:
+        return [f"measure {row['written']}" for row in outcome.alphas]
     if outcome.kind == "adapter":
         return [
             f"model = {job['target_class']}.from_pretrained({job['target']!r})",
@@ -177,6 +242,10 @@ def size(nbytes: float) -> str:
 
 def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, soft_wrap=False)
+
+
+def _stages(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{stage} {s:.1f} s" for stage, s in seconds.items())
 
 
 def _kind(tensor: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import logging
 import random
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,8 @@ import numpy as np
 import torch
 
 from .errors import InputRefused
+
+log = logging.getLogger(__name__)
 
 PIECE = 4096  # characters: about the unit in which text is sampled
 ENCODED_AT_ONCE = 8  # pieces
@@ -31,6 +35,52 @@ def read_pieces(path: Path) -> list[str]:
     if not text.strip():
         raise InputRefused(f"{path} holds no text")
     return _pieces(text)
+
+
+def read_records(path: Path, tokenizers: Sequence[Tokenizer], *, skip_bad: bool) -> list[str]:
+    """The texts of a .jsonl, each a piece: lines of {"text": ...} or {"messages": [{"role", "content"}, ...]}.
+
+    Messages are joined by the first chat template the tokenizers have, or as `role: content`, so that both read the
+    same. InputRefused names the line that is malformed; with `skip_bad` such lines are left out and counted.
+    """
+    found, bad = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            found += _pieces(_text_of(json.loads(line), tokenizers).rstrip() + "\n")
+        except (ValueError, RecursionError) as error:  # no JSON and no utf-8 are ValueErrors too
+            if not skip_bad:
+                raise InputRefused(f"{path} line {number}: {error}; mend it, or --skip-bad-inputs") from None
+            bad.append(number)
+    if bad:
+        log.warning("%d lines of %s cannot be read and were left out, first line %d", len(bad), path.name, bad[0])
+    if not found:
+        raise InputRefused(f"{path} holds no text")
+    return found
+
+
+def _text_of(record: Any, tokenizers: Sequence[Tokenizer]) -> str:
+    """The text of one record; ValueError says what is wrong with it."""
+    if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
+        raise ValueError("expected an object with either text or messages")
+    if "text" in record:
+        if not isinstance(record["text"], str):
+            raise ValueError(f"text is a {type(record['text']).__name__}, expected a string")
+        return record["text"]
+    messages = record["messages"]
+    plain = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not plain or not messages:
+        raise ValueError("messages must be a list of objects with role and content, both strings")
+    template = next((t.chat for t in tokenizers if t.chat), None)
+    if template is None:
+        return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+    try:
+        return template(messages)
+    except Exception as error:  # templates are programs, and raise what they like
+        raise ValueError(f"the chat template refuses the messages: {error}") from None
 
 
 def builtin_pieces() -> list[list[str]]:
@@ -79,6 +129,9 @@ class Tokenizer:
         pad = self._call.pad_token_id
         self.pad = pad if pad is not None and pad < (vocab_size or pad + 1) else 0
         self.exact = bool(self._call.is_fast)  # only those know offsets
+        self.chat: Callable[[list], str] | None = None  # messages -> text, where there is a chat template
+        if getattr(self._call, "chat_template", None):
+            self.chat = lambda messages: str(self._call.apply_chat_template(messages, tokenize=False))
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Token ids [tokens] and character offsets [tokens, 2] (zeros if not `exact`) of each text, nothing added."""

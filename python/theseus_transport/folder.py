@@ -1,0 +1,162 @@
+"""Folders of results: whole under their name with a manifest, or absent; and what a manifest says later."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import InputRefused, ResourceError
+from .headers import file_blake2b, inside, read_json
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "theseus.json"
+
+
+def check_writable(folder: str | Path, nbytes: int, *, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
+    """Raise before any computation if `nbytes` cannot be written as `folder`.
+
+    Raises InputRefused if the folder is or holds or lies in one of `inputs`, is not empty without `overwrite`, is a
+    mount point, or holds the home or working directory; ResourceError, with numbers, if the disk has too little room.
+    """
+    target = Path(folder).expanduser().resolve()
+    for given in (Path(path).expanduser().resolve() for path in inputs):
+        if target == given or given in target.parents or target in given.parents:
+            raise InputRefused(f"output {target} overlaps the input {given}; name a folder outside every input")
+    if target.exists() and not target.is_dir():
+        raise InputRefused(f"output {target} is a file; name a folder")
+    if any(target == place or target in place.parents for place in (Path.home().resolve(), Path.cwd())):
+        raise InputRefused(f"output {target} holds the home or working directory; name a folder of its own")
+    if os.path.ismount(target):
+        raise InputRefused(f"output {target} is a mount point and cannot be renamed into place; name a folder in it")
+    if not overwrite and target.exists() and any(target.iterdir()):
+        raise InputRefused(f"output {target} is not empty; name another folder, or --overwrite")
+    if overwrite and target.exists() and any(target.iterdir()) and not (target / MANIFEST).exists():
+        raise InputRefused(f"output {target} holds no {MANIFEST}, so it is not ours to replace; remove it first")
+    nearest = next(parent for parent in target.parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputRefused(f"output {target}: {nearest} is not a folder that may be written; name another")
+    free = shutil.disk_usage(nearest).free
+    if free < nbytes:
+        raise ResourceError(
+            f"output {target} needs {nbytes} bytes, {nearest} has {free} free; free some, or go elsewhere"
+        )
+
+
+@contextmanager
+def new_folder(
+    folder: str | Path,
+    *,
+    nbytes: int = 0,
+    metadata: Mapping | Callable[[], Mapping] | None = None,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
+) -> Iterator[Path]:
+    """An empty folder to fill; when the block ends it gets its manifest and becomes `folder` by one rename.
+
+    After any error nothing is left, and an old folder is untouched. Arguments and errors as `write_checkpoint`;
+    `nbytes` is about what will be written.
+    """
+    described = metadata if callable(metadata) else lambda: metadata or {}
+    json.dumps(described())  # raises TypeError now rather than after the computation
+    check_writable(folder, nbytes, overwrite=overwrite, inputs=inputs)
+    target = Path(folder).expanduser().resolve()
+    created = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if leftovers := [path.name for kind in ("tmp", "old") for path in target.parent.glob(f".{target.name}.{kind}-*")]:
+        log.warning("%s holds %s from an interrupted run; remove it", target.parent, ", ".join(leftovers))
+    staging = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        staging.mkdir()
+        yield staging
+        written = sorted(path for path in staging.iterdir())
+        manifest = {
+            "files": {path.name: {"size": path.stat().st_size, "blake2b": file_blake2b(path)} for path in written},
+            "metadata": dict(described()),
+        }
+        write_file(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        for path in (*written, staging):
+            _sync(path)
+        _put_in_place(staging, target, overwrite=overwrite)
+    except BaseException as error:  # KeyboardInterrupt too: nothing may be left behind
+        shutil.rmtree(staging, ignore_errors=True)
+        free = shutil.disk_usage(target.parent).free
+        for parent in created:
+            with suppress(OSError):  # another folder is written beside this one
+                parent.rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{target}: disk full, {nbytes} bytes of tensors and {free} left: {error}") from error
+        raise
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """The manifest {"files": {name: {size, blake2b}}, "metadata": ...} of a folder made by `new_folder`."""
+    manifest = read_json(inside(Path(folder), MANIFEST))
+    rows = manifest.get("files")
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise InputRefused(f"{Path(folder) / MANIFEST} lists no files; was it edited?")
+    return manifest
+
+
+def differences(folder: str | Path) -> list[str]:
+    """Every difference between a folder and its manifest, in words; empty when all bytes are as written."""
+    folder, faults = Path(folder), []
+    rows = read_manifest(folder)["files"]
+    for name, row in rows.items():
+        try:
+            path = inside(folder, name)
+        except InputRefused as error:
+            faults.append(str(error))
+            continue
+        if (size := path.stat().st_size) != row.get("size"):
+            faults.append(f"{name} has {size} bytes, the manifest says {row.get('size')}")
+        elif (found := file_blake2b(path)) != row.get("blake2b"):
+            faults.append(f"{name} has BLAKE2b {found}, the manifest says {row.get('blake2b')}")
+    extra = sorted(path.name for path in folder.iterdir() if path.name not in {*rows, MANIFEST})
+    return faults + [f"{name} is not in the manifest" for name in extra]
+
+
+def write_file(path: Path, content: bytes | str | Path) -> None:
+    data = content.read_bytes() if isinstance(content, Path) else content
+    with path.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        sync_file(file)
+
+
+def sync_file(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(staging: Path, target: Path, *, overwrite: bool) -> None:
+    """Rename; an old folder goes aside first, comes back if that fails, and is removed at the end."""
+    aside = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    try:
+        if overwrite and target.exists():
+            os.rename(target, aside)
+        os.rename(staging, target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        log.warning("%s is written; the folder it replaced could not be removed: %s", target, aside)

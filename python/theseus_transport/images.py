@@ -1,0 +1,149 @@
+"""A folder of images as calibration data: each model sees them as its own preprocessor would show them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import InputRefused
+from .headers import read_json
+
+log = logging.getLogger(__name__)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+Size = tuple[int, int]  # height, width in pixels
+BILINEAR = 2  # PIL's numbers, which preprocessor_config.json uses
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """How a model wants its images: `resize` to a size or a shortest edge, centre `crop`, scale, normalise."""
+
+    resize: Size | int | None
+    crop: Size | None
+    resample: int
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, folder: Path, name: str, image: Size, channels: int) -> Preprocessor:
+        """From preprocessor_config.json; without one the shortest edge fits, means and deviations are 0.5.
+
+        Raises InputRefused if it makes images of another size or number of channels than the model reads.
+        """
+        path = folder / "preprocessor_config.json"
+        given = read_json(path) if path.is_file() else {}
+        if not given:
+            log.warning("%s has no preprocessor_config.json: images become %d x %d, mean and std 0.5", name, *image)
+            return cls(min(image), image, BILINEAR, 1 / 255, (0.5,) * channels, (0.5,) * channels)
+        try:
+            size, crops = given.get("size", image), bool(given.get("do_center_crop", False))
+            size = size if crops and type(size) is int else _size(size)  # one number before a crop: the shortest edge
+            resize = size if given.get("do_resize", True) else None
+            cropped = _size(given.get("crop_size", image)) if crops else None
+            normal = given.get("do_normalize", True)
+            found = cls(
+                resize=resize,
+                crop=(cropped, cropped) if isinstance(cropped, int) else cropped,
+                resample=int(given.get("resample", BILINEAR)),
+                scale=float(given.get("rescale_factor", 1 / 255)) if given.get("do_rescale", True) else 1.0,
+                mean=_vector(given.get("image_mean", 0.5) if normal else 0.0, channels),
+                std=_vector(given.get("image_std", 0.5) if normal else 1.0, channels),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputRefused(f"{path} is not understood ({error}); was it edited?") from error
+        if (made := found.crop or found.resize) != image:
+            raise InputRefused(f"{path} makes images of {made} pixels, {name} reads {image[0]} x {image[1]}; edit one")
+        if not len(found.mean) == len(found.std) == channels or not all(found.std):
+            raise InputRefused(f"{path} has mean {found.mean} and std {found.std}, {name} reads {channels} channels")
+        return found
+
+    def __call__(self, picture: Any) -> torch.Tensor:
+        """A PIL image as floats [channels, height, width]."""
+        picture = picture.convert({1: "L", 3: "RGB", 4: "RGBA"}[len(self.mean)])
+        if self.resize is not None:
+            height, width = self.resize if isinstance(self.resize, tuple) else _shortest(picture.size, self.resize)
+            picture = picture.resize((width, height), self.resample)
+        pixels = torch.from_numpy(np.array(picture, dtype=np.float32))
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        if self.crop is not None:
+            pixels = _centre(pixels, self.crop)
+        return (pixels * self.scale - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Every image of a folder and those within it, by name."""
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        raise InputRefused(f"calibration {folder} holds no image ({', '.join(SUFFIXES)})")
+    return found
+
+
+def read_images(
+    paths: Sequence[Path], preprocessors: Sequence[Preprocessor], *, wanted: int, skip_bad: bool
+) -> list[torch.Tensor]:
+    """The first `wanted` readable images, [n, channels, height, width] for each preprocessor.
+
+    Raises InputRefused, naming the file, for one that cannot be read; with `skip_bad` it is left out, and counted.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputRefused("images need Pillow: pip install pillow, or give a .safetensors of pixel_values") from error
+    made: list[list[torch.Tensor]] = []
+    bad: list[Path] = []
+    for path in paths:
+        if len(made) == wanted:
+            break
+        try:
+            with Image.open(path) as picture:
+                made.append([each(picture) for each in preprocessors])
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's ways to say broken
+            if not skip_bad:
+                raise InputRefused(f"{path} is no readable image ({error}); remove it, or --skip-bad-inputs") from error
+            bad.append(path)
+    if bad:
+        log.warning("%d images cannot be read and were left out, first %s", len(bad), bad[0])
+    if not made:
+        raise InputRefused(f"none of {len(paths)} images can be read, first {paths[0]}")
+    return [torch.stack(side) for side in zip(*made, strict=True)]
+
+
+def _size(given: Any) -> Size | int:
+    """Of a `size`: one number or [height, width] as given in old files, height and width, or shortest_edge."""
+    if isinstance(given, dict) and "shortest_edge" in given:
+        return int(given["shortest_edge"])
+    if isinstance(given, dict):
+        return int(given["height"]), int(given["width"])
+    height, width = given if isinstance(given, (list, tuple)) else (given, given)
+    return int(height), int(width)
+
+
+def _vector(given: Any, channels: int) -> tuple[float, ...]:
+    return tuple(float(x) for x in (given if isinstance(given, list) else [given] * channels))
+
+
+def _shortest(size: tuple[int, int], edge: int) -> Size:
+    """(height, width) whose shorter side is `edge`, of a PIL size (width, height)."""
+    width, height = size
+    return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
+
+
+def _centre(pixels: torch.Tensor, crop: Size) -> torch.Tensor:
+    """The middle of [channels, height, width], zeros where the image is smaller."""
+    out = pixels.new_zeros(len(pixels), *crop)
+    ours, theirs = [], []
+    for have, want in zip(pixels.shape[1:], crop, strict=True):
+        start = (have - want) // 2 if have >= want else 0
+        place = (want - have + 1) // 2 if want > have else 0
+        span = min(have, want)
+        ours.append(slice(start, start + span))
+        theirs.append(slice(place, place + span))
+    out[:, theirs[0], theirs[1]] = pixels[:, ours[0], ours[1]]
+    return out

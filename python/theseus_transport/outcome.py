@@ -1,0 +1,79 @@
+"""What a job did: for people, for programs, and for the manifest."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .bases import versions
+from .checkpoint import Checkpoint
+
+
+@dataclass
+class Outcome:
+    """What a job did, for people and programs: everything here is JSON."""
+
+    job: dict[str, Any]
+    coverage: list[dict[str, str]]
+    warnings: list[str]
+    calibration: str
+    tokens: int
+    bytes_out: int
+    predicted_bytes: int
+    predicted_seconds: dict[str, float]
+    kind: str
+    maps: list[dict[str, Any]] = field(default_factory=list)
+    quality: list[dict[str, Any]] = field(default_factory=list)
+    lost_heads: dict[int, list[int]] = field(default_factory=dict)
+    alphas: list[dict[str, Any]] = field(default_factory=list)
+    used_bytes: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    written: str | None = None
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
+
+    def finish(self, outcome: Outcome, out: Path) -> Outcome:
+        outcome.seconds, outcome.written = self.seconds, str(out)
+        outcome.used_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return outcome
+
+
+def describe(job: Any, *checkpoints: Checkpoint) -> dict[str, Any]:
+    """The job as provenance: choices, inputs with fingerprints, versions."""
+    classes = checkpoints[1].config.get("architectures")
+    hashes = {name: c.header_hash() for name, c in zip(("source", "target", "tuned"), checkpoints, strict=False)}
+    return {
+        **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(job).items()},
+        "fingerprints": hashes,
+        "target_class": str(classes[0]) if isinstance(classes, list) and classes else "AutoModel",
+        "versions": versions(),
+    }
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """What the package warns about meanwhile, for the report."""
+    messages: list[str] = []
+    handler, package = logging.Handler(logging.WARNING), logging.getLogger(__package__)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    package.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        package.removeHandler(handler)

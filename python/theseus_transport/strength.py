@@ -1,0 +1,93 @@
+"""How strong an update is added: numbers, or as strong as it was in the source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .errors import InputRefused
+from .folder import check_writable
+from .models import double
+from .update import Update
+
+Alpha = float | Literal["match"]
+
+
+@dataclass(frozen=True)
+class Strength:
+    """One strength as it was asked for: a finite number other than 0, or ``match``."""
+
+    asked: Alpha
+
+    def resolved(self, update: Update) -> float:
+        return matched(update) if self.asked == "match" else float(self.asked)
+
+
+def chosen(alpha: Alpha | Sequence[Alpha]) -> list[Strength]:
+    """The strengths of a job; refuses what is no strength, and one given twice."""
+    asked: list[Any] = list(alpha) if isinstance(alpha, (list, tuple)) else [alpha]
+    for one in asked:
+        if one != "match" and not (isinstance(one, (int, float)) and 0 < abs(one) < float("inf")):
+            raise InputRefused(f"alpha is {one}; give a finite number other than 0, or match")
+    if twice := [one for one in asked if asked.count(one) > 1]:
+        raise InputRefused(f"alpha {twice[0]} is given twice; keep one")
+    if not asked:
+        raise InputRefused("no alpha is given; leave it out for 1")
+    return [Strength(one) for one in asked]
+
+
+def folders(out: Path, alphas: Sequence[Strength], *, overwrite: bool) -> list[Path]:
+    """Where each strength is written: ``out`` for one, ``out/alpha-...`` for several."""
+    if len(alphas) == 1:
+        return [out]
+    if not overwrite:
+        check_writable(out, 0)
+    return [out / f"alpha-{a.asked if a.asked == 'match' else format(a.asked, '.15g')}" for a in alphas]
+
+
+def matched(update: Update) -> float:
+    """alpha with alpha |delta_T| / |W_T| = |delta_S| / |W_S|, Frobenius norms over the weight matrices that move.
+
+    Moves every weight once, beside the time it is written.
+
+    Raises:
+        InputRefused: no weight matrix moves, or what moves is zero.
+    """
+    sums = [0.0] * 4
+    for name, of in _source_weights(update):
+        before, change = of()
+        into = update.target.slots[update.moved[name]]
+        here = (change, before, into.view(update[into.stored]) / update.alpha, update.target.need(update.moved[name]))
+        sums = [total + float(double(t).square().sum()) for total, t in zip(sums, here, strict=True)]
+    if not all(sums):
+        raise InputRefused("alpha match needs weight matrices that change on both sides; give a number")
+    delta_s, weight_s, delta_t, weight_t = sums
+    return (delta_s / weight_s * weight_t / delta_t) ** 0.5
+
+
+def _source_weights(update: Update) -> Iterator[tuple[str, Callable[[], tuple[Tensor, Tensor]]]]:
+    """Canonical name -> (base, delta) in float64, of every weight matrix of the source that is transported."""
+    adapter, source, family = update.delta.adapter, update.source, update.source_family
+    layers = adapter.layers() if adapter else ()
+    spelled = {part: (la, slot) for la in layers for part, slot in family.parts(family.canonical(la)).items()}
+    tuned = update.delta.tuned_tensors(family)
+
+    def product(name: str) -> tuple[Tensor, Tensor]:
+        assert adapter is not None
+        layer, slot = spelled[name.removesuffix(".weight")]
+        f = adapter.factors(layer)
+        return source.need(name), f.scaling * double(f.b).chunk(slot.parts)[slot.part] @ double(f.a)
+
+    def difference(name: str) -> tuple[Tensor, Tensor]:
+        before = source.need(name)
+        return before, double(tuned[name]) - before
+
+    for name in update.moved:
+        factored = name.removesuffix(".weight") in spelled
+        if len(source.shape(name)) > 1 and (factored or name in tuned):  # a tied head is its embedding, counted once
+            yield name, partial(product if factored else difference, name)

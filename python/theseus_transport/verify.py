@@ -1,0 +1,154 @@
+"""Is a folder this command wrote whole, and does it fit the base it was made for?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .alignment import Alignment
+from .checkpoint import Checkpoint, check_finite
+from .checks import read_layout
+from .delta import Adapter
+from .errors import InputRefused
+from .folder import MANIFEST, differences, read_manifest
+from .headers import read_header
+from .spaces import Layout
+
+
+def verify(folder: str | Path, *, target: str | None = None) -> list[str]:
+    """Every fault of a folder, in words that name the file; empty when it is whole.
+
+    Its files against the manifest, safetensors headers, NaN and Inf, and what the output is: a checkpoint's shapes
+    against the target base and its own config, a delta's against the base, an adapter's modules and ranks, an
+    alignment's maps. Several strengths side by side are verified one after the other.
+
+    Args:
+        target: where the target base is now, or None for where the manifest says.
+
+    Raises:
+        InputRefused: the folder holds no manifest, neither itself nor in folders of several strengths.
+    """
+    folder = Path(folder)
+    if parts := parts_of(folder):
+        return [f"{part.name}/{fault}" for part in parts for fault in verify(part, target=target)]
+    manifest, faults = read_manifest(folder), differences(folder)
+    sound = True
+    for path in sorted(folder.glob("*.safetensors")):
+        sound &= not (found := _tried(path.name, lambda path=path: read_header(path)))  # type: ignore[misc]
+        faults += found
+    told = manifest.get("metadata", {})
+    outcome = told.get("outcome", {}) if isinstance(told, dict) else {}
+    kind = outcome.get("kind") if isinstance(outcome, dict) else None
+    check = {"checkpoint": _checkpoint, "delta": _delta, "adapter": _adapter, "alignment": _alignment}.get(str(kind))
+    if check is None:
+        return [*faults, f"{MANIFEST} does not tell what this is"]
+    if not sound:
+        return faults
+    told_in = MANIFEST if check is not _alignment else "alignment.json"
+    return faults + _tried(told_in, lambda: check(folder, target or outcome["job"]["target"]))
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The folders of several strengths, where this is no output itself.
+
+    Raises:
+        InputRefused: it is neither.
+    """
+    if (folder / MANIFEST).is_file():
+        return []
+    found = sorted(part.parent for part in folder.glob(f"alpha-*/{MANIFEST}"))
+    if not found:
+        raise InputRefused(f"{folder} holds no {MANIFEST}; give a folder this command wrote")
+    return found
+
+
+def _tried(name: str, check: Callable[[], Any]) -> list[str]:
+    """Faults a check returns; a refusal is one, and names the file where it does not say it itself."""
+    try:
+        found = check()
+        return found if isinstance(found, list) else []
+    except InputRefused as error:
+        return [str(error) if name in str(error) else f"{name}: {error}"]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return [f"{name}: {type(error).__name__}: {error}"]
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Tensor -> name of the file that holds it."""
+    return {name: path.name for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)}
+
+
+def _values(written: Checkpoint, files: dict[str, str]) -> list[str]:
+    """Tensors with NaN or Inf."""
+    return [
+        fault
+        for name in written
+        for fault in _tried(files[name], lambda name=name: check_finite(name, written[name]))  # type: ignore[misc]
+    ]
+
+
+def _checkpoint(folder: Path, reference: str) -> list[str]:
+    written, files = Checkpoint.open(folder), _files(folder)
+    read_layout("OUT", written)
+    _load_config(folder)
+    return _values(written, files) + _against(written, files, _base(reference), whole=True)
+
+
+def _delta(folder: Path, reference: str) -> list[str]:
+    written, files = Checkpoint.open(folder / "delta.safetensors"), _files(folder)
+    return _values(written, files) + _against(written, files, _base(reference), whole=False)
+
+
+def _against(written: Checkpoint, files: dict[str, str], base: Checkpoint, *, whole: bool) -> list[str]:
+    faults = []
+    for name, shape in written.shapes.items():
+        if name not in base:
+            faults.append(f"{files[name]}: {name} is no tensor of {base.folder}")
+        elif shape != base.shapes[name]:
+            faults.append(f"{files[name]}: {name} is {list(shape)}, that of {base.folder} is {list(base.shapes[name])}")
+    missing = [name for name in base if name not in written] if whole else []
+    return faults + [f"{name} of {base.folder} is in no file" for name in missing]
+
+
+def _adapter(folder: Path, reference: str) -> list[str]:
+    written, files, target, faults = Checkpoint.open(folder), _files(folder), _base(reference), []
+    adapter, family = Adapter.of(written), Layout.of(target.config).family
+    shapes = {family.canonical(name): shape for name, shape in target.shapes.items()}
+    for layer, (key_a, key_b) in adapter.layers().items():
+        name, rank = family.canonical(layer), adapter.rank(layer)
+        a, b, weight = written.shapes[key_a], written.shapes[key_b], shapes.get(f"{name}.weight")
+        if weight and any(slot.transposed for slot in family.parts(name).values()):
+            weight = weight[::-1]
+        if weight is None:
+            faults.append(f"{files[key_a]}: {layer} is no module of {target.folder}")
+        elif (a, b) != ((rank, weight[1]), (weight[0], rank)):
+            faults.append(
+                f"{files[key_a]}: {layer} is {list(b)} x {list(a)} of rank {rank}, {target.folder} has {list(weight)}"
+            )
+    for name, key in adapter.whole().items():
+        if written.shapes[key] != (expected := shapes.get(family.canonical(name))):
+            faults.append(f"{files[key]}: {name} is {list(written.shapes[key])}, {target.folder} has {expected}")
+    return faults + _values(written, files)
+
+
+def _alignment(folder: Path, reference: str) -> list[str]:
+    Alignment.load(folder)
+    return _values(Checkpoint.open(folder / "maps.safetensors"), _files(folder))
+
+
+def _load_config(folder: Path) -> None:
+    """InputRefused if transformers cannot read the configuration."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a config it does not like ends in errors of many kinds
+        raise InputRefused(f"config.json: {type(error).__name__}: {error}") from error
+
+
+def _base(reference: object) -> Checkpoint:
+    try:
+        return Checkpoint.open(str(reference))
+    except InputRefused as error:
+        raise InputRefused(f"the target base cannot be compared with: {error}; name it with --target") from error

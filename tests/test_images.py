@@ -1,0 +1,116 @@
+"""Folders of images: preprocessed as transformers would, and refused by name."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from theseus_transport.calibration import SideInfo, load_calibration
+from theseus_transport.errors import InputRefused
+from theseus_transport.images import Preprocessor, find_images, read_images
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+
+def picture(path, size=(23, 17), mode="RGB", seed=0):
+    """Random pixels, width x height."""
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(path)
+    return path
+
+
+def side(folder, image=8, **more):
+    return SideInfo(folder, "vision", "V", channels=3, image_size=image, tokens_per_image=5, **more)
+
+
+PROCESSORS = {
+    "vit": (ViTImageProcessorPil, {"size": {"height": 8, "width": 8}}),
+    "vit bicubic": (
+        ViTImageProcessorPil,
+        {"size": {"height": 8, "width": 8}, "resample": 3, "image_mean": [0.1, 0.2, 0.3]},
+    ),
+    "vit as stored": (ViTImageProcessorPil, {"size": {"height": 8, "width": 8}, "do_normalize": False}),
+    "clip": (CLIPImageProcessorPil, {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}),
+    "clip larger": (CLIPImageProcessorPil, {"size": {"shortest_edge": 11}, "crop_size": {"height": 8, "width": 8}}),
+    "clip padded": (CLIPImageProcessorPil, {"size": {"shortest_edge": 5}, "crop_size": {"height": 8, "width": 8}}),
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("size", [(23, 17), (9, 31), (8, 8)])
+def test_pixels_are_those_of_transformers(tmp_path, kind, size):
+    make, options = PROCESSORS[kind]
+    processor = make(**options)
+    processor.save_pretrained(tmp_path)
+    with Image.open(picture(tmp_path / "a.png", size)) as image:
+        wanted = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
+        found = Preprocessor.of(tmp_path, "V", (8, 8), 3)(image)
+    assert found.shape == (3, 8, 8)
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-5)  # float32 rounding of values up to 3
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_formats(tmp_path, suffix, mode):
+    picture(tmp_path / f"a.{suffix}", mode=mode)
+    (pixels,) = read_images(
+        find_images(tmp_path), [Preprocessor.of(tmp_path, "V", (8, 8), 3)], wanted=9, skip_bad=False
+    )
+    assert pixels.shape == (1, 3, 8, 8) and pixels.abs().max() <= 1 and pixels.std() > 0.1
+
+
+def test_each_model_has_its_own_size_and_the_same_images(tmp_path, caplog):
+    for i in range(12):
+        (tmp_path / "data" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (20 * i, 0, 0)).save(tmp_path / "data" / str(i % 2) / f"{i}.png")
+    found = load_calibration(
+        tmp_path / "data", side(tmp_path), side(tmp_path, 12), tokens_wanted=20, batch_size=2, hold_out=True
+    )
+    assert [len(own["pixel_values"]) for own, _ in found.batches] == [2, 2] and len(found.held[0]["pixel_values"]) == 2
+    assert found.tokens == 20 and "no preprocessor_config.json" in caplog.text
+    for own, other in (*found.batches, found.held):
+        assert own["pixel_values"].shape[2:] == (8, 8) and other["pixel_values"].shape[2:] == (12, 12)
+        assert torch.equal(own["pixel_values"][:, 0, 0, 0], other["pixel_values"][:, 0, 0, 0])  # one colour each
+    again = load_calibration(tmp_path / "data", side(tmp_path), side(tmp_path), tokens_wanted=20, batch_size=2, seed=1)
+    assert again.fingerprint != found.fingerprint and again.batches[0][0] is again.batches[0][1] and again.held is None
+
+
+def test_a_corrupt_image_is_named_or_counted(tmp_path, caplog):
+    good = picture(tmp_path / "good.png", (100, 100))
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:2000])
+    options = {"tokens_wanted": 100, "batch_size": 2}
+    with pytest.raises(InputRefused, match=r"(text|cut)\.png is no readable image .*--skip-bad-inputs"):
+        load_calibration(tmp_path, side(tmp_path), side(tmp_path), **options)
+    found = load_calibration(tmp_path, side(tmp_path), side(tmp_path), **options, skip_bad=True)
+    assert len(found.batches[0][0]["pixel_values"]) == 1 and "2 images cannot be read" in caplog.text
+    good.unlink()
+    with pytest.raises(InputRefused, match="none of 2 images can be read"):
+        load_calibration(tmp_path, side(tmp_path), side(tmp_path), **options, skip_bad=True)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"size": {"height": 9, "width": 9}}, r"makes images of \(9, 9\) pixels, V reads 8 x 8"),
+        ({"size": {"shortest_edge": 8}}, "makes images of 8 pixels"),
+        ({"size": {"longest_edge": 8}}, "is not understood"),
+        ({"size": 8, "image_std": [0.5, 0.0, 0.5]}, "std"),
+        ({"size": 8, "image_mean": [0.5]}, "V reads 3 channels"),
+        ({"size": 8, "resample": "x"}, "is not understood"),
+    ],
+)
+def test_preprocessors_that_do_not_fit(tmp_path, config, message):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputRefused, match=message):
+        Preprocessor.of(tmp_path, "V", (8, 8), 3)
+
+
+def test_folders_that_hold_no_image(tmp_path):
+    with pytest.raises(InputRefused, match="holds no image"):
+        load_calibration(tmp_path, side(tmp_path), side(tmp_path), tokens_wanted=1, batch_size=1)
+    text = SideInfo(Path("."), "text", "T", vocab_size=3)
+    with pytest.raises(InputRefused, match="is a folder, T is a text model"):
+        load_calibration(tmp_path, text, text, tokens_wanted=1, batch_size=1)

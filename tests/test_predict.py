@@ -1,0 +1,108 @@
+"""Predictions of memory and time: flops as torch counts them, and what the command prints of them."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import theseus_transport
+import tiny
+import torch
+from theseus_transport import Delta, Recipe, align, transport
+from theseus_transport.checkpoint import Checkpoint
+from theseus_transport.cli import app
+from theseus_transport.predict import decompositions, forward, move_flops, polar_flops, rate
+from theseus_transport.spaces import Layout
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaModel, ViTModel
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny.build(tmp_path_factory.mktemp("models"))
+
+
+def matrix_products(run):
+    """Flops of the plain matrix products in a function, as torch counts them."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
+
+
+@pytest.mark.parametrize("name, cls, tokens", [("bare", LlamaModel, 2 * 16), ("vision", ViTModel, 2 * 5)])
+def test_flops_of_a_forward_pass(root, name, cls, tokens):
+    folder = root / name / "source"
+    options = {} if name == "bare" else {"add_pooling_layer": False}
+    model = cls.from_pretrained(folder, **options)
+    data = (
+        {"input_ids": torch.ones(2, 16, dtype=torch.int64)}
+        if name == "bare"
+        else {"pixel_values": torch.ones(2, 3, 8, 8)}
+    )
+    checkpoint = Checkpoint.open(folder)
+    assert forward(checkpoint, Layout.of(checkpoint.config), tokens) == matrix_products(lambda: model(**data))
+
+
+def test_flops_of_a_move(root):
+    """Dense maps on both sides are two products per layer; a LoRA moves through its factors."""
+    source, target = (Checkpoint.open(root / "bare" / side) for side in ("source", "target"))
+    models = [LlamaModel.from_pretrained(root / "bare" / side).double() for side in ("source", "target")]
+    recipe = Recipe("paper", null="svd")  # which keeps every map dense
+    alignment = align(*models, [{"input_ids": torch.randint(0, 300, (8, 16))}], recipe=recipe)
+    full = Delta.between(source, Checkpoint.open(root / "bare" / "tuned"))
+    update = transport(alignment, full, target)
+    counted = matrix_products(lambda: dict(update))
+    assert move_flops(update) <= counted <= 1.05 * move_flops(update)  # norms and biases are vectors
+    lora = Delta.from_adapter(root / "lora", Checkpoint.open(root / "causal" / "source"))
+    moved = transport(alignment, lora, Checkpoint.open(root / "causal" / "target"))
+    (q,) = {(24, 24, 40, 40)}  # q_proj: out_S, in_S, out_T, in_T; v_proj has kv heads: 12 and 40 wide
+    by_hand = sum(2 * 4 * (in_s * in_t + out_s * out_t) for out_s, in_s, out_t, in_t in (q, (12, 24, 40, 40)))
+    assert move_flops(moved) == 2 * by_hand  # two blocks, rank 4
+
+
+def test_flops_of_decompositions(root):
+    """24 m k^2 + 9 k^3 for every map: two norms, middle, queries and context in each of two blocks, and final."""
+    layouts = tuple(Layout.of(Checkpoint.open(root / "bare" / side).config) for side in ("source", "target"))
+    assert polar_flops(768, 1024) == polar_flops(1024, 768) == 24 * 1024 * 768**2 + 9 * 768**3
+    residual, middle = polar_flops(24, 40), polar_flops(32, 48)
+    heads = 2 * 5 * polar_flops(6, 8)  # queries and context, per kv head of the target
+    assert decompositions(layouts, Recipe()) == 2 * (2 * residual + middle + heads) + residual
+
+
+def test_the_rate_is_of_this_machine():
+    slow, fast = rate(torch.float64), rate(torch.float32)
+    assert 1e7 < slow < 1e15 and 1e7 < fast < 1e16  # from a microcontroller to more than any accelerator
+
+
+def test_predicted_beside_used(root, tmp_path):
+    sides = [str(root / "causal" / name) for name in ("source", "tuned", "target")]
+    command = [
+        "transport",
+        *sides,
+        str(tmp_path / "o"),
+        "--calibration",
+        str(root / "ids.safetensors"),
+        "--tokens",
+        "64",
+    ]
+    dry = json.loads(CliRunner().invoke(app, [*command, "--dry-run", "--json"]).stdout)
+    assert set(dry["predicted_seconds"]) == {"forward", "cross-moments", "decompositions", "move"}
+    assert all(seconds > 0 for seconds in dry["predicted_seconds"].values()) and dry["seconds"] == {}
+    said = " ".join(CliRunner().invoke(app, command, env={"COLUMNS": "200"}).stdout.split())
+    for expected in (
+        "MiB predicted",
+        "MiB used",
+        "time predicted forward",
+        "by flops and this machine's rate",
+        "time used",
+    ):
+        assert expected in said, expected
+
+
+def test_the_library_prints_nothing():
+    """Only the command's own modules speak; the library logs."""
+    for path in Path(theseus_transport.__file__).parent.glob("*.py"):
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        prints = any(isinstance(f, ast.Name) and f.id == "print" for f in calls)
+        assert not prints or path.name in ("cli.py", "screen.py"), path.name
