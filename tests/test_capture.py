@@ -9,8 +9,9 @@ import torch
 from exact.models import LLAMA, LLAMA_HEADLESS, VIT, base, batches
 from theseus_transport import InputRefused, tokens
 from theseus_transport.capture import Capture, capture
+from theseus_transport.links import energy_links, moment_links
 from theseus_transport.moments import CrossMoment, Energy
-from theseus_transport.spaces import Layout, energy_links, moment_links
+from theseus_transport.spaces import Layout
 from torch import Tensor, nn
 
 ROUNDING = dict(rtol=1e-11, atol=1e-11)  # float64 sums over up to 100 tokens, in another order
@@ -227,7 +228,7 @@ def test_a_model_that_is_not_what_its_config_says(text: Models) -> None:
     cases = {
         r"LlamaModel has no layers\.2\.input_layernorm; is it a llama\?": tuple(replace(la, depth=3) for la in own),
         r"LlamaForCausalLM has no layers\.0\.layernorm_before; is it a vit\?": layouts(IMAGE_MODELS),
-        r"embed_tokens is 36 wide, but the config says 40": (own[0], replace(own[1], width=40)),
+        r"layers\.0\.input_layernorm is 36 wide, but the config says 40": (own[0], replace(own[1], width=40)),
         r"layers\.0\.mlp\.down_proj is 28 wide, but the config says 27": (own[0], replace(own[1], middle=27)),
     }
     for message, wrong in cases.items():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from theseus_transport import Delta, InputRefused
 from theseus_transport.delta import PREFIX, Adapter
 from theseus_transport.families import LLAMA as LLAMA_FAMILY
-from theseus_transport.families import VIT as VIT_FAMILY
+from theseus_transport.vision_families import VIT as VIT_FAMILY
 from torch import Tensor, nn
 
 SPEC = base(LLAMA)

@@ -17,12 +17,13 @@ from torch import nn
 
 from . import coherent, maps, paper
 from .capture import Batch, capture
+from .depth import pair_blocks
 from .errors import InputRefused
 from .maps import Map
 from .models import Base
 from .procrustes import FLOOR, FLOOR_DOUBLE, Null
 from .recipes import Evidence, MapReport, Recipe, Rule
-from .spaces import Blocks, Layout
+from .spaces import Layout
 
 log = logging.getLogger(__name__)
 FORMAT = 2
@@ -161,22 +162,25 @@ def align(
         chosen = replace(chosen, floor=FLOOR_DOUBLE)
     bases = tuple(Base.of(model) for model in (source, target))
     layouts = (bases[0].layout, bases[1].layout)
-    check_pair(*layouts)
+    check_pair(*layouts, chosen)
     if device is not None:
         source.to(device), target.to(device)
     if isinstance(batches, (Mapping, torch.Tensor)):
         raise InputRefused("batches must be a list of batches, each a dict of forward arguments; give [batch]")
-    count = 0
-    blocks = pair_by_depth(*layouts)
-    with capture(source, target, layouts, energies=chosen.name == "coherent", blocks=blocks) as seen:
-        for batch in batches:
-            seen.run(*(batch if isinstance(batch, tuple) else (batch, batch)))
-            count += 1
+    pairs = [batch if isinstance(batch, tuple) else (batch, batch) for batch in batches]
+    if not pairs:
+        raise InputRefused("no calibration batches were given; a few unlabelled ones are needed")
+    same = layouts[0].depth == layouts[1].depth
+    blocks = by_position(*layouts) if same else pair_blocks(source, target, layouts, pairs)
+    if lost := sorted(set(range(layouts[0].depth)) - set(blocks)):
+        log.warning("no block of the target takes source blocks %s: their updates stay", ", ".join(map(str, lost)))
+    wanted = {"energies": chosen.name == "coherent", "grams": chosen.whiten_power > 0}
+    with capture(source, target, layouts, **wanted, blocks=blocks) as seen:
+        for pair in pairs:
+            seen.run(*pair)
             if progress:
                 progress()
-    if not count:
-        raise InputRefused("no calibration batches were given; a few unlabelled ones are needed")
-    evidence = Evidence(bases[0], bases[1], blocks, seen.links, seen.moments, seen.energies)
+    evidence = Evidence(bases[0], bases[1], blocks, seen.links, seen.moments, seen.energies, seen.grams)
     evidence.check()
     made = PLANS[chosen.name](evidence, chosen)
     if not next(iter(seen.moments.values())).count:
@@ -207,12 +211,15 @@ def align(
     )
 
 
-def check_pair(source: Layout, target: Layout) -> None:
+def check_pair(source: Layout, target: Layout, recipe: Recipe) -> None:
     """Refuse pairs this version cannot align.
 
     Raises:
-        InputRefused: the two families do not compute the same kind of block.
+        InputRefused: the two families do not compute the same kind of block, or not one the recipe can map.
     """
+    shared = next((la.family.model_type for la in (source, target) if la.heads != la.kv_heads), None)
+    if recipe.heads == "dense" and shared:
+        raise InputRefused(f"heads=dense needs plain heads, but the {shared} shares keys among heads; use heads=pair")
     families = source.family, target.family
     told: dict[str, list[str]] = {
         "which reads {}": [str(f.modality) for f in families],
@@ -225,22 +232,21 @@ def check_pair(source: Layout, target: Layout) -> None:
             raise InputRefused(f"source is {said[0]}, target is {said[1]}; an update moves between models of one kind")
 
 
-def pair_by_depth(source: Layout, target: Layout) -> Blocks:
-    """Blocks by index, where both models have the same number of them."""
-    if source.depth != target.depth:
-        raise InputRefused(
-            f"source has {source.depth} blocks, target has {target.depth}; moving across depth is not supported yet, "
-            "choose a target of equal depth"
-        )
-    return list(range(target.depth))
+def by_position(source: Layout, target: Layout) -> list[int | None]:
+    """Every target block's source block where depths agree; else a guess, evenly spread, before any is compared."""
+    if source.depth >= target.depth:
+        return [(b * source.depth) // target.depth for b in range(target.depth)]
+    fed = {(b * target.depth) // source.depth: b for b in range(source.depth)}
+    return [fed.get(b) for b in range(target.depth)]
 
 
 def outline(source: Layout, target: Layout, recipe: Recipe) -> Alignment:
     """An alignment before any map is computed: enough to decide the fate of every tensor, not to move one."""
-    check_pair(source, target)
-    blocks = pair_by_depth(source, target)
+    check_pair(source, target, recipe)
+    blocks = by_position(source, target)
     e, fold = Evidence(Base(source, {}, {}), Base(target, {}, {}), blocks, {}, {}, {}), recipe.name == "coherent"
-    vectors = {into: own for own, into in e.embeddings()} if fold else {}
+    vectors = {into: own for own, into in e.embeddings()} if fold and recipe.embeddings == "move" else {}
+    pairs = [pair for pair in e.pairs() if pair[1].role != "head" or recipe.head == "move"]
     for own, into, _ in e.unread() if fold else e.norms():
         vectors |= {f"{into}.{part}": f"{own}.{part}" for part in ("weight", "bias")}
     return Alignment(
@@ -248,7 +254,7 @@ def outline(source: Layout, target: Layout, recipe: Recipe) -> Alignment:
         target=target,
         recipe=recipe,
         maps={"identity": maps.Identity()},
-        rules={into.name: Rule(own.name, "identity", "identity", fold=fold) for own, into in e.pairs()},
+        rules={into.name: Rule(own.name, "identity", "identity", fold=fold) for own, into in pairs},
         vectors={into: Rule(own, "identity", "identity") for into, own in vectors.items()},
         reports=[],
         blocks=list(blocks),

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from . import tokens
 from .errors import InputRefused
 from .family import Slot
-from .moments import CrossMoment, Energy
+from .links import Blocks, Link, energy_links, moment_links
+from .moments import CrossMoment, Energy, Grams
 from .opened import open_attention
-from .spaces import Blocks, Layout, Link, Space, energy_links, moment_links
+from .spaces import Layout, Space
 from .tokens import RowMixing
 
 MAIN_INPUT = {"text": "input_ids", "vision": "pixel_values"}
@@ -31,10 +32,18 @@ class Capture:
         links: name -> the two spaces compared.
         moments: name -> CrossMoment.
         energies: name -> Energy, empty when the recipe needs none.
+        grams: name -> the moments of each side with itself, likewise.
     """
 
     def __init__(
-        self, source: nn.Module, target: nn.Module, layouts: tuple[Layout, Layout], *, energies: bool, blocks: Blocks
+        self,
+        source: nn.Module,
+        target: nn.Module,
+        layouts: tuple[Layout, Layout],
+        *,
+        energies: bool,
+        grams: bool,
+        blocks: Blocks,
     ) -> None:
         self._models = tuple(backbone(m, la) for m, la in zip((source, target), layouts, strict=True))
         self._layouts = layouts
@@ -50,8 +59,12 @@ class Capture:
         def sizes(link: Link) -> tuple[int, int, torch.device]:
             return link.source.width, link.target.width, device
 
+        def gram(space: Space) -> CrossMoment:
+            return CrossMoment.zeros(space.width, space.width, device)
+
         self.moments = {name: CrossMoment.zeros(*sizes(link)) for name, link in moments.items()}
         self.energies = {name: Energy.zeros(*sizes(link)) for name, link in outputs.items()}
+        self.grams: dict[str, Grams] = {n: (gram(li.source), gram(li.target)) for n, li in moments.items() if grams}
 
     def run(self, source: Batch, target: Batch) -> None:
         """Forward one pair of batches (keyword arguments of each model's forward pass) and add what was seen.
@@ -84,7 +97,10 @@ class Capture:
         if name in self._done or name not in self._pending:
             raise InputRefused(f"{space.module} ran more than once, or only in the target's forward pass")
         moment = self.moments.get(name) or self.energies[name]
-        moment.update(self._pending.pop(name), rows, *self._mixings)
+        sides = self._pending.pop(name), rows
+        moment.update(*sides, *self._mixings)
+        for gram, x, mixing in zip(self.grams.get(name, ()), sides, self._mixings, strict=False):  # there may be none
+            gram.update(x, x, mixing, mixing)
         self._done.add(name)
 
     def _hook(self, side: int) -> Iterator[torch.utils.hooks.RemovableHandle]:
@@ -110,21 +126,21 @@ def capture(
     layouts: tuple[Layout, Layout],
     *,
     energies: bool,
+    grams: bool = False,
     blocks: Blocks | None = None,
 ) -> Iterator[Capture]:
     """Open hooks on both models, in evaluation mode; both are as they were afterwards.
 
     Args:
-        energies: whether the energies of outputs are wanted.
+        energies: whether the energies of outputs are wanted; grams: whether each side's moments with itself are.
         blocks: for every target block the source block it is compared with, or None; by default the same one.
     """
     training = [(m, m.training) for model in (source, target) for m in model.modules()]
     with ExitStack() as stack:
         for model in {id(m): m for m in (source, target)}.values():
             stack.enter_context(open_attention(model))
-        session = Capture(
-            source, target, layouts, energies=energies, blocks=range(layouts[1].depth) if blocks is None else blocks
-        )
+        paired = range(layouts[1].depth) if blocks is None else blocks
+        session = Capture(source, target, layouts, energies=energies, grams=grams, blocks=paired)
         try:
             for side in (0, 1):
                 for handle in session._hook(side):

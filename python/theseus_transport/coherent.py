@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from . import maps
-from .moments import CrossMoment
+from .links import after_name
+from .moments import CrossMoment, Energy
 from .pairing import pair_heads
 from .procrustes import Polar, procrustes
 from .recipes import Evidence, Plan, Recipe, Rule
-from .spaces import Role, after_name
+from .regression import regressed
+from .spaces import Role
 
 QKV: tuple[Role, ...] = ("query", "key", "value")
 
@@ -27,7 +29,7 @@ def plan(e: Evidence, recipe: Recipe) -> Plan:
     """Maps, rules and scales from the evidence."""
     source, target = e.source.layout, e.target.layout
     out, layer_norm = Plan(), target.family.norm == "layer"
-    whitened = math.sqrt(target.width / source.width) if recipe.scale == "norm" else 1.0  # energy of z is its width
+    whitened = math.sqrt(target.width / source.width) if recipe.scale != "none" else 1.0  # energy of z is its width
     z = {name: _normalised(e, name) for name in e.moments if e.links[name].target.norm}
     together: Tensor = sum(moment.cross for moment in z.values())  # type: ignore[assignment]
     for name, moment in z.items():
@@ -36,7 +38,7 @@ def plan(e: Evidence, recipe: Recipe) -> Plan:
     reads_embedding = e.blocks[0] == 0
     first = "0.attention" if reads_embedding else behind  # the residual's map where nothing but embeddings wrote it
     embedding = behind
-    if min(_rank(out, name) for name in {first, behind}) < _full_rank(e):
+    if recipe.completion == "deeper" and min(_rank(out, name) for name in {first, behind}) < _full_rank(e):
         # few token types: lean on deeper spaces where the first says nothing
         for name in sorted({first, behind}):
             polar = procrustes(z[name].cross, null="completed", floor=recipe.floor, toward=together)
@@ -76,13 +78,15 @@ def plan(e: Evidence, recipe: Recipe) -> Plan:
                     rule = Rule(own.name, f"{b}.middle", after, inner, written(layer.name))
             out.rules[layer.name] = rule
     for own, layer in pairs:
-        if layer.role == "head":
+        if layer.role == "head" and recipe.head == "move":
             out.rules[layer.name] = Rule(own.name, "final", "identity", whitened)
+    if recipe.scale == "regression":
+        regressed(e, out, z)
     token = target.family.embedding("token")
     if token and target.tied and layer_norm:  # a head reads the mean too: mean goes to mean
         polar_map = out.maps[embedding](torch.eye(source.width, dtype=torch.float64))
         out.maps["token"] = maps.Dense(polar_map + 1 / math.sqrt(source.width * target.width))
-    for name, into in e.embeddings():
+    for name, into in e.embeddings() if recipe.embeddings == "move" else ():
         output = "token" if token and into == token.name and "token" in out.maps else embedding
         out.vectors[into] = Rule(name, "identity", output, 1.0, written("embedding.output"))
     _norm_vectors(e, out, first, whitened, written)
@@ -159,6 +163,17 @@ def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
         blocks(t_shared, _ratios(e_query, recipe), pairing.query, group, source.heads),
     )
     out.maps[f"{b}.key"] = blocks(t_shared, _ratios(e_key, recipe), pairing.kv, every, source.kv_heads)
+    if recipe.heads == "dense":
+        _dense_context(out, b, context, value, recipe)
+
+
+def _dense_context(out: Plan, b: int, context: CrossMoment, value: Energy, recipe: Recipe) -> None:
+    """One map and one scale for v's output and o's input, in place of those per head."""
+    polar = procrustes(context.cross, null=recipe.null, floor=recipe.floor)
+    sides = (context.source_energy, context.target_energy), (value.source, value.target)
+    read, written = (_scale(float(s.sum()), float(t.sum()), recipe) for s, t in sides)
+    out.add(f"{b}.context", polar, context.count, maps.Dense(polar.map / read))
+    out.maps[f"{b}.value"] = maps.Dense(polar.map * written)
 
 
 def _normalised(e: Evidence, space: str) -> CrossMoment:
@@ -182,7 +197,7 @@ def _rank(out: Plan, name: str) -> int:
 
 def _scale(source: float, target: float, recipe: Recipe) -> float:
     """sqrt(E_T / E_S); 1 where a side has no energy (its map is then zero)."""
-    return math.sqrt(target / source) if recipe.scale == "norm" and source > 0 and target > 0 else 1.0
+    return math.sqrt(target / source) if recipe.scale != "none" and source > 0 and target > 0 else 1.0
 
 
 def _ratios(energies: tuple[Tensor, Tensor], recipe: Recipe) -> Tensor:

@@ -71,7 +71,6 @@ class Family:
         query_norm, key_norm: norms over each head of q and k, if the family has them.
         output_scale, contract_scale: per-feature factors behind the two layers that write the residual, if any.
         final_norm: the norm behind the last block; pooled_norm: it reads one token only.
-        embedding_module: the module whose output enters the first block (or the norm in front of it).
         embedding_norm: a norm between the embeddings and the first block, if any.
         embeddings: the parameters that make that output.
         heads: layers that read the final norm, by purpose; features of one purpose are the same on both sides.
@@ -98,7 +97,6 @@ class Family:
     expand: tuple[str, ...]
     contract: str
     final_norm: str
-    embedding_module: str
     embeddings: tuple[Embedding, ...]
     heads: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""

@@ -14,8 +14,6 @@ import theseus_ext
 from .errors import InputRefused
 from .tokens import RowMixing
 
-CHUNK = 2048  # tokens converted to float64 at a time
-
 
 @dataclass
 class CrossMoment:
@@ -178,16 +176,20 @@ class Energy:
         centred = list(self.centred)
         sides = ((self.source, source, source_mixing), (self.target, target, target_mixing))
         for side, (energy, rows, mixing) in enumerate(sides):
-            for chunk in (rows if mixing is None else mixing(rows)).split(CHUNK):
-                x = chunk.double()
-                squares = x.square().sum(0)
-                energy += squares
-                centred[side] += float(squares.sum() - x.sum(1).square().sum() / x.shape[1])
+            total = rows.sum(1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32))
+            moment = CrossMoment.zeros(rows.shape[1], 1, rows.device)
+            moment.update(rows, total, mixing, mixing)
+            energy += moment.source_energy
+            centred[side] += float(moment.source_energy.sum() - moment.target_energy / rows.shape[1])
         self.centred = (centred[0], centred[1])
 
     def __add__(self, other: Energy) -> Energy:
         both = (self.centred[0] + other.centred[0], self.centred[1] + other.centred[1])
         return Energy(self.source + other.source, self.target + other.target, both)
+
+
+Grams = tuple[CrossMoment, CrossMoment]
+"""Of a pair of activations: the source's moment with itself, and the target's."""
 
 
 def affine(weight: Tensor) -> Tensor:

@@ -7,20 +7,22 @@ two bases are re-parametrisations of each other. ``paper``: every layer's own in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from . import maps
 from .errors import InputRefused, NumericalError
+from .links import Blocks, Link
 from .maps import Map
 from .models import Base
-from .moments import CrossMoment, Energy
+from .moments import CrossMoment, Energy, Grams
 from .pairing import HeadPairing
 from .procrustes import FLOOR, Null, Polar
-from .spaces import Blocks, Layer, Link
+from .spaces import Layer
 
 
 @dataclass(frozen=True)
@@ -31,30 +33,56 @@ class Recipe:
         name: ``coherent`` or ``paper``.
         null: what fills directions the data does not determine (see :func:`procrustes`).
         floor: share of the largest singular value below which a direction is undetermined.
-        scale: ``norm`` scales by the ratio of energies, ``none`` does not (``paper`` never does).
+        scale: ``norm`` scales by the ratio of energies, ``regression`` by least squares, forward at a layer's output
+            and backward at its input, ``none`` does not (``paper`` never does).
+        heads: ``pair`` maps head by head, ``dense`` has one map for all of a block's context (plain heads only; exact
+            no longer where heads were copied or scaled one by one).
+        embeddings, head: ``move`` or ``leave`` (``paper`` always leaves embeddings).
+        completion: ``deeper`` completes the first map from deeper spaces where few token types leave it rank-poor.
         center: remove means before aligning (``paper`` only).
+        whiten_power: of partial whitening, 0 (none) to 0.5 (whole), ``paper`` only; it costs two more moments a space.
+        whiten_eps: smallest eigenvalue to divide by when whitening, in units of sums of squares.
     """
 
     name: Literal["coherent", "paper"] = "coherent"
     null: Null = "partial"
     floor: float = FLOOR
-    scale: Literal["norm", "none"] = "norm"
+    scale: Literal["norm", "regression", "none"] = "norm"
+    heads: Literal["pair", "dense"] = "pair"
+    embeddings: Literal["move", "leave"] = "move"
+    head: Literal["move", "leave"] = "move"
+    completion: Literal["deeper", "none"] = "deeper"
     center: bool = False
+    whiten_power: float = 0.0
+    whiten_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name, choices in (("name", ("coherent", "paper")), ("null", get_args(Null)), ("scale", ("norm", "none"))):
+        for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise InputRefused(f"recipe {name} is {value!r}; choose one of {', '.join(choices)}")
         if not 0 <= self.floor < 1:
             raise InputRefused(f"floor is {self.floor}; it must be at least 0 and below 1 (default {FLOOR:g})")
+        if not 0 <= self.whiten_power <= 0.5:
+            raise InputRefused(f"whiten_power is {self.whiten_power}; it must be between 0 (none) and 0.5 (whole)")
+        if not 0 < self.whiten_eps < math.inf:
+            raise InputRefused(f"whiten_eps is {self.whiten_eps}; it must be above 0 (default 1e-6)")
         if self.center and self.name == "coherent":
             raise InputRefused("center belongs to the paper recipe; coherent aligns uncentred activations")
+        if self.whiten_power and self.name == "coherent":
+            raise InputRefused("whiten_power belongs to the paper recipe; coherent aligns features as they are")
 
     @classmethod
     def named(cls, recipe: str | Recipe, **options: object) -> Recipe:
         """A recipe by name with options, or a recipe with options replaced."""
         base = recipe if isinstance(recipe, Recipe) else cls(name=recipe)  # type: ignore[arg-type]
         return replace(base, **options)  # type: ignore[arg-type]
+
+
+CHOICES = {
+    name: get_args(kind)
+    for name, kind in get_type_hints(Recipe).items()
+    if get_origin(kind) is Literal  # of strings
+}
 
 
 @dataclass(frozen=True)
@@ -122,6 +150,7 @@ class Evidence:
         blocks: for every target block the source block that feeds it, or None.
         links: name -> the two spaces compared.
         moments, energies: by link.
+        grams: by link, the moments of each side with itself; where the recipe whitens.
     """
 
     source: Base
@@ -130,6 +159,7 @@ class Evidence:
     links: Mapping[str, Link]
     moments: Mapping[str, CrossMoment]
     energies: Mapping[str, Energy]
+    grams: Mapping[str, Grams] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise NumericalError, naming the space, where activations were not finite."""

@@ -1,9 +1,9 @@
-"""The geometry of one model, and the spaces of two that are compared: which activation goes with which."""
+"""The geometry of one model: its linear layers, and the activations they read."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ from .families import FAMILIES, REFUSED
 from .family import Family
 
 Role = Literal["query", "key", "value", "output", "expand", "contract", "head"]
-Blocks = Sequence["int | None"]  # for every target block the source block that feeds it
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,6 @@ class Space:
     side: Literal["input", "output", "normed"]
     width: int
     norm: str | None = None
-
-
-@dataclass(frozen=True)
-class Link:
-    """Two spaces, one of each model, whose tokens correspond."""
-
-    source: Space
-    target: Space
 
 
 @dataclass(frozen=True)
@@ -218,11 +209,8 @@ class Layout:
         return self._normed(name) if name else self.space(0, "attention")
 
     def embedded(self) -> Space:
-        """The embeddings' sum."""
-        f = self.family
-        if f.embedding_norm:
-            return Space(f.embedding_norm, "input", self.width)
-        return Space(f.embedding_module, "output", self.width)
+        """The embeddings' sum: what the first norm reads."""
+        return Space(self.first().module, "input", self.width)
 
     def written(self, layer: Layer) -> Space:
         """A linear layer's own output, behind the factor that scales it."""
@@ -243,53 +231,6 @@ class Layout:
 
     def _normed(self, norm: str) -> Space:
         return Space(norm, "output", self.width, norm)
-
-
-def moment_links(source: Layout, target: Layout, blocks: Blocks) -> dict[str, Link]:
-    """The spaces whose cross-moments are wanted, by name, in the order a forward pass of the target meets them.
-
-    Of every paired target block b: ``b.attention``, ``b.context``, ``b.mlp``, ``b.middle``; ``b.after`` where what
-    follows the two blocks is no such pair itself; ``embedding`` where what follows the embeddings is not
-    ``0.attention``; ``final``.
-    """
-    found: dict[str, Link] = {}
-    if blocks[0] != 0 or source.family.embedding_norm or target.family.embedding_norm:
-        found["embedding"] = Link(source.first(), target.first())
-    for b, own in enumerate(blocks):
-        if own is None:
-            continue
-        for part in ("attention", "context", "mlp", "middle"):
-            found[f"{b}.{part}"] = Link(source.space(own, part), target.space(b, part))
-        if after_name(source, target, blocks, b) == f"{b}.after":
-            found[f"{b}.after"] = Link(source.after(own), target.after(b))
-    found["final"] = Link(source.final(), target.final())
-    return found
-
-
-def after_name(source: Layout, target: Layout, blocks: Blocks, b: int) -> str:
-    """The name of the link between what follows target block ``b`` and what follows its source block."""
-    own, last = blocks[b], b + 1 == target.depth
-    assert own is not None
-    if last and own + 1 == source.depth:
-        return "final"
-    return f"{b + 1}.attention" if not last and blocks[b + 1] == own + 1 else f"{b}.after"
-
-
-def energy_links(source: Layout, target: Layout, blocks: Blocks) -> dict[str, Link]:
-    """The outputs whose energies set the scales: by target layer, and ``embedding.output``, ``embedding.norm``."""
-    found = {"embedding.output": Link(source.embedded(), target.embedded())}
-    if source.family.embedding_norm and target.family.embedding_norm:
-        found["embedding.norm"] = Link(source.first(), target.first())
-    for layer in target.layers():
-        if layer.role != "head" and (own := blocks[layer.block]) is not None:
-            found[layer.name] = Link(_written(source, layer, own), target.written(layer))
-    return found
-
-
-def _written(source: Layout, layer: Layer, block: int) -> Space:
-    own = source.counterpart(layer, block)
-    assert own is not None  # check_pair
-    return source.written(own)
 
 
 def _recognised(model: nn.Module) -> Mapping[str, Any]:

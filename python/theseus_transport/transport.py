@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
@@ -19,6 +17,7 @@ from .models import Base, Tensors, check_shapes
 from .moves import Move
 from .pieces import Piece, fused
 from .recipes import Rule
+from .stays import Stays
 from .update import Fate, Row, Update
 from .vectors import VectorMove
 
@@ -54,7 +53,7 @@ class _Planner:
     def __init__(
         self, alignment: Alignment, delta: Delta, target: nn.Module | Tensors, alpha: float, leave: Sequence[str]
     ) -> None:
-        self.alignment, self.delta, self.leave = alignment, delta, leave
+        self.alignment, self.delta, self.stays = alignment, delta, Stays(alignment, leave)
         self.family = alignment.source.family
         self.source = Base.of(delta.base, alignment.source)
         self.target = Base.of(target, alignment.target)
@@ -63,7 +62,7 @@ class _Planner:
         self.moves = self._paired_layers()
         tuned = delta.tuned_tensors(self.family)
         self._untie(tuned)
-        for name in [n for n in tuned.slots if self._asked_to_leave(n)]:
+        for name in [n for n in tuned.slots if self.stays.asked(n)]:
             del tuned.slots[name]  # as if the tuned model had not changed it
             self._row(name, "left", "left on request")
         self.tuned = tuned
@@ -116,7 +115,7 @@ class _Planner:
         if before is None:
             return True
         if before.shape != after.shape:
-            if self._left(name):
+            if self.stays.by_rule(name):
                 return True
             raise InputRefused(
                 f"{name} is {list(after.shape)} in the tuned model and {list(before.shape)} in the base; "
@@ -127,18 +126,6 @@ class _Planner:
             self.update.warnings.append("the tuned model is {}, the base {}: their rounding moves along".format(*kinds))
         return not torch.equal(before.to(after), after)
 
-    def _asked_to_leave(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.leave)
-
-    def _left(self, name: str) -> str | None:
-        """Why a tensor stays behind by rule."""
-        if any(e.name == name for e in self.family.embeddings) and self.alignment.recipe.name == "paper":
-            return "the paper recipe leaves embeddings"
-        inside = re.match(rf"{re.escape(self.family.blocks)}\.(\d+)\.", name)
-        if inside and int(inside[1]) < self.source.layout.depth and int(inside[1]) not in self.alignment.blocks:
-            return f"no block of the target takes block {inside[1]}"
-        return self.family.why_left(name)
-
     def _check_bases(self) -> None:
         for side, base in (("source", self.source), ("target", self.target)):
             shapes = {name: base.shape(name) for name in base.slots}
@@ -146,13 +133,10 @@ class _Planner:
             check_shapes(base.layout, shapes, says=says, cure="was the right base given?")
         if self.delta.tuned is not None:
             for name in self.source.slots.keys() - self.tuned.slots.keys() - self.rows.keys():
-                if not self._left(name) and not self._asked_to_leave(name) and not self._of_head(name):
+                if not self.stays.by_rule(name) and not self.stays.asked(name) and not self.stays.of_head(name):
                     raise InputRefused(
                         f"the tuned model has no tensor {name}; is it complete, and is it a tune of the source?"
                     )
-
-    def _of_head(self, name: str) -> bool:
-        return name.split(".")[0] in self.family.heads.values()
 
     def _row(self, name: str, fate: Fate, note: str = "") -> None:
         self.rows[name] = Row(name, fate, note)
@@ -177,13 +161,14 @@ class _Planner:
             self._row(bias, "left", "the target has no bias to take it")
             if not ({weight} | around) & self.changed:
                 return
-        kept = {part for part in ("weight", "bias") if self._asked_to_leave(f"{own.name}.{part}")}
+        kept = {part for part in ("weight", "bias") if self.stays.asked(f"{own.name}.{part}")}
         moving = [n for n in ("weight", "bias") if f"{into.name}.{n}" in self.target and n not in kept]
         if not moving:
             return
         job = partial(self._dense, move)
         for part in moving:
             self.update.plan(f"{into.name}.{part}", job)
+            self.update.moved[f"{own.name}.{part}"] = f"{into.name}.{part}"
         for name in ({weight, bias} & self.changed) - self.rows.keys():
             self._row(name, "transported")
         for name in filter(None, around):
@@ -191,7 +176,7 @@ class _Planner:
 
     def _unfit(self, move: Move) -> str | None:
         weight, into = f"{move.own.name}.weight", f"{move.into.name}.weight"
-        if why := self._left(weight):
+        if why := self.stays.by_rule(weight):
             return why
         for side, base, name in (("source base", self.source, weight), ("target", self.target, into)):
             if name not in base:
@@ -214,7 +199,7 @@ class _Planner:
         name = rule.source
         if name not in self.changed or (name in self.rows and rule.kind != "linear"):
             return
-        if why := self._left(name):
+        if why := self.stays.by_rule(name):
             return self._row(name, "left", why)
         if name not in self.source or into not in self.target:
             side = "target" if name in self.source else "source base"
@@ -223,6 +208,7 @@ class _Planner:
         if why := move.unfit():
             return self._row(name, "left", why)
         self.update.plan(into, lambda: {into: move(self.tuned[name])})
+        self.update.moved[name] = into
         self._row(name, "transported", move.note)
 
     def _plan_factors(self) -> None:
@@ -232,7 +218,7 @@ class _Planner:
         found: dict[str, list[Piece]] = {}
         for spelled in adapter.layers():
             name = self.family.canonical(spelled)
-            if self._asked_to_leave(name) or self._asked_to_leave(f"{name}.weight"):
+            if self.stays.asked(name) or self.stays.asked(f"{name}.weight"):
                 self._row(name, "left", "left on request")
                 continue
             for part, slot in self.family.parts(name).items():
@@ -244,7 +230,7 @@ class _Planner:
         """One layer of the adapter, or the part of a fused one."""
         move = self.moves.get(part)
         if move is None:
-            if why := self._left(f"{part}.weight"):
+            if why := self.stays.by_rule(f"{part}.weight"):
                 return self._row(part, "left", why)
             raise InputRefused(f"the adapter changes {spelled}, which has no rule; {_leaving(part)}")
         weight, into = f"{part}.weight", f"{move.into.name}.weight"
@@ -265,6 +251,7 @@ class _Planner:
         piece = Piece(spelled, place, len(factors.a), factors.a.dtype, *scale, compute)
         found.setdefault(self._adapter_name(module, move), []).append(piece)
         self.update.plan(into, partial(self._product, into, compute))
+        self.update.moved[weight] = into
         self._row(part, "transported", "as factors")
 
     def _adapter_name(self, module: str, move: Move) -> str:
@@ -284,22 +271,13 @@ class _Planner:
 
     def _settle(self) -> None:
         """Every tensor has a fate; a changed one without a rule is an error."""
-        unread = {rule.source for rule in self.alignment.vectors.values()}
-        norms = {*self.alignment.source.norms(), *(name.rpartition(".")[0] for name in unread)}
         for name in {**self.source.slots, **dict.fromkeys(self.tuned)}:
             if name in self.rows or (self.delta.adapter is not None and name not in self.tuned):
                 continue
             if name not in self.changed:
                 self._row(name, "unchanged")
-            elif why := self._left(name):
+            elif why := self.stays.by_rule(name) or self.stays.unmoved(name, is_new=name not in self.source):
                 self._row(name, "left", why)
-            elif name.rpartition(".")[0] in norms:
-                self._row(name, "left", "no layer that reads it moves")
-            elif any(e.name == name for e in self.family.embeddings):
-                self._row(name, "left", "the target has no such tensor")
-            elif self._of_head(name):
-                side = "source base" if name not in self.source else "target"
-                self._row(name, "left", f"the {side} has no such tensor")
             else:
                 raise InputRefused(f"{name} changed but has no rule; {_leaving(name)}")
 

@@ -48,6 +48,7 @@ class Update(Mapping[str, Tensor]):
     Attributes:
         coverage: fate of every tensor of the source's update.
         warnings: what the user should know about single tensors; complete once every value was read.
+        moved: canonical name of every tensor of the source that moves -> that of the target's it becomes.
         factors: for a LoRA, the layer as an adapter of the target spells it -> its moved factors, alpha not included.
     """
 
@@ -58,6 +59,7 @@ class Update(Mapping[str, Tensor]):
     coverage: list[Row] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     factors: dict[str, MovedFactors] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)
     _jobs: dict[str, dict[str, Job]] = field(default_factory=dict)  # stored name -> canonical name -> job
     _last: dict[Job, dict[str, Tensor]] = field(default_factory=dict)
     _kept: dict[str, list[str]] = field(default_factory=dict)  # stored name -> canonical names
