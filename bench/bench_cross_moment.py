@@ -1,17 +1,15 @@
 """cross_moment_ beside plain torch and beside torch's own float32 product alone: `make bench`."""
 
-from collections.abc import Callable
-
 import baseline
 import pytest
 import torch
+from timing import DEVICE, in_turns, ratio
 
 import theseus_ext
 
 ROWS = 6304  # 32 images of 197 tokens
 WIDTHS = ((768, 896), (1024, 1024), (3072, 3584))
 CASES = ("float32", "bfloat16", "bfloat16, 80 % mask", "bfloat16, interpolated")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("cross", "source_sum", "target_sum", "source_energy", "target_energy")
 
 
@@ -44,33 +42,32 @@ def inputs(case: str, widths: tuple[int, int]) -> tuple[torch.Tensor, torch.Tens
     return source.bfloat16(), target.bfloat16(), {}
 
 
-def synchronised(function: Callable[[], object]) -> Callable[[], None]:
-    def run() -> None:
-        function()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
-@pytest.mark.parametrize("how", ["ours", "baseline", "product"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("widths", WIDTHS, ids=lambda w: f"{w[0]}x{w[1]}")
-def test_cross_moment(benchmark, how: str, case: str, widths: tuple[int, int]) -> None:
+def test_cross_moment(store, case: str, widths: tuple[int, int]) -> None:
     source, target, mixings = inputs(case, widths)
     rows = len(mixings["target_mixing"][1]) if "target_mixing" in mixings else ROWS
-    benchmark.group = f"cross_moment {rows} x {widths[0]} x {widths[1]}, {case}"
-    benchmark.extra_info |= dict(how=how, gflop=2e-9 * rows * widths[0] * widths[1], device=DEVICE)
-    if how == "product":  # the ceiling: what the matrix product alone takes on ready float32 rows
-        x, y = (torch.randn(rows, width, device=DEVICE) for width in widths)
-        benchmark.pedantic(synchronised(lambda: torch.mm(x.T, y)), rounds=5, warmup_rounds=1)
-        return
-    op = theseus_ext.cross_moment_ if how == "ours" else baseline.cross_moment_
     found, plain, exact = (masters(widths) for _ in range(3))
-    op(source, target, **found, **mixings)
+    theseus_ext.cross_moment_(source, target, **found, **mixings)
     baseline.cross_moment_(source, target, **plain, **mixings)
     theseus_ext.reference.cross_moment_(source, target, **exact, **mixings)
     for name in NAMES:
         allowed = 2 * (plain[name] - exact[name]).norm() + 1e-14 * exact[name].norm()
         assert (found[name] - exact[name]).norm() <= allowed, name
-    benchmark.pedantic(synchronised(lambda: op(source, target, **found, **mixings)), rounds=5, warmup_rounds=1)
+    # The ceiling: what torch's own float32 product alone takes on ready rows of this size.
+    x, y = (torch.randn(rows, width, device=DEVICE) for width in widths)
+    seconds = in_turns(
+        {
+            "ours": lambda: theseus_ext.cross_moment_(source, target, **found, **mixings),
+            "torch": lambda: baseline.cross_moment_(source, target, **plain, **mixings),
+            "product": lambda: torch.mm(x.T, y),
+        }
+    )
+    gflop = 2e-9 * rows * widths[0] * widths[1]
+    best = {name: min(each) for name, each in seconds.items()}
+    row = {"case": f"{rows} x {widths[0]} x {widths[1]}, {case}"}
+    row |= {f"{name} ms": 1e3 * value for name, value in best.items()}
+    row |= {"GFLOP/s": gflop / best["ours"], "of mm GFLOP/s": gflop / best["product"]}
+    row |= {"over torch": ratio(seconds["ours"], seconds["torch"])}
+    row |= {"share of mm": ratio(seconds["ours"], seconds["product"])}
+    store("cross_moment", row)

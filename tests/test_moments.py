@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from theseus_transport import InputRefused, tokens
-from theseus_transport.moments import CHUNK, CrossMoment, Energy, affine
+from theseus_transport.moments import CrossMoment, Energy, affine
 from theseus_transport.tokens import RowMixing
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -170,9 +170,10 @@ def test_energies(seed: int, count: int, own: int, other: int) -> None:
 
 def test_energies_of_mixed_rows_and_of_several_chunks() -> None:
     draw = Draw(3)
-    x, y = draw(CHUNK + 7, 4), draw(11, 5)
+    rows = 4096 + 7  # more than cross_moment_ multiplies at once
+    x, y = draw(rows, 4), draw(11, 5)
     found = Energy.zeros(4, 5)
-    mixing = tokens.linear(11, CHUNK + 7)
+    mixing = tokens.linear(11, rows)
     found.update(x.float(), y, None, mixing)
     torch.testing.assert_close(found.source, x.float().double().square().sum(0), **ROUNDING)
     torch.testing.assert_close(found.target, mixing(y).square().sum(0), **ROUNDING)

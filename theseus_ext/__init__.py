@@ -11,6 +11,7 @@ except ImportError as error:
     ) from error
 
 from theseus_ext import reference
-from theseus_ext.ops import Mixing, cross_moment_
+from theseus_ext.devices import cuda_problem
+from theseus_ext.ops import Mixing, cross_moment_, svd, svdvals
 
-__all__ = ["Mixing", "build_info", "cross_moment_", "reference"]
+__all__ = ["Mixing", "build_info", "cross_moment_", "cuda_problem", "reference", "svd", "svdvals"]

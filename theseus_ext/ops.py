@@ -1,11 +1,12 @@
 """The operations with every check a user can trip: shapes, types and devices, with values and the cure."""
 
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from theseus_ext._C import build_info
+from theseus_ext.devices import cuda_problem
 
 #: A sparse row mixing P in CSR: (row_ptr int64 [rows + 1] or None, column int64 [entries], weight float64 [entries] or
 #: None). Without row_ptr every row has exactly one entry (a selection); without weight all weights are 1.
@@ -42,7 +43,7 @@ def cross_moment_(
     Raises:
         ValueError: shapes, devices, strides or gradients that do not fit.
         TypeError: a dtype that does not fit.
-        NotImplementedError: tensors on CUDA, but the extension was built without CUDA kernels.
+        NotImplementedError: tensors on a CUDA device that no compiled kernel runs on.
         RuntimeError: an entry of row_ptr or column out of range (CPU; on CUDA such a row becomes NaN instead).
     """
     outputs = dict(
@@ -58,11 +59,8 @@ def cross_moment_(
             raise ValueError(f"{name} requires grad, but cross_moment_ is not differentiable; pass {name}.detach()")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tuple(tensor.stride())}; it is written in place, make it contiguous")
-    if source.is_cuda and not build_info()["cuda_kernels"]:
-        raise NotImplementedError(
-            f"source is on {source.device} but theseus_ext was built without CUDA kernels; "
-            "rebuild with nvcc on PATH and THESEUS_CUDA=1, or move the tensors to the CPU"
-        )
+    if source.is_cuda and (problem := cuda_problem(source.device)):
+        raise NotImplementedError(f"source is on {source.device}: {problem}, or move the tensors to the CPU")
     with torch.no_grad():
         torch.ops.theseus_ext.cross_moment_(
             _dense_columns(source),
@@ -72,6 +70,59 @@ def cross_moment_(
             **outputs,
         )
     torch.autograd.graph.increment_version(tuple(outputs.values()))  # the stable ABI does not
+
+
+def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin singular value decompositions ``matrices = U diag(S) Vh`` of a batch, largest singular value first.
+
+    On the CPU the matrices are shared out over torch's threads and each is decomposed on one: bit for bit what
+    ``torch.linalg.svd`` gives it on one thread, whatever the batch and the thread count. Torch itself takes them one
+    after the other, which leaves the other threads waiting while they are small (heads, LoRA cores; up to some hundred
+    rows). On other devices it is ``torch.linalg.svd``. No gradient flows.
+
+    Args:
+        matrices: [..., m, n], float64 or float32; strides are free.
+
+    Returns:
+        U [..., m, k], S [..., k] and Vh [..., k, n] with k = min(m, n), contiguous on the CPU.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype that does not fit.
+        torch.linalg.LinAlgError: a matrix holds NaN or Inf, or LAPACK's divide and conquer did not converge.
+    """
+    if _elsewhere(matrices):
+        u, s, vh = torch.linalg.svd(matrices.detach(), full_matrices=False)
+        return u, s, vh
+    u, s, vh = _shared_out(torch.ops.theseus_ext.svd, matrices)
+    batch = matrices.shape[:-2]
+    return u.reshape(*batch, *u.shape[1:]), s.reshape(*batch, *s.shape[1:]), vh.reshape(*batch, *vh.shape[1:])
+
+
+def svdvals(matrices: Tensor) -> Tensor:
+    """Singular values [..., k] of a batch, largest first: :func:`svd` without vectors, at a third of the work."""
+    if _elsewhere(matrices):
+        values: Tensor = torch.linalg.svdvals(matrices.detach())
+        return values
+    s = _shared_out(torch.ops.theseus_ext.svdvals, matrices)
+    batched: Tensor = s.reshape(*matrices.shape[:-2], *s.shape[1:])
+    return batched
+
+
+def _elsewhere(matrices: Tensor) -> bool:
+    if matrices.dim() < 2:
+        raise ValueError(f"matrices is {list(matrices.shape)}, expected [..., m, n]")
+    if matrices.dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"matrices is {matrices.dtype}, expected float64 or float32")
+    return matrices.device.type != "cpu"
+
+
+def _shared_out(op: Callable[[Tensor], Any], matrices: Tensor) -> Any:
+    batch, size = matrices.shape[:-2], matrices.shape[-2:]
+    try:
+        return op(matrices.detach().reshape(batch.numel(), *size).contiguous())
+    except RuntimeError as error:
+        why = str(error).splitlines()[0].rpartition(".cpp:")[2].partition(", ")[2] or "LAPACK did not converge"
+        raise torch.linalg.LinAlgError(f"svd of {list(matrices.shape)}: {why}") from error  # type: ignore[attr-defined]
 
 
 def _dense_columns(tokens: Tensor) -> Tensor:
@@ -187,6 +238,19 @@ def _mixing(row_ptr: Tensor | None, column: Tensor | None, weight: Tensor | None
     return row_ptr, column, weight  # type: ignore[return-value]  # _check refuses a missing column
 
 
-# In-place moments have no gradient: autograd looks through the op, the wrapper refuses masters that ask for one.
+@torch.library.register_fake("theseus_ext::svdvals")
+def _svdvals_fake(matrices: Tensor) -> Tensor:
+    return matrices.new_empty(matrices.shape[0], min(matrices.shape[1:]))
+
+
+@torch.library.register_fake("theseus_ext::svd")
+def _svd_fake(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, m, n = matrices.shape
+    k = min(m, n)
+    return matrices.new_empty(batch, m, k), matrices.new_empty(batch, k), matrices.new_empty(batch, k, n)
+
+
+# No gradient flows: autograd looks through the ops, and cross_moment_'s wrapper refuses masters that ask for one.
 _library = torch.library.Library("theseus_ext", "IMPL")
-_library.impl("cross_moment_", torch.library.fallthrough_kernel, "Autograd")
+for _op in ("cross_moment_", "svd", "svdvals"):
+    _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")

@@ -8,6 +8,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+import theseus_ext
+
 from .moments import CrossMoment
 
 
@@ -58,7 +60,7 @@ def similarity(context: CrossMoment, heads: tuple[int, int]) -> Tensor:
         for e, n in zip((context.source_energy, context.target_energy), heads, strict=True)
     ]
     norm = (energies[0][:, None] * energies[1]).sqrt()
-    nuclear = torch.linalg.matrix_norm(blocks, ord="nuc")
+    nuclear = theseus_ext.svdvals(blocks).sum(-1)
     return torch.where(norm > 0, nuclear / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
 
 

@@ -14,11 +14,14 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+import theseus_ext
+
 from .errors import InputRefused, NumericalError
 
 Null = Literal["partial", "completed", "svd"]
 FLOOR = 1e-6  # singular values below this share of the largest do not determine a direction
 FLOOR_DOUBLE = 1e-12  # where both models compute in float64, rounding lies at 1e-16
+ITERATE_FROM = 1024  # smaller sides at least this long are iterated where they have full rank: LAPACK is slower there
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Polar:
     Attributes:
         map: float64 [..., dS, dT], a partial isometry.
         rank: int64 [...], how many directions the data determined.
-        gap: float64 [...], the smallest kept singular value over the largest; 0 when nothing was kept.
+        gap: float64 [...], the smallest kept singular value over the largest; 0 when nothing was kept. To a percent
+            where the map was iterated.
     """
 
     map: Tensor
@@ -71,6 +75,8 @@ def procrustes(
         return Polar(*(torch.stack([getattr(p, f.name) for p in each]) for f in fields(Polar)))
     if not bool(torch.isfinite(c).all()):
         raise NumericalError(f"the cross-moment {list(c.shape)} holds NaN or Inf")
+    if c.ndim == 2 and min(c.shape) >= ITERATE_FROM and (iterated := _iterate(c, floor)):
+        return iterated
     u, s, vh = _svd(c)
     largest = s[..., :1] if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
     kept = torch.ones_like(s, dtype=torch.bool) if null == "svd" else (s > floor * largest)
@@ -93,6 +99,51 @@ def _rank_of_correlations(c: Tensor, energies: tuple[Tensor, Tensor], floor: flo
     return int((s > floor * s[0]).sum())
 
 
+def _iterate(c: Tensor, floor: float) -> Polar | None:
+    """The polar factor of one C whose singular values all lie clearly above the floor, or None: LAPACK decides.
+
+    Scaled Newton, X <- (z X + X^-T / z) / 2, on the triangular factor. Backward stable, and all products and inverses,
+    where half of a singular value decomposition waits for memory.
+    References: Higham, "Computing the polar decomposition - with applications", SIAM J. Sci. Stat. Comput. 7 (1986);
+    the scaling z is of Byers and Xu, SIAM J. Matrix Anal. Appl. 30 (2008).
+    """
+    wide = c if c.shape[0] <= c.shape[1] else c.mT
+    q, r = torch.linalg.qr((wide / wide.abs().max()).mT)  # the largest entry becomes 1: no product over- or underflows
+    smallest = r.diagonal().abs().min()
+    if not bool(smallest > torch.finfo(r.dtype).eps * torch.linalg.matrix_norm(r)):  # also where C = 0 gave NaN
+        return None
+    x, eye = r.mT, torch.eye(len(r), dtype=r.dtype, device=r.device)
+    inverse = torch.linalg.solve_triangular(x, eye, upper=False)
+    low, high = 1 / _largest(inverse), _largest(x)
+    if low <= 1.1 * floor * high:  # `_largest` errs by less than that factor
+        return None
+    scale, following = (low * high) ** -0.5, (2 * (low * high) ** 0.5 / (low + high)) ** 0.5
+    for _ in range(30):  # 9 steps at most from any condition float64 can hold
+        step = x * (scale / 2) + inverse.mT / (2 * scale)
+        change = torch.linalg.matrix_norm(step - x) / len(x) ** 0.5
+        x = step
+        if bool(change < 1e-8):  # the next change would be its square
+            break
+        inverse = torch.linalg.inv(x)
+        scale, following = following, (2 / (following + 1 / following)) ** 0.5
+    t = x @ q.mT
+    t = t if c.shape[0] <= c.shape[1] else t.mT
+    rank = torch.tensor(len(r), device=c.device)
+    try:
+        certify(t, c, rank, floor=floor)
+    except NumericalError:
+        return None
+    return Polar(t, rank, torch.tensor(low / high, dtype=c.dtype, device=c.device))
+
+
+def _largest(a: Tensor) -> float:
+    """Largest singular value by block power iteration from a fixed start: from below, to a percent or better."""
+    q = torch.randn(len(a), 8, dtype=a.dtype, generator=torch.Generator().manual_seed(0)).to(a.device)
+    for _ in range(12):
+        q = torch.linalg.qr(a.mT @ (a @ q))[0]
+    return float(torch.linalg.matrix_norm(a @ q, ord=2))
+
+
 def _complete(partial: Polar, u: Tensor, vh: Tensor, toward: Tensor, floor: float) -> Polar:
     """The polar factor of what ``toward`` [dS, dT] says between the directions ``partial`` leaves out, added to it."""
     rank = int(partial.rank)
@@ -102,13 +153,14 @@ def _complete(partial: Polar, u: Tensor, vh: Tensor, toward: Tensor, floor: floa
     inner_u, s, inner_vh = _svd(left.mT @ toward @ right)
     kept = s > floor * torch.linalg.matrix_norm(toward, ord=2)
     t = partial.map + left @ (inner_u[:, kept] @ inner_vh[kept]) @ right.mT
-    _check_isometry(t)
+    _check_isometry(t if t.shape[0] <= t.shape[1] else t.mT, t.shape)
     return Polar(t, partial.rank + kept.sum(), partial.gap)
 
 
 def _complement(q: Tensor) -> Tensor:
     """Orthonormal columns orthogonal to the orthonormal columns of ``q`` [d, r]: [d, d - r]."""
-    return torch.linalg.qr(q, mode="complete")[0][:, q.shape[1] :]
+    basis: Tensor = torch.linalg.qr(q, mode="complete")[0]
+    return basis[:, q.shape[1] :]
 
 
 def certify(t: Tensor, cross: Tensor, rank: Tensor, *, floor: float) -> None:
@@ -123,27 +175,38 @@ def certify(t: Tensor, cross: Tensor, rank: Tensor, *, floor: float) -> None:
     k = min(t.shape[-2:])
     if k == 0:
         return
-    _check_isometry(t)
+    shape, tiny = t.shape, torch.finfo(torch.float64).tiny
+    cross = cross / cross.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)  # norms square: 1e300 would overflow
+    if shape[-2] > k:  # the shorter side first: every product is then as small as it can be
+        t, cross = t.mT, cross.mT
+    full = bool((rank == k).all())
+    gram = _check_isometry(t, shape, full=full)
     eps = _rounding(t)
     norm = torch.linalg.matrix_norm
-    adjoint = t.mT
-    scale = norm(cross).clamp(min=torch.finfo(torch.float64).tiny)
-    h = adjoint @ cross
+    scale = norm(cross).clamp(min=tiny)
+    h = cross @ t.mT
     left_out = 2 * floor * scale * (k - rank).double().sqrt() + eps * scale
-    shifted = (h + h.mT) / 2 / scale[..., None, None] + eps * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    shifted = (h + h.mT) / 2 / scale[..., None, None] + eps * torch.eye(k, dtype=h.dtype, device=h.device)
     checks = {
         "|H - H^T|": (norm(h - h.mT), eps * scale),
-        "|C - T T^T C|": (norm(cross - t @ h), left_out),
-        "|C - C T^T T|": (norm(cross - (cross @ adjoint) @ t), left_out),
+        "|C - C T^T T|": (norm(cross - h @ t), left_out),
         "the number of H that are not positive semidefinite": (torch.linalg.cholesky_ex(shifted)[1] != 0, 0.5),
     }
+    if not full:  # else T T^T = I leaves nothing out
+        checks["|C - T T^T C|"] = norm(cross - gram @ cross), left_out
     for name, (value, bound) in checks.items():
-        _require(t, name, value, bound)
+        _require(shape, name, value, bound)
 
 
-def _check_isometry(t: Tensor) -> None:
-    k = min(t.shape[-2:])
-    _require(t, "|T T^T T - T|", torch.linalg.matrix_norm(t @ t.mT @ t - t), _rounding(t) * k**0.5)
+def _check_isometry(t: Tensor, shape: torch.Size, *, full: bool = False) -> Tensor:
+    """T T^T of the wide ``t`` [k, m]: a projector, and the identity where T has its ``full`` rank k."""
+    gram = t @ t.mT
+    if full:
+        name, excess = "|T T^T - 1|", gram - torch.eye(t.shape[-2], dtype=t.dtype, device=t.device)
+    else:
+        name, excess = "|T T^T T - T|", gram @ t - t
+    _require(shape, name, torch.linalg.matrix_norm(excess), _rounding(t) * t.shape[-2] ** 0.5)
+    return gram
 
 
 def _rounding(t: Tensor) -> float:
@@ -151,16 +214,16 @@ def _rounding(t: Tensor) -> float:
     return 64 * torch.finfo(torch.float64).eps * max(t.shape[-2:])
 
 
-def _require(t: Tensor, name: str, value: Tensor, bound: Tensor | float) -> None:
+def _require(shape: torch.Size, name: str, value: Tensor, bound: Tensor | float) -> None:
     if not bool((value <= bound).all()):
         worst, limit = float(value.double().max()), float(torch.as_tensor(bound).max())
-        raise NumericalError(f"a map {list(t.shape)} failed its certificate: {name} is {worst:.3g}, above {limit:.3g}")
+        raise NumericalError(f"a map {list(shape)} failed its certificate: {name} is {worst:.3g}, above {limit:.3g}")
 
 
 def _svd(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        return torch.linalg.svd(c, full_matrices=False)
-    except torch.linalg.LinAlgError:  # divide and conquer did not converge: QR iteration is slower and surer
+        return theseus_ext.svd(c) if c.ndim > 2 else torch.linalg.svd(c, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # divide and conquer did not converge: QR iteration is slower and surer
         if c.ndim > 2:
             u, s, vh = zip(*(_svd(one) for one in c), strict=True)
             return torch.stack(u), torch.stack(s), torch.stack(vh)

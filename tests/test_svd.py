@@ -1,0 +1,136 @@
+"""theseus_ext.svd and svdvals: torch's own results bit for bit, shared out over threads; contracts and errors."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import theseus_ext
+
+QUICK = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+DTYPES = (torch.float64, torch.float32)
+SHAPES = [(3, 3), (1, 1, 1), (7, 33, 17), (7, 17, 33), (2, 3, 5, 4), (5, 128, 128), (9, 1, 6)]
+EMPTY = [(0, 3, 4), (3, 0, 4), (3, 4, 0), (2, 0, 3, 3), (0, 0)]
+OPS = (torch.ops.theseus_ext.svd.default, torch.ops.theseus_ext.svdvals.default)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def torch_on_one_thread(matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return (*torch.linalg.svd(matrices, full_matrices=False), torch.linalg.svdvals(matrices))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+def test_is_torch_bit_for_bit(threads: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    matrices = draw(*shape, dtype=dtype)
+    found = (*theseus_ext.svd(matrices), theseus_ext.svdvals(matrices))
+    for own, expected in zip(found, torch_on_one_thread(matrices), strict=True):
+        assert own.shape == expected.shape and own.dtype == dtype and own.is_contiguous()
+        assert torch.equal(own, expected)
+
+
+@QUICK
+@given(st.integers(0, 6), st.integers(1, 9), st.integers(1, 9), st.integers(0, 4), st.integers(0, 10**6))
+def test_restores_what_it_took_apart(batch: int, m: int, n: int, rank: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sides = [torch.randn(batch, d, rank, dtype=torch.float64, generator=generator) for d in (m, n)]
+    matrices = sides[0] @ sides[1].mT
+    u, s, vh = theseus_ext.svd(matrices)
+    k, unit = min(m, n), torch.finfo(torch.float64).eps * max(m, n)  # LAPACK's tests allow 30 of these
+    scale = 30 * unit * torch.linalg.matrix_norm(matrices).clamp(min=1)
+    eye = torch.eye(k, dtype=torch.float64)
+    assert bool((torch.linalg.matrix_norm(u * s[:, None] @ vh - matrices) <= scale).all())
+    assert bool((torch.linalg.matrix_norm(u.mT @ u - eye) <= 30 * unit).all())
+    assert bool((torch.linalg.matrix_norm(vh @ vh.mT - eye) <= 30 * unit).all())
+    assert bool((s.diff(dim=-1) <= 0).all() and (s >= 0).all())
+    torch.testing.assert_close(theseus_ext.svdvals(matrices), s, rtol=0, atol=float(scale.max()) if batch else 0)
+
+
+def test_strides_are_free_and_inputs_stay_as_they_were() -> None:
+    whole = draw(4, 12, 10)
+    views = (whole.mT, whole[:, ::2, 1::3], whole[::2], whole[:1].expand(3, 12, 10), whole.transpose(0, 1))
+    for view in views:
+        before = view.clone()
+        found, expected = theseus_ext.svd(view), theseus_ext.svd(before)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and torch.equal(view, before)
+
+
+def test_a_batch_is_its_matrices(threads: int) -> None:
+    matrices = draw(11, 20, 30)
+    whole = theseus_ext.svd(matrices)
+    for i, matrix in enumerate(matrices):
+        assert all(torch.equal(a[i], b) for a, b in zip(whole, theseus_ext.svd(matrix), strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("op", [theseus_ext.svd, theseus_ext.svdvals])
+def test_what_is_not_finite_is_named(op, value: float) -> None:
+    matrices = draw(2, 3, 5, 4)
+    matrices[1, 0, 2, 3] = value
+    with pytest.raises(torch.linalg.LinAlgError, match=r"^svd of \[2, 3, 5, 4\]: matrix 3 of 6 holds NaN or Inf$"):
+        op(matrices)
+
+
+@pytest.mark.parametrize("op", [theseus_ext.svd, theseus_ext.svdvals])
+def test_refuses_what_does_not_fit(op) -> None:
+    with pytest.raises(ValueError, match=r"matrices is \[5\], expected \[..., m, n\]"):
+        op(draw(5))
+    for dtype in (torch.bfloat16, torch.int64, torch.complex128):
+        with pytest.raises(TypeError, match=f"matrices is {dtype}, expected float64 or float32"):
+            op(torch.ones(3, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_the_op_itself_refuses_what_its_wrapper_never_sends(op) -> None:
+    with pytest.raises(RuntimeError, match=r"svd: matrices must be contiguous \[batch, m, n\]"):
+        op(draw(3, 3))
+    with pytest.raises(RuntimeError, match="svd: matrices must be contiguous"):
+        op(draw(2, 4, 3).mT)
+    with pytest.raises(RuntimeError, match="svd: matrices must be float32 or float64"):
+        op(draw(2, 3, 3).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4), (0, 5, 4), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_opcheck(op, shape: tuple[int, ...]) -> None:
+    torch.library.opcheck(op, (draw(*shape),))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, (draw(*shape).requires_grad_(),), test_utils=tests)
+
+
+def test_no_gradient_flows() -> None:
+    for tensor in (*theseus_ext.svd(draw(2, 3, 3).requires_grad_()), theseus_ext.svdvals(draw(3, 3).requires_grad_())):
+        assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (4, 6), (0, 2, 2)], ids=str)
+def test_meta_and_compiled_have_the_shapes_of_the_real_thing(shape: tuple[int, ...]) -> None:
+    real = (*theseus_ext.svd(draw(*shape)), theseus_ext.svdvals(draw(*shape)))
+    meta = draw(*shape).to("meta")
+    for own, expected in zip((*theseus_ext.svd(meta), theseus_ext.svdvals(meta)), real, strict=True):
+        assert own.is_meta and own.shape == expected.shape and own.dtype == expected.dtype
+
+
+def test_compiles_whole() -> None:
+    def nuclear(matrices: torch.Tensor) -> torch.Tensor:
+        u, s, vh = torch.ops.theseus_ext.svd(matrices * 2)
+        return (u * s[:, None] @ vh).sum() + torch.ops.theseus_ext.svdvals(matrices).sum()
+
+    matrices = draw(3, 6, 5)
+    assert torch.equal(torch.compile(nuclear, fullgraph=True, backend="aot_eager")(matrices), nuclear(matrices))
