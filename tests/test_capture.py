@@ -212,8 +212,8 @@ def never(model: nn.Module) -> None:
     "side, change, message",
     [
         (0, twice, r"layers\.1\.input_layernorm ran more than once in one forward pass of the source"),
-        (1, twice, r"layers\.1\.input_layernorm ran more than once, or only in the target's forward pass"),
-        (0, never, r"layers\.1\.input_layernorm ran more than once, or only in the target's forward pass"),
+        (1, twice, r"layers\.1\.input_layernorm ran more than once in one forward pass of the target"),
+        (0, never, r"1\.attention was not seen in the forward pass of both models"),
         (1, never, r"1\.attention was not seen in the forward pass of both models \(11 such\)"),
     ],
 )

@@ -182,11 +182,11 @@ def align(
                 progress()
     evidence = Evidence(bases[0], bases[1], blocks, seen.links, seen.moments, seen.energies, seen.grams)
     evidence.check()
-    made = PLANS[chosen.name](evidence, chosen)
-    if not next(iter(seen.moments.values())).count:
-        raise InputRefused("the calibration holds no token that is not masked")
-    widest = max(max(la.width, la.middle) for la in layouts)
     tokens = next(iter(seen.moments.values())).count
+    if not tokens:
+        raise InputRefused("the calibration holds no token that is not masked")
+    made = PLANS[chosen.name](evidence, chosen)
+    widest = max(max(la.width, la.middle) for la in layouts)
     if tokens < 4 * widest:
         log.warning("%d calibration tokens for a widest space of %d: give at least %d", tokens, widest, 4 * widest)
     if weak := [r.space for r in made.reports if r.weak]:

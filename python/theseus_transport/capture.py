@@ -20,6 +20,7 @@ from .opened import open_attention
 from .spaces import Layout, Space
 from .tokens import RowMixing
 
+SIDES = "source", "target"
 MAIN_INPUT = {"text": "input_ids", "vision": "pixel_values"}
 Batch = Mapping[str, Any]
 Mixings = tuple[RowMixing | None, RowMixing | None]
@@ -51,7 +52,7 @@ class Capture:
         self._mixings: Mixings = (None, None)
         self._side = 0  # whose forward pass is running; source and target may be one module
         self._pending: dict[str, Tensor] = {}
-        self._done: set[str] = set()
+        self._seen: set[tuple[int, str]] = set()
         moments, outputs = moment_links(*layouts, blocks), energy_links(*layouts, blocks) if energies else {}
         self.links = {**moments, **outputs}
         device = self._devices[1]
@@ -73,14 +74,14 @@ class Capture:
             InputRefused: a space was not seen exactly once on each side, or the two batches do not correspond.
         """
         self._pending.clear()
-        self._done.clear()
+        self._seen.clear()
         self._mixings = tuple(m and m.to(self._devices[1]) for m in mixings(self._layouts, source, target))  # type: ignore[assignment]
         with torch.no_grad():
             for self._side, batch in enumerate((source, target)):
                 model, device = self._models[self._side], self._devices[self._side]
                 run_model(model, self._layouts[self._side], batch, device)
-        if unseen := self.links.keys() - self._done:
-            name = sorted(unseen)[0]
+        if unseen := [name for name in self.links if not {(0, name), (1, name)} <= self._seen]:
+            name = min(unseen)
             raise InputRefused(f"{name} was not seen in the forward pass of both models ({len(unseen)} such)")
 
     def _observe(self, side: int, name: str, space: Space, activation: Tensor) -> None:
@@ -89,19 +90,19 @@ class Capture:
         rows = activation.detach().flatten(0, -2)
         if rows.shape[1] != space.width:
             raise InputRefused(f"{space.module} is {rows.shape[1]} wide, but the config says {space.width}")
+        if (side, name) in self._seen:
+            raise InputRefused(f"{space.module} ran more than once in one forward pass of the {SIDES[side]}")
+        self._seen.add((side, name))
+        rows = rows.to(self._devices[1])
+        if name in self.energies:
+            return self.energies[name].add(side, rows, self._mixings[side])
         if side == 0:
-            if name in self._pending:
-                raise InputRefused(f"{space.module} ran more than once in one forward pass of the source")
-            self._pending[name] = rows.to(self._devices[1])
-            return
-        if name in self._done or name not in self._pending:
-            raise InputRefused(f"{space.module} ran more than once, or only in the target's forward pass")
-        moment = self.moments.get(name) or self.energies[name]
-        sides = self._pending.pop(name), rows
-        moment.update(*sides, *self._mixings)
-        for gram, x, mixing in zip(self.grams.get(name, ()), sides, self._mixings, strict=False):  # there may be none
-            gram.update(x, x, mixing, mixing)
-        self._done.add(name)
+            self._pending[name] = rows
+        elif name in self._pending:
+            sides = self._pending.pop(name), rows
+            self.moments[name].update(*sides, *self._mixings)
+            for gram, x, mixing in zip(self.grams.get(name, ()), sides, self._mixings, strict=False):  # maybe none
+                gram.update(x, x, mixing, mixing)
 
     def _hook(self, side: int) -> Iterator[torch.utils.hooks.RemovableHandle]:
         model, family = self._models[side], self._layouts[side].family

@@ -77,6 +77,8 @@ def plan(e: Evidence, recipe: Recipe) -> Plan:
                     after = after_name(source, target, e.blocks, b)
                     rule = Rule(own.name, f"{b}.middle", after, inner, written(layer.name))
             out.rules[layer.name] = rule
+        if recipe.scale != "regression":  # nothing asks for them again, and those of a wide MLP are the largest
+            del middle, e.moments[f"{b}.context"], e.moments[f"{b}.middle"]
     for own, layer in pairs:
         if layer.role == "head" and recipe.head == "move":
             out.rules[layer.name] = Rule(own.name, "final", "identity", whitened)
@@ -207,7 +209,8 @@ def _ratios(energies: tuple[Tensor, Tensor], recipe: Recipe) -> Tensor:
 
 
 def _by_group(per_head: Tensor, groups: int) -> Tensor:
-    return per_head.unflatten(0, (groups, -1)).sum(1)
+    grouped: Tensor = per_head.unflatten(0, (groups, -1))
+    return grouped.sum(1)
 
 
 def _positive(x: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class Slot:
 
     def shape(self, stored: Sequence[int]) -> tuple[int, ...]:
         """Shape of the canonical tensor, from the stored one's."""
+        if not stored:
+            return ()
         rows, *rest = reversed(stored) if self.transposed and len(stored) == 2 else stored
         if rows % self.parts:
             raise InputRefused(f"{self.stored} has {rows} output features, which {self.parts} layers cannot share")

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import InputRefused, ResourceError
 from .headers import file_blake2b, inside, read_json
@@ -56,7 +56,7 @@ def new_folder(
     folder: str | Path,
     *,
     nbytes: int = 0,
-    metadata: Mapping | Callable[[], Mapping] | None = None,
+    metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
 ) -> Iterator[Path]:
@@ -97,7 +97,7 @@ def new_folder(
         raise
 
 
-def read_manifest(folder: str | Path) -> dict:
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest {"files": {name: {size, blake2b}}, "metadata": ...} of a folder made by `new_folder`."""
     manifest = read_json(inside(Path(folder), MANIFEST))
     rows = manifest.get("files")

@@ -222,7 +222,7 @@ class Session:
 
             for i, out in enumerate(outputs):
                 out.files = {**(out.files or {}), "README.md": lambda i=i: model_card(known(i))}  # type: ignore[misc]
-                out.metadata = lambda i=i: {"outcome": asdict(known(i)), "provenance": alignment.provenance}  # type: ignore[misc]
+                out.metadata = lambda i=i: {"outcome": asdict(known(i)), "provenance": alignment.provenance}
             write_updates(
                 update,
                 outputs,
@@ -277,6 +277,7 @@ def _told(alignment: Alignment) -> dict[str, Any]:
     known = alignment.provenance
     return {
         "maps": [asdict(r) for r in alignment.reports],
+        "blocks": alignment.blocks,
         "lost_heads": alignment.lost,
         "quality": known.get("quality", []),
         "calibration": known.get("calibration", "unknown"),

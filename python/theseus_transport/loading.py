@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 from torch import nn
@@ -12,6 +14,9 @@ from .errors import InputRefused
 from .models import BELONG
 from .spaces import Layout
 
+CLASSES: dict[str, Any]  # of a model of two towers
+CLASSES = {"clip": transformers.CLIPVisionModel, "siglip": transformers.SiglipVisionModel}
+
 
 def load_model(checkpoint: Checkpoint, layout: Layout) -> nn.Module:
     """The backbone in float32 (float64 where the checkpoint is), for forward passes only.
@@ -19,13 +24,14 @@ def load_model(checkpoint: Checkpoint, layout: Layout) -> nn.Module:
     Raises:
         InputRefused: transformers cannot build it, or tensors are missing (they would be random).
     """
+    model: nn.Module
     double = torch.float64 in checkpoint.dtypes.values()
     extra = {"add_pooling_layer": False} if layout.family.model_type == "vit" else {}
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model, info = transformers.AutoModel.from_pretrained(
+        model, info = CLASSES.get(checkpoint.config["model_type"], transformers.AutoModel).from_pretrained(
             checkpoint.folder,
             dtype=torch.float64 if double else torch.float32,
             use_safetensors=all(p.suffix != ".bin" for p in checkpoint.files),

@@ -173,14 +173,17 @@ class Energy:
         target_mixing: RowMixing | None = None,
     ) -> None:
         """Add tokens; arguments as for :meth:`CrossMoment.update`."""
-        centred = list(self.centred)
-        sides = ((self.source, source, source_mixing), (self.target, target, target_mixing))
-        for side, (energy, rows, mixing) in enumerate(sides):
-            total = rows.sum(1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32))
-            moment = CrossMoment.zeros(rows.shape[1], 1, rows.device)
-            moment.update(rows, total, mixing, mixing)
-            energy += moment.source_energy
-            centred[side] += float(moment.source_energy.sum() - moment.target_energy / rows.shape[1])
+        self.add(0, source, source_mixing)
+        self.add(1, target, target_mixing)
+
+    def add(self, side: int, rows: Tensor, mixing: RowMixing | None = None) -> None:
+        """Add the tokens of one side, 0 for the source: no energy needs both."""
+        total = rows.sum(1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32))
+        moment = CrossMoment.zeros(rows.shape[1], 1, rows.device)
+        moment.update(rows, total, mixing, mixing)
+        energy, centred = (self.source, self.target)[side], list(self.centred)
+        energy += moment.source_energy
+        centred[side] += float(moment.source_energy.sum() - moment.target_energy / rows.shape[1])
         self.centred = (centred[0], centred[1])
 
     def __add__(self, other: Energy) -> Energy:

@@ -38,12 +38,13 @@ class OpenAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[batch, tokens, width] or, without ``batch_first``, [tokens, batch, width]; attention weights are not made.
 
-        Anything but plain self-attention is left to the original.
+        Anything but plain self-attention of a batch is left to the original.
         """
-        if query is not key or key is not value or key_padding_mask is not None:
-            return self._closed[0](
+        if query is not key or key is not value or key_padding_mask is not None or query.ndim != 3:
+            given: tuple[Tensor, Tensor | None] = self._closed[0](
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+            return given
         rows = query if self.batch_first else query.transpose(0, 1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.in_proj(rows).chunk(3, -1))
         if attn_mask is not None and attn_mask.ndim == 3:

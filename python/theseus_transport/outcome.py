@@ -30,6 +30,7 @@ class Outcome:
     kind: str
     maps: list[dict[str, Any]] = field(default_factory=list)
     quality: list[dict[str, Any]] = field(default_factory=list)
+    blocks: list[int | None] = field(default_factory=list)
     lost_heads: dict[int, list[int]] = field(default_factory=dict)
     alphas: list[dict[str, Any]] = field(default_factory=list)
     used_bytes: int | None = None

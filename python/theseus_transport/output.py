@@ -229,7 +229,8 @@ def _tuned(update: Update, name: str, dtype: torch.dtype, rounding: Rounding) ->
 
 
 def _factor(once: Callable[[], Factors], part: str, dtype: torch.dtype, alpha: float) -> Tensor:
-    return (getattr(once(), part) * alpha).to(dtype).contiguous()
+    factor: Tensor = getattr(once(), part)
+    return (factor * alpha).to(dtype).contiguous()
 
 
 def _then(make: Callable[[], Tensor], progress: Callable[[], object]) -> Tensor:

@@ -223,7 +223,7 @@ def _require(shape: torch.Size, name: str, value: Tensor, bound: Tensor | float)
 def _svd(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         return theseus_ext.svd(c) if c.ndim > 2 else torch.linalg.svd(c, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # divide and conquer did not converge: QR iteration is slower and surer
+    except torch.linalg.LinAlgError:  # divide and conquer did not converge: QR iteration is slower and surer
         if c.ndim > 2:
             u, s, vh = zip(*(_svd(one) for one in c), strict=True)
             return torch.stack(u), torch.stack(s), torch.stack(vh)

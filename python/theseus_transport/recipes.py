@@ -149,7 +149,7 @@ class Evidence:
         source, target: the two bases.
         blocks: for every target block the source block that feeds it, or None.
         links: name -> the two spaces compared.
-        moments, energies: by link.
+        moments, energies: by link; a recipe may drop a moment it has done with.
         grams: by link, the moments of each side with itself; where the recipe whitens.
     """
 
@@ -157,7 +157,7 @@ class Evidence:
     target: Base
     blocks: Blocks
     links: Mapping[str, Link]
-    moments: Mapping[str, CrossMoment]
+    moments: dict[str, CrossMoment]
     energies: Mapping[str, Energy]
     grams: Mapping[str, Grams] = field(default_factory=dict)
 

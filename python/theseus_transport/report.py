@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -63,7 +64,7 @@ def model_card(outcome: Outcome) -> str:
     title = {"adapter": "Moved LoRA adapter", "checkpoint": "Moved fine-tune", "delta": "Moved task vector"}[
         outcome.kind
     ]
-    return CARD.render(
+    card: str = CARD.render(
         **vars(outcome) | {"warnings": condensed(outcome.warnings)},
         fates=fates,
         lowest=lowest,
@@ -73,6 +74,7 @@ def model_card(outcome: Outcome) -> str:
         match=MATCH.replace("|", "\\|"),
         rounding=outcome.alphas[0]["rounding"]["total"],
     )
+    return card
 
 
 def coverage_table(rows: list[dict[str, str]]) -> Table:
@@ -153,12 +155,21 @@ def report(outcome: Outcome) -> RenderableType:
         alpha = f"{row['alpha']:.4g}" + (f" (match: {MATCH})" if row["asked"] == "match" else "")
         swallowed = f", rounding is {row['rounding']['total']:.1%} of the update" if row["rounding"]["tensors"] else ""
         facts.add_row("alpha", alpha + swallowed)
+    if outcome.blocks and outcome.blocks != list(range(len(outcome.blocks))):
+        facts.add_row("blocks", pairing(outcome.blocks))
     if outcome.lost_heads:
         lost = sum(map(len, outcome.lost_heads.values()))
         facts.add_row("heads", f"{lost} source heads (of all blocks) have no place in the target; their update is lost")
     parts += ["", facts, *warnings(outcome.warnings), "", "[bold]next[/]"]
     parts += [Text(f"  {line}", no_wrap=True, overflow="ignore") for line in next_steps(outcome)]  # to be copied whole
     return Group(*parts)
+
+
+def pairing(blocks: Sequence[int | None]) -> str:
+    """Which source block feeds which target block, in one line."""
+    fed = ", ".join(f"{own} -> {b}" for b, own in enumerate(blocks) if own is not None)
+    unfed = ", ".join(str(b) for b, own in enumerate(blocks) if own is None)
+    return f"source -> target: {fed}" + (f"; the target's {unfed} get no update" if unfed else "")
 
 
 def choices(recipe: dict[str, Any]) -> str:
@@ -254,4 +265,4 @@ def _kind(tensor: str) -> str:
 
 
 def _share(row: dict[str, Any]) -> float:
-    return row["rank"] / max(min(row["source"], row["target"]), 1)
+    return float(row["rank"] / max(min(row["source"], row["target"]), 1))

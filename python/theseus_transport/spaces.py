@@ -159,7 +159,7 @@ class Layout:
                 (f.key, "key", "key", attention, None),
                 (f.value, "value", "value", attention, None),
                 (f.output, "output", "output", None, f.output_scale if self.scaled else None),
-                *((name, "expand", f"expand.{i}", mlp, None) for i, name in enumerate(f.expand)),  # type: ignore[list-item]
+                *((name, "expand", f"expand.{i}", mlp, None) for i, name in enumerate(f.expand)),
                 (f.contract, "contract", "contract", None, f.contract_scale if self.scaled else None),
             ]
             out += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,7 +68,7 @@ def matched(update: Update) -> float:
     if not all(sums):
         raise InputRefused("alpha match needs weight matrices that change on both sides; give a number")
     delta_s, weight_s, delta_t, weight_t = sums
-    return (delta_s / weight_s * weight_t / delta_t) ** 0.5
+    return math.sqrt(delta_s / weight_s * weight_t / delta_t)
 
 
 def _source_weights(update: Update) -> Iterator[tuple[str, Callable[[], tuple[Tensor, Tensor]]]]:

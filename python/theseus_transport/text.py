@@ -129,7 +129,7 @@ class Tokenizer:
         pad = self._call.pad_token_id
         self.pad = pad if pad is not None and pad < (vocab_size or pad + 1) else 0
         self.exact = bool(self._call.is_fast)  # only those know offsets
-        self.chat: Callable[[list], str] | None = None  # messages -> text, where there is a chat template
+        self.chat: Callable[[list[Any]], str] | None = None  # messages -> text, where there is a chat template
         if getattr(self._call, "chat_template", None):
             self.chat = lambda messages: str(self._call.apply_chat_template(messages, tokenize=False))
 

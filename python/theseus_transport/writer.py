@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -34,7 +34,7 @@ class Planned(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def planned_bytes(tensors: Iterable[tuple]) -> int:
+def planned_bytes(tensors: Iterable[tuple[Any, ...]]) -> int:
     """Bytes that (name, shape, dtype, make) tuples take on disk, without computing any."""
     return sum(Planned(*entry).nbytes for entry in tensors)
 
@@ -45,7 +45,7 @@ class Output(NamedTuple):
     folder: str | Path
     tensors: Iterable[tuple[str, Sequence[int], torch.dtype, Callable[[], torch.Tensor]]]
     files: Mapping[str, bytes | str | Path | Callable[[], str]] | None = None
-    metadata: Mapping | Callable[[], Mapping] | None = None
+    metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None
 
 
 def write_checkpoint(
@@ -55,10 +55,10 @@ def write_checkpoint(
     stem: str = "model",
     shard_size: int = 5_000_000_000,
     files: Mapping[str, bytes | str | Path | Callable[[], str]] | None = None,
-    metadata: Mapping | Callable[[], Mapping] | None = None,
+    metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
-) -> dict:
+) -> dict[str, Any]:
     """Write (name, shape, dtype, make) tuples, in order, as the folder `from_pretrained` loads; returns the manifest.
 
     `make` is called once per tensor, on writing it; no more than one result is held. Shards hold at most `shard_size`
@@ -81,7 +81,7 @@ def write_checkpoints(
     shard_size: int = 5_000_000_000,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Write folders of the same tensor names, shapes and dtypes side by side, each as `write_checkpoint` does.
 
     A tensor is made for every folder before the next one is, so that what their `make` share is computed once.
@@ -151,7 +151,7 @@ def _check_plan(plan: list[Planned], files: Mapping[str, object], reserved: set[
 
 def _write_shards(paths: list[Path], shards: list[list[Planned]]) -> None:
     """Header first, from the plan; then each tensor at its offset. Wide dtypes lie first, so that all are aligned."""
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in sorted(shards[0], key=lambda tensor: -tensor.dtype.itemsize):
         span = [offset, offset + tensor.nbytes]
