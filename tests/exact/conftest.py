@@ -1,6 +1,9 @@
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 
 def rms_norm(self, hidden_states):
@@ -11,8 +14,9 @@ def rms_norm(self, hidden_states):
 
 @pytest.fixture(autouse=True)
 def exact_rms_norm(monkeypatch):
-    """transformers' LlamaRMSNorm rounds to float32 even in a float64 model: a floor of 5e-7 under every control."""
-    monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)
+    """transformers' RMSNorms round to float32 even in a float64 model: a floor of 5e-7 under every control."""
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", rms_norm)
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ def aligned(pair: Pair, dtype: torch.dtype, recipe: str = "coherent") -> tt.Alig
     """The bases of a pair do not depend on the delta: one alignment serves all its controls."""
     source, _, target, _ = pair.sides("linear")
     data = cast(batches(source, seed=3, **dict(pair.calibration)), dtype)
+    data = [(source.seen(batch), target.seen(batch)) for batch in data]
     return tt.align(source.build(dtype), target.build(dtype), data, recipe=recipe)
 
 
@@ -45,18 +46,25 @@ def adapter_error(pair: Pair, folder: Path, dtype: torch.dtype = torch.float64) 
     data = cast(batches(source, seed=EVALUATION_SEED, count=1), dtype)
     start, tuned = source.build(dtype), with_adapter(source, dtype)
     tuned.save_pretrained(folder / "source")
-    delta = tt.Delta.from_adapter(folder / "source", start)
-    tt.transport(aligned(pair, dtype), delta, target.build(dtype)).save_adapter(folder / "target")
-    moved = PeftModel.from_pretrained(target.build(dtype), folder / "target").eval()
+    delta, into = tt.Delta.from_adapter(folder / "source", start), target.build(dtype)
+    update = tt.transport(aligned(pair, dtype), delta, into)
+    if target.names.lora:
+        update.save_adapter(folder / "target")
+        moved = PeftModel.from_pretrained(into, folder / "target").eval()
+    else:
+        update.add_to(into)
+        moved = into
     return relative_error(target.outputs(moved, data), source.outputs(tuned, data), source.outputs(start, data))
 
 
 def with_adapter(spec: Spec, dtype: torch.dtype) -> PeftModel:
     """A LoRA of scale alpha / rank = 3 whose product is what `lora_factors` says."""
-    config = LoraConfig(r=LORA_RANK, lora_alpha=3 * LORA_RANK, target_modules=list(spec.names.lora))
-    model, factors = get_peft_model(spec.build(dtype), config).eval(), lora_factors(spec)
-    for name, (a, b) in factors.items():
-        layer = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+    factors, turned = lora_factors(spec), "down" in spec.names.transposed
+    targets = sorted({name.split(".")[-1] for name in factors})
+    config = LoraConfig(r=LORA_RANK, lora_alpha=3 * LORA_RANK, target_modules=targets, fan_in_fan_out=turned)
+    model = get_peft_model(spec.build(dtype), config).eval()
+    for name, (_, a, b) in factors.items():
+        layer = model.get_submodule(f"base_model.model.{name}")
         layer.lora_A["default"].weight.data.copy_(a)
         layer.lora_B["default"].weight.data.copy_(b / 3)
     return model

@@ -1,21 +1,28 @@
 """Random tiny models as data (`Spec`), random fine-tunes of them, and the one number every control is judged by."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    LlamaModel,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTModel,
+
+from .families import (
+    LLAMA,
+    LLAMA_HEADLESS,
+    LLAMA_SCORE,
+    LLAMA_TIED,
+    VIT,
+    VIT_HEADLESS,
+    Names,
 )
+
+__all__ = ["LLAMA", "LLAMA_HEADLESS", "LLAMA_SCORE", "LLAMA_TIED", "VIT", "VIT_HEADLESS", "Draw", "Spec", "base"]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 LORA_RANK = 2
+EMBEDDINGS = {"embed.weight": 1, "position.weight": 1, "class.weight": 1, "registers.weight": 1, "patch.weight": 0,
+              "patch.bias": 0}  # with the axis of the residual  # fmt: skip
 
 
 class Draw:
@@ -34,6 +41,16 @@ class Draw:
         """Of mean 0.3, so that sum(bias / gain), a denominator of the recipe, stays away from 0."""
         return 0.3 + 0.3 * self.normal(width)
 
+    def like(self, name: str, shape: torch.Size) -> Tensor:
+        """A part: gains around 1, layer scales of either sign, weights of 1 / sqrt(in), embeddings of 1."""
+        part = name.split(".")[-2]
+        if len(shape) == 1:
+            if "scale" in part:
+                return self.gain(*shape) * self.normal(*shape).sign()
+            return self.gain(*shape) if "norm" in part and name.endswith("weight") else self.bias(*shape)
+        table = name in EMBEDDINGS and name != "patch.weight"
+        return self.normal(*shape) / (1 if table else shape[1:].numel()) ** 0.5
+
     def shares(self, copies: list[int]) -> Tensor:
         """Positive, uneven weights that sum to one over the entries of `copies` that name the same original."""
         weight = 0.5 + torch.rand(len(copies), generator=self.generator, dtype=torch.float64)
@@ -48,76 +65,22 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Names:
-    """Where a family keeps its parts. A writer is (name, axis of the residual)."""
-
-    model: type
-    config: type
-    block: str
-    norms: tuple[str, str]  # before attention, before the MLP
-    final_norm: str
-    head: str | None
-    attention: str
-    expand: tuple[str, ...]
-    contract: str
-    embeddings: tuple[tuple[str, int], ...]
-    lora: tuple[str, ...]
-    epsilon: str
-    layer_norm: bool = False
-
-    def readers(self, layers: int) -> list[tuple[str, list[str]]]:
-        """Every norm with the linear layers that read it."""
-        found = []
-        for i in range(layers):
-            block, attention = self.block.format(i), self.attention.format(i)
-            found.append((block + self.norms[0], [attention + p for p in ("q_proj", "k_proj", "v_proj")]))
-            found.append((block + self.norms[1], [name.format(i) for name in self.expand]))
-        return found + [(self.final_norm, [self.head] if self.head else [])]
-
-    def writers(self, layers: int) -> list[tuple[str, int]]:
-        linear = [n.format(i) for i in range(layers) for n in (self.attention + "o_proj", self.contract)]
-        return [*self.embeddings, *((f"{n}.{p}", 0) for n in linear for p in ("weight", "bias"))]
-
-
-def _llama(model: type, prefix: str, head: str | None) -> Names:
-    block = prefix + "layers.{}."
-    return Names(
-        model, LlamaConfig, block, ("input_layernorm", "post_attention_layernorm"), prefix + "norm", head,
-        block + "self_attn.", (block + "mlp.gate_proj", block + "mlp.up_proj"), block + "mlp.down_proj",
-        ((prefix + "embed_tokens.weight", 1),), ("q_proj", "v_proj", "down_proj"), "rms_norm_eps",
-    )  # fmt: skip
-
-
-def _vit(model: type, prefix: str, head: str | None) -> Names:
-    block, e = prefix + "layers.{}.", prefix + "embeddings."
-    embeddings = ("patch_embeddings.projection.weight", 0), ("patch_embeddings.projection.bias", 0)
-    embeddings += ("cls_token", 2), ("position_embeddings", 2)
-    return Names(
-        model, ViTConfig, block, ("layernorm_before", "layernorm_after"), prefix + "layernorm", head,
-        block + "attention.", (block + "mlp.fc1",), block + "mlp.fc2",
-        tuple((e + name, axis) for name, axis in embeddings), ("q_proj", "v_proj", "fc2"), "layer_norm_eps", True,
-    )  # fmt: skip
-
-
-LLAMA = _llama(LlamaForCausalLM, "model.", "lm_head")
-LLAMA_TIED = replace(LLAMA, head=None)
-LLAMA_SCORE = _llama(LlamaForSequenceClassification, "model.", "score")
-LLAMA_HEADLESS = _llama(LlamaModel, "", None)
-VIT = _vit(ViTForImageClassification, "vit.", "classifier")
-VIT_HEADLESS = _vit(ViTModel, "", None)
-
-
-@dataclass(frozen=True)
 class Spec:
+    """A model: its family, its sizes, and its tensors under canonical names (`families.py`)."""
+
     names: Names
     config: dict
-    state: dict[str, Tensor]
+    parts: dict[str, Tensor]
     inv_freq: Tensor | None = None  # rotary frequencies where they are not the config's own
     readout: list[Tensor] = field(default_factory=list)  # model without head: matrix, offset back to the first outputs
 
     @property
+    def layers(self) -> int:
+        return self.config["num_hidden_layers"]
+
+    @property
     def tied(self) -> bool:
-        return self.config.get("tie_word_embeddings", False)
+        return "embed.weight" in self.parts and self.config.get("tie_word_embeddings", False)
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -126,71 +89,91 @@ class Spec:
         groups = self.config.get("num_key_value_heads", count)
         return groups, count // groups, self.config["head_dim"]
 
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors as the model stores them."""
+        return self.names.pack(self.parts, self.layers)
+
     def build(self, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
-        kwargs = {"add_pooling_layer": False} if self.names.model is ViTModel else {}
-        model = self.names.model(self.names.config(**self.config), **kwargs).double().eval()
+        model = self.names.model(self.names.config(**self.names.sizes(self.config))).double().eval()
         missing, unexpected = model.load_state_dict(self.state, strict=False)
-        assert not unexpected and missing == (["lm_head.weight"] if self.tied else []), (missing, unexpected)
+        left = {name for name in missing if self.names.left and name.startswith(self.names.left)}
+        assert not unexpected and set(missing) - left == set(["lm_head.weight"] * self.tied), (missing, unexpected)
+        held = model.state_dict()
+        for name in left:
+            held[name].copy_(Draw(9).normal(*held[name].shape))
         if self.inv_freq is not None:
             rotary = (model.model if hasattr(model, "model") else model).rotary_emb
             rotary.inv_freq, rotary.original_inv_freq = self.inv_freq.clone(), self.inv_freq.clone()
         return model.to(dtype)
 
+    def seen(self, batch: dict) -> dict:
+        """A batch as this model takes it: images at its own resolution."""
+        if not self.names.vision or (size := self.config["image_size"]) == batch["pixel_values"].shape[-1]:
+            return batch
+        mode = "nearest" if size % batch["pixel_values"].shape[-1] == 0 else "bilinear"
+        return {"pixel_values": torch.nn.functional.interpolate(batch["pixel_values"], size, mode=mode)}
+
     def outputs(self, model: torch.nn.Module, batches: list[dict]) -> Tensor:
         """Logits; without a head the final hidden state, brought back to the coordinates of the first spec."""
         with torch.no_grad():
-            found = [model(**batch) for batch in batches]
-        if hasattr(found[0], "logits"):
-            return torch.cat([o.logits.double().flatten(0, -2) for o in found])
-        hidden = torch.cat([o.last_hidden_state.double().flatten(0, -2) for o in found])
-        return hidden @ self.readout[0] + self.readout[1] if self.readout else hidden
+            found = [model(**self.seen(batch)) for batch in batches]
+        found = [o if isinstance(o, Tensor) else o[self.names.reads] for o in found]
+        values = torch.cat([o.double().flatten(0, -2) for o in found])
+        return values @ self.readout[0] + self.readout[1] if self.readout else values
+
+
+Move = Callable[[Spec, int], Spec]  # a symmetry; all its draws follow from the seed
 
 
 def base(names: Names, *, seed: int = 0, width: int = 24, **config) -> Spec:
     """A random model: weights of 1 / sqrt(in), every gain, bias and embedding random and non-zero."""
     small = dict(hidden_size=width, num_hidden_layers=2, num_attention_heads=4, head_dim=8, intermediate_size=40)
     if names.layer_norm:
-        small |= dict(head_dim=6, image_size=8, patch_size=2, num_channels=3, num_labels=7)
+        small |= dict(head_dim=6)
+    if names.vision:
+        small |= dict(image_size=8, patch_size=2, num_channels=3)
     else:
-        small |= dict(num_key_value_heads=2, vocab_size=60, max_position_embeddings=64, pad_token_id=0, num_labels=7)
-    config = small | {names.epsilon: 1e-3} | config
-    draw, state = Draw(seed), {}
-    for name, like in names.model(names.config(**config)).state_dict().items():
-        if "pooler" in name or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
-            continue
-        if like.dim() == 1:
-            state[name] = draw.gain(*like.shape) if "norm" in name and "weight" in name else draw.bias(*like.shape)
-        else:
-            fan_in = like[0].numel() if "weight" in name and "embed_tokens" not in name else 1
-            state[name] = draw.normal(*like.shape) / fan_in**0.5
-    return Spec(names, config, state)
+        small |= dict(vocab_size=60, max_position_embeddings=64)
+    small |= dict(eps=1e-3) | dict(names.small) | config
+    draw = Draw(seed)
+    state = names.model(names.config(**names.sizes(small))).state_dict()
+    if small.get("tie_word_embeddings"):
+        state.pop("lm_head.weight")  # the embedding under a second name
+    held = names.unpack(state, small["num_hidden_layers"], small)
+    return Spec(names, small, {name: draw.like(name, value.shape) for name, value in held.items()})
 
 
-def tune(spec: Spec, kind: str, seed: int = 1) -> Spec:
+def tune(spec: Spec, kind: str, seed: int = 1, keep: str = "nothing") -> Spec:
     """The tuned model: `linear` moves the blocks' weights, `gains` also every gain and bias, `everything` all there is.
 
-    `lora` moves what `lora_factors` says, as a dense product.
+    `lora` moves what `lora_factors` says, as a dense product; `keep` ends the names that no kind moves.
     """
-    draw, state, factors = Draw(seed), dict(spec.state), lora_factors(spec)
-    for name, value in spec.state.items():
+    draw, parts = Draw(seed), dict(spec.parts)
+    if kind == "lora":
+        for pieces, a, b in lora_factors(spec).values():
+            rows = [len(parts[piece]) for piece in pieces]
+            parts |= {p: parts[p] + change for p, change in zip(pieces, (b @ a).split(rows), strict=True)}
+        return replace(spec, parts=parts)
+    for name, value in spec.parts.items():
         noise = draw.normal(*value.shape)
-        part = "gains" if value.dim() == 1 and "embeddings" not in name and name != f"{spec.names.head}.bias" else (
-            "linear" if ".layers." in f".{name}" else "everything"
-        )  # fmt: skip
-        if kind == "lora":
-            if name in factors:
-                state[name] = value + factors[name][1] @ factors[name][0]
-        elif part == "linear" or kind == "everything" or part == kind:
-            state[name] = value + (0.15 if value.dim() == 1 else 0.25 * value.std()) * noise
-    return replace(spec, state=state)
+        inside = name.startswith("blocks.")
+        outside = name in EMBEDDINGS or name == "head.bias"
+        part = "gains" if value.dim() == 1 and not outside else "linear" if inside else "everything"
+        if (part == "linear" or kind == "everything" or part == kind) and not name.endswith(keep):
+            parts[name] = value + (0.15 if value.dim() == 1 else 0.25 * value.std()) * noise
+    return replace(spec, parts=parts)
 
 
-def lora_factors(spec: Spec, seed: int = 2) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight name -> (A [rank, in], B [out, rank]), random and non-zero; the adapter's scale is 1."""
-    draw = Draw(seed)
-    chosen = [n for n in spec.state if n.endswith(tuple(f"{target}.weight" for target in spec.names.lora))]
-    sizes = {n: spec.state[n].shape for n in chosen}
-    return {n: (draw.normal(LORA_RANK, i) / i**0.5, 0.3 * draw.normal(o, LORA_RANK)) for n, (o, i) in sizes.items()}
+def lora_factors(spec: Spec, seed: int = 2) -> dict[str, tuple[list[str], Tensor, Tensor]]:
+    """Stored layer -> (the parts stacked in it, A [rank, in], B [out, rank]), random; the adapter's scale is 1."""
+    draw, found = Draw(seed), {}
+    for stored, part, pieces in spec.names.places(spec.layers):
+        if part in spec.names.lora and pieces[0].endswith(".weight"):
+            out, width = sum(len(spec.parts[p]) for p in pieces), spec.parts[pieces[0]].shape[1]
+            a, b = draw.normal(LORA_RANK, width) / width**0.5, 0.3 * draw.normal(out, LORA_RANK)
+            found[stored.removesuffix(".weight")] = pieces, a, b
+    return found
 
 
 def batches(
@@ -205,7 +188,7 @@ def batches(
     """Batches of 20 sequences of 16 tokens (`tokens`: the only ids used), or of 20 images of 17 tokens."""
     generator, found = torch.Generator().manual_seed(seed), []
     for _ in range(count):
-        if spec.names.layer_norm:
+        if spec.names.vision:
             pixels = shape[0], spec.config["num_channels"], spec.config["image_size"], spec.config["image_size"]
             found.append({"pixel_values": torch.randn(pixels, generator=generator, dtype=torch.float64)})
             continue

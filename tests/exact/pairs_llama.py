@@ -3,11 +3,8 @@
 from dataclasses import replace
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from . import pairs as p
-from .models import LLAMA, LLAMA_HEADLESS, LLAMA_SCORE, LLAMA_TIED, Draw, Spec, base
+from .models import LLAMA, LLAMA_HEADLESS, LLAMA_SCORE, LLAMA_TIED, Spec, base
 
 GROUPED = partial(base, LLAMA)  # 4 heads of 8 in 2 groups: heads x head size = 32 > width 24
 PLAIN = partial(base, LLAMA, num_attention_heads=3, num_key_value_heads=3)  # 3 divides 24, and so does 4
@@ -20,48 +17,21 @@ FEW_TOKENS = (("tokens", (3, 7, 11, 19, 23, 31, 42, 48, 55, 59)),)  # 10 of 60: 
 TOKENS_48 = ("count", 1), ("shape", (4, 12))  # for 40 neurons
 
 
-def planar(draw: Draw, old: int, new: int, place: list[int] | None = None) -> Tensor:
-    """[old, new]: rotary pair i (dimensions i and i + old / 2) turned in its plane, onto pair `place[i]`."""
-    turn, angle = torch.zeros(old, new, dtype=torch.float64), 3 * draw.normal(old // 2)
-    for i, j in enumerate(place or range(old // 2)):
-        a, b, c, d = i, i + old // 2, j, j + new // 2
-        turn[a, c], turn[a, d], turn[b, c], turn[b, d] = angle[i].cos(), angle[i].sin(), -angle[i].sin(), angle[i].cos()
-    return turn
-
-
-def larger_heads(size: int) -> p.Move:
-    """The rotary pairs keep their frequencies, at other places; new pairs between them get frequencies of their own."""
-
-    def step(spec: Spec, seed: int) -> Spec:
-        old = spec.heads[2]
-        place = sorted(Draw(seed).order(size // 2)[: old // 2])
-
-        def frequencies(spec: Spec) -> Tensor:
-            kept = 1 / 10000.0 ** (torch.arange(0, old, 2).float() / old)  # rope_theta of the config
-            found = torch.linspace(0.7, 0.05, size // 2)
-            found[place] = kept if spec.inv_freq is None else spec.inv_freq
-            return found
-
-        turn = partial(planar, place=place)
-        return p.heads(turn_qk=turn, size=size, turn_vo=True, inv_freq=frequencies)(spec, seed)
-
-    return step
-
-
 def massive(*, seed: int = 0, factor: float = 1000.0) -> Spec:
     """One neuron a thousand times louder than the others, as large models have them."""
     spec = GROUPED(seed=seed)
-    up, down = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down"))
-    louder = {up: spec.state[up].clone(), down: spec.state[down].clone()}
+    up, down = (f"blocks.0.{name}.weight" for name in ("up", "down"))
+    louder = {up: spec.parts[up].clone(), down: spec.parts[down].clone()}
     louder[up][3] *= factor
     louder[down][:, 3] /= factor
-    return replace(spec, state=spec.state | louder)
+    return replace(spec, parts=spec.parts | louder)
 
 
-GATE_ZERO = p.neurons(p.with_extra(4), silent=("gate_proj",))
-UP_ZERO = p.neurons(p.with_extra(4), silent=("up_proj",))
-BOTH_ZERO = p.neurons(p.with_extra(4), silent=("gate_proj", "up_proj"))
-TURNED = p.heads(turn_qk=planar, turn_vo=True)
+GATE_ZERO = p.neurons(p.with_extra(4), silent=("gate",))
+UP_ZERO = p.neurons(p.with_extra(4), silent=("up",))
+BOTH_ZERO = p.neurons(p.with_extra(4), silent=("gate", "up"))
+TURNED = p.heads(turn_qk=p.planar, turn_vo=True)
+LARGER = p.larger_rotary_heads(12)
 SCALED = p.heads(scaled=True)
 PERMUTED = p.heads(p.heads_permuted), p.neurons(p.permuted_neurons)
 NO_FACTORS = "linear", "gains", "everything"  # a narrow source's delta is not a rank-2 factor of the random adapter
@@ -85,17 +55,20 @@ EXACT = [
     p.Pair("silent-then-widened", GROUPED, (GATE_ZERO, UP_ZERO, p.residual(p.widened(36)))),
     p.Pair("doubled-mlp", GROUPED, (p.residual(), p.neurons(p.doubled_neurons))),
     p.Pair("up-times-3", GROUPED, (p.neurons(p.permuted_neurons, rescale=3.0),)),
-    p.Pair("one-head-copied", PLAIN, (p.heads(p.one_group_copied, planar, turn_vo=True),)),
-    p.Pair("one-group-copied", GROUPED, (p.heads(p.one_group_copied, planar, turn_vo=True, scaled=True),)),
+    p.Pair("one-head-copied", PLAIN, (p.heads(p.one_group_copied, p.planar, turn_vo=True),)),
+    p.Pair("one-group-copied", GROUPED, (p.heads(p.one_group_copied, p.planar, turn_vo=True, scaled=True),)),
     p.Pair("one-query-copied", GROUPED, (p.heads(p.one_query_copied), p.heads(p.heads_permuted))),
-    p.Pair("all-heads-copied", GROUPED, (p.heads(p.all_groups_copied, planar, turn_vo=True), *PERMUTED)),
-    p.Pair("kv-unshared", GROUPED, (p.heads(p.kv_unshared, planar, turn_vo=True),)),
-    p.Pair("larger-heads", GROUPED, (larger_heads(12),)),
+    p.Pair("all-heads-copied", GROUPED, (p.heads(p.all_groups_copied, p.planar, turn_vo=True), *PERMUTED)),
+    p.Pair("kv-unshared", GROUPED, (p.heads(p.kv_unshared, p.planar, turn_vo=True),)),
+    p.Pair("larger-heads", GROUPED, (LARGER,)),
     p.Pair("rank-poor-vocabulary", GROUPED, (p.residual(p.rotated), *PERMUTED), calibration=FEW_TOKENS),
     p.Pair("rank-poor-widened", GROUPED, (p.residual(p.widened(36)), TURNED), calibration=FEW_TOKENS),
     p.Pair("barely-enough-tokens", GROUPED, (p.residual(p.rotated), *PERMUTED), calibration=TOKENS_48),
+    p.Pair("two-blocks-more", GROUPED, (p.residual(p.rotated), p.deeper(0, 1))),
+    p.Pair("two-blocks-more-at-the-end", BIASED, (p.deeper(1, 2), *PERMUTED)),
     p.Pair("padded-batches", GROUPED, (p.residual(p.rotated),), calibration=(("padded", True),)),
     p.Pair("tied", TIED, (p.residual(p.signed_permutation, 1.3, carry_final=True), *PERMUTED)),
+    p.Pair("untied", TIED, (p.untied(LLAMA), p.residual(p.widened(36), 1.3), *PERMUTED), NO_FACTORS),
     p.Pair("tied-doubled", TIED, (p.residual(p.doubled, 0.8, carry_final=True),)),
     p.Pair("score-head", SCORE, (p.residual(p.widened(36)), *PERMUTED)),
     p.Pair("no-head", HEADLESS, (p.residual(p.signed_permutation, 1.3, carry_final=True), *PERMUTED)),
@@ -107,7 +80,7 @@ EXACT = [
             p.residual(p.widened(48), 1.4),
             p.heads(p.all_groups_copied),
             p.heads(p.heads_permuted, scaled=True),
-            larger_heads(12),
+            LARGER,
             p.neurons(p.doubled_neurons, rescale=3.0),
             GATE_ZERO,
             UP_ZERO,
@@ -118,5 +91,6 @@ EXACT = [
     p.Pair("narrow-residual", GROUPED, (p.residual(p.widened(36), 1.4),), NO_FACTORS, narrow=True),
     p.Pair("narrow-doubled-residual", GROUPED, (p.residual(p.doubled, 2**0.5),), NO_FACTORS, narrow=True),
     p.Pair("narrow-mlp", GROUPED, (p.neurons(p.doubled_neurons), UP_ZERO, GATE_ZERO), NO_FACTORS, narrow=True),
-    p.Pair("narrow-heads", GROUPED, (larger_heads(12), SCALED), NO_FACTORS, narrow=True),
+    p.Pair("shallower", GROUPED, (p.residual(p.rotated), p.deeper(0, 2)), NO_FACTORS, narrow=True),
+    p.Pair("narrow-heads", GROUPED, (LARGER, SCALED), NO_FACTORS, narrow=True),
 ]

@@ -2,10 +2,8 @@
 
 from functools import partial
 
-from torch import Tensor
-
 from . import pairs as p
-from .models import VIT, VIT_HEADLESS, Draw, base
+from .models import VIT, VIT_HEADLESS, base
 
 BASE = partial(base, VIT)
 THREE_HEADS = partial(base, VIT, num_attention_heads=3)
@@ -16,16 +14,11 @@ FEW_PATCHES = partial(base, VIT, image_size=4, num_channels=1)  # 4 patch pixels
 TOKENS_51 = ("count", 1), ("shape", (3,))  # 3 images, for 40 neurons
 
 
-def dense(draw: Draw, old: int, new: int) -> Tensor:
-    """Without a rotary embedding q and k share any [old, new] map with orthonormal rows."""
-    return draw.orthonormal_rows(old, new)
-
-
-SILENT = p.neurons(p.with_extra(4), silent=("fc1",))
-TURNED = p.heads(turn_qk=dense, turn_vo=True)
+SILENT = p.neurons(p.with_extra(4), silent=("up",))
+TURNED = p.heads(turn_qk=p.dense, turn_vo=True)
 SCALED = p.heads(scaled=True)
 PERMUTED = p.heads(p.heads_permuted), p.neurons(p.permuted_neurons)
-LARGER = p.heads(turn_qk=dense, turn_vo=True, size=10)
+LARGER = p.heads(turn_qk=p.dense, turn_vo=True, size=10)
 NO_FACTORS = "linear", "gains", "everything"
 
 EXACT = [
@@ -41,11 +34,15 @@ EXACT = [
     p.Pair("silent", BASE, (p.residual(), SILENT)),
     p.Pair("silent-then-widened", BASE, (SILENT, p.residual(p.widened(36)))),
     p.Pair("doubled-mlp", BASE, (p.residual(), p.neurons(p.doubled_neurons))),
-    p.Pair("one-head-copied", THREE_HEADS, (p.heads(p.one_group_copied, dense, turn_vo=True, scaled=True),)),
-    p.Pair("all-heads-copied", BASE, (p.heads(p.all_groups_copied, dense, turn_vo=True), *PERMUTED)),
+    p.Pair("one-head-copied", THREE_HEADS, (p.heads(p.one_group_copied, p.dense, turn_vo=True, scaled=True),)),
+    p.Pair("all-heads-copied", BASE, (p.heads(p.all_groups_copied, p.dense, turn_vo=True), *PERMUTED)),
     p.Pair("larger-heads", BASE, (LARGER,)),
     p.Pair("rank-poor-patches", FEW_PATCHES, (p.residual(p.rotated), *PERMUTED), calibration=(("count", 6),)),
     p.Pair("barely-enough-tokens", BASE, (p.residual(p.rotated), *PERMUTED), calibration=TOKENS_51),
+    p.Pair("bias-moved-into-the-mean", BASE, (p.residual(), p.without_bias("q", "k", "v"))),
+    p.Pair("bias-found-in-the-mean", BASE, (p.without_bias("q", "k", "v"),), NO_FACTORS, narrow=True),
+    p.Pair("two-blocks-more", BASE, (p.residual(p.rotated), p.deeper(0, 2))),
+    p.Pair("larger-images", BASE, (p.residual(p.rotated), p.zoomed(2)), keep="patch.weight"),  # of another shape
     p.Pair("no-head", HEADLESS, (p.residual(p.signed_permutation, 1.3, carry_final=True), *PERMUTED)),
     p.Pair("no-head-widened", HEADLESS, (p.residual(p.widened(36)),), ("linear", "lora")),
     p.Pair(
