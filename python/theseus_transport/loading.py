@@ -14,8 +14,7 @@ from .errors import InputRefused
 from .models import BELONG
 from .spaces import Layout
 
-CLASSES: dict[str, Any]  # of a model of two towers
-CLASSES = {"clip": transformers.CLIPVisionModel, "siglip": transformers.SiglipVisionModel}
+TOWERS: dict[str, Any] = {"clip": transformers.CLIPVisionModel, "siglip": transformers.SiglipVisionModel}
 
 
 def load_model(checkpoint: Checkpoint, layout: Layout) -> nn.Module:
@@ -31,7 +30,7 @@ def load_model(checkpoint: Checkpoint, layout: Layout) -> nn.Module:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model, info = CLASSES.get(checkpoint.config["model_type"], transformers.AutoModel).from_pretrained(
+        model, info = TOWERS.get(checkpoint.config["model_type"], transformers.AutoModel).from_pretrained(
             checkpoint.folder,
             dtype=torch.float64 if double else torch.float32,
             use_safetensors=all(p.suffix != ".bin" for p in checkpoint.files),
