@@ -225,7 +225,7 @@ BUGS = [
     # --- paper ------------------------------------------------------------------------------------------------------
     Bug("whitened on one side only", "tests/test_whitening.py::test_whole_whitening_leaves_correlations", WHITENING,
         "return left @ cross.double() @ right", "return left @ cross.double()"),
-    Bug("Grams left uncentred", "tests/test_whitening.py::test_derived_outputs_whiten_like_observed_ones", PAPER,
+    Bug("Grams left uncentred", "tests/test_whitening.py::test_centring_is_of_the_rows_and_comes_first", PAPER,
         "moment.centred(), grams and (grams[0].centred(), grams[1].centred())", "moment.centred(), grams"),
     Bug("parts of in_proj in reverse", "tests/test_drop_in.py::test_fused_attention_equals_split_and_is_put_back", OWN,
         'Tap(module, "out", i, parts)', 'Tap(module, "out", parts - 1 - i, parts)'),

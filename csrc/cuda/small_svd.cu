@@ -1,0 +1,238 @@
+// One-sided Jacobi: columns of A are rotated in pairs until all are orthogonal, and the rotations are gathered in V.
+// Then A V = U S. A block owns a matrix; a warp owns a pair; the pairs of a round touch different columns, and a
+// barrier parts the rounds. (Demmel and Veselic 1992: small singular values come out with small relative errors where
+// the columns are only badly scaled.) Simulated and compiled, not yet run on a GPU.
+#include "small_svd.h"
+
+#include "primitives.cuh"
+
+namespace theseus::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kMostPerLane = kLargestSvd / kWarp;
+
+template <class T>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr float kEpsilon = 0x1p-23f;
+  static constexpr float kNull = 0x1p-100f;  // squared norm, in a matrix of largest entry 1 to 2, that counts as zero
+  static constexpr float kSteep = 0x1p14f;   // sqrt(1 + x^2) = x
+};
+template <>
+struct Limits<double> {
+  static constexpr double kEpsilon = 0x1p-52;
+  static constexpr double kNull = 0x1p-900;
+  static constexpr double kSteep = 0x1p28;
+};
+
+// The matrix as Jacobi wants it, rows >= columns: column j is `rows` elements of A, then `columns` of V.
+struct Layout {
+  bool transposed;
+  int rows, columns, stride;  // of A as it is worked on; an odd stride puts neighbours of a row into different banks
+
+  THESEUS_BOTH explicit Layout(const SmallSvdArgs& args)
+      : transposed(args.rows < args.columns),
+        rows(transposed ? args.columns : args.rows),
+        columns(transposed ? args.rows : args.columns),
+        stride((rows + columns) | 1) {}
+  THESEUS_BOTH int elements() const { return columns * stride; }
+};
+
+constexpr int kFixedBytes = kLargestSvd * 8 + kLargestSvd * 4 + kWarps * 8;  // values, order, one number per warp
+
+template <class T>
+THESEUS_DEVICE T absolute(T x) {
+  return x < 0 ? -x : x;
+}
+
+template <class T>
+THESEUS_DEVICE T warp_sum(T value) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle(value, mask);
+  return value;
+}
+
+// The largest of the block's values, NaN if one is; in all threads. `slots`: one number per warp; the caller meets a
+// barrier before the next call.
+template <class T>
+THESEUS_DEVICE T block_max(T value, T* slots) {
+  const auto larger = [](T x, T y) { return x >= y || x != x ? x : y; };
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = larger(value, shuffle(value, mask));
+  if (thread_index() % kWarp == 0) slots[thread_index() / kWarp] = value;
+  sync_block();
+  T most = slots[0];
+  for (int warp = 1; warp < kWarps; ++warp) most = larger(most, slots[warp]);
+  return most;
+}
+
+// Makes columns p and q of A orthogonal and turns those of V with them. Returns whether there was something to do.
+template <class T>
+THESEUS_DEVICE bool rotate(T* p, T* q, int rows, int columns, T tolerance) {
+  const int lane = thread_index() % kWarp;
+  T x[kMostPerLane] = {}, y[kMostPerLane] = {};
+  T pp = 0, qq = 0, pq = 0;
+  THESEUS_UNROLL
+  for (int i = 0; i < kMostPerLane; ++i) {
+    if (lane + i * kWarp < rows) x[i] = p[lane + i * kWarp], y[i] = q[lane + i * kWarp];
+    pp = multiply_add(x[i], x[i], pp), qq = multiply_add(y[i], y[i], qq), pq = multiply_add(x[i], y[i], pq);
+  }
+  pp = warp_sum(pp), qq = warp_sum(qq), pq = warp_sum(pq);
+  if (!(pp >= Limits<T>::kNull && qq >= Limits<T>::kNull)) return false;
+  if (!(absolute(pq) > tolerance * square_root(pp) * square_root(qq))) return false;
+  // t = tan of the angle that zeroes pq: t^2 + 2 z t - 1 = 0, the smaller root.
+  const T z = (qq - pp) / (2 * pq), size = absolute(z);
+  const T steep = size > Limits<T>::kSteep ? 2 * size : size + square_root(multiply_add(size, size, T(1)));
+  const T t = (z < 0 ? T(-1) : T(1)) / steep;
+  const T cosine = 1 / square_root(multiply_add(t, t, T(1))), sine = cosine * t;
+  THESEUS_UNROLL
+  for (int i = 0; i < kMostPerLane; ++i) {
+    if (lane + i * kWarp >= rows) continue;
+    p[lane + i * kWarp] = cosine * x[i] - sine * y[i];
+    q[lane + i * kWarp] = sine * x[i] + cosine * y[i];
+  }
+  for (int i = rows + lane; i < rows + columns; i += kWarp) {
+    const T v = p[i], w = q[i];
+    p[i] = cosine * v - sine * w;
+    q[i] = sine * v + cosine * w;
+  }
+  return true;
+}
+
+// Pair `pair` of round `round` of a tournament of `players`, an even number: each meets each once in players - 1
+// rounds.
+THESEUS_DEVICE void find_pair(int round, int pair, int players, int& p, int& q) {
+  const int circle = players - 1;
+  p = pair == 0 ? circle : (round + pair) % circle;
+  q = (round - pair + circle) % circle;
+}
+
+template <class T>
+THESEUS_KERNEL(kThreads)
+jacobi(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
+  const Layout layout(args);
+  const int rows = layout.rows, columns = layout.columns, stride = layout.stride;
+  T* value = shared<T>(0, kLargestSvd);                    // singular values, in the order of the columns
+  int* order = shared<int>(kLargestSvd * 8, kLargestSvd);  // order[i]: the column of the i-th largest
+  T* slots = shared<T>(kLargestSvd * 12, kWarps);
+  T* column = workspace ? workspace + static_cast<int64_t>(block_index()) * layout.elements()
+                        : shared<T>(kFixedBytes, layout.elements());
+  const int64_t matrix = block_index();
+  const T* a = static_cast<const T*>(args.a) + matrix * args.matrix_stride;
+  const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+
+  // A scaled by a power of two so that squares neither overflow nor vanish; V = 1.
+  T largest = 0;
+  for (int i = thread_index(); i < args.rows * args.columns; i += kThreads) {
+    const T size = absolute(a[i / args.columns * args.row_stride + i % args.columns]);
+    largest = largest >= size || largest != largest ? largest : size;
+  }
+  largest = block_max(largest, slots);
+  const bool finite = largest - largest == 0;
+  const int exponent = finite && largest > 0 ? exponent_of(largest) : 0;
+  for (int i = thread_index(); i < args.rows * args.columns; i += kThreads) {
+    const int row = i / args.columns, col = i % args.columns;
+    const T x = finite ? scale_by(a[row * args.row_stride + col], -exponent) : static_cast<T>(not_a_number());
+    column[layout.transposed ? row * stride + col : col * stride + row] = x;
+  }
+  for (int i = thread_index(); i < columns * columns; i += kThreads)
+    column[i / columns * stride + rows + i % columns] = i / columns == i % columns;
+  sync_block();
+
+  const T tolerance = Limits<T>::kEpsilon * square_root(static_cast<T>(rows));
+  const int players = columns + columns % 2;  // one rests if there is an odd number
+  int sweeps = 0;
+  for (bool busy = columns > 1; busy && sweeps <= kMostSweeps; ++sweeps) {
+    bool rotated = false;
+    for (int round = 0; round < players - 1; ++round) {
+      for (int pair = warp; pair < players / 2; pair += kWarps) {
+        int p, q;
+        find_pair(round, pair, players, p, q);
+        if (p < columns && q < columns)
+          rotated |= rotate(column + p * stride, column + q * stride, rows, columns, tolerance);
+      }
+      sync_block();
+    }
+    busy = block_max(T(rotated), slots) > 0;
+  }
+
+  for (int j = warp; j < columns; j += kWarps) {
+    T square = 0;
+    for (int i = lane; i < rows; i += kWarp)
+      square = multiply_add(column[j * stride + i], column[j * stride + i], square);
+    square = warp_sum(square);
+    if (lane == 0) value[j] = square < Limits<T>::kNull ? T(0) : square_root(square);
+  }
+  sync_block();
+  for (int j = thread_index(); j < columns; j += kThreads) {
+    int place = 0;  // NaN stands before all numbers
+    const T mine = value[j];
+    for (int i = 0; i < columns; ++i) {
+      const T other = value[i];
+      const bool before =
+          mine != mine ? other != other && i < j : other != other || other > mine || (other == mine && i < j);
+      place += before;
+    }
+    order[place] = j;
+  }
+  sync_block();
+
+  T *s = static_cast<T*>(args.s) + matrix * columns, *polar = static_cast<T*>(args.polar);
+  for (int j = thread_index(); j < columns; j += kThreads) s[j] = scale_by(value[order[j]], exponent);
+  if (thread_index() == 0) args.sweeps[matrix] = sweeps;
+  T* left = static_cast<T*>(layout.transposed ? args.v : args.u);  // of A as it was worked on
+  T* right = static_cast<T*>(layout.transposed ? args.u : args.v);
+  if (left)
+    for (int i = thread_index(); i < rows * columns; i += kThreads) {
+      const int from = order[i % columns];
+      const T size = value[from];
+      left[matrix * rows * columns + i] = size == 0 ? T(0) : column[from * stride + i / columns] / size;
+    }
+  if (right)
+    for (int i = thread_index(); i < columns * columns; i += kThreads)
+      right[matrix * columns * columns + i] = column[order[i % columns] * stride + rows + i / columns];
+  if (polar)
+    for (int i = thread_index(); i < rows * columns; i += kThreads) {
+      const int row = i / args.columns, col = i % args.columns;
+      const int l = layout.transposed ? col : row, r = layout.transposed ? row : col;
+      const T least = static_cast<T>(args.floor) * value[order[0]];
+      T sum = 0;
+      for (int j = 0; j < columns; ++j) {
+        const T* x = column + order[j] * stride;
+        const T size = value[order[j]];
+        if (!(size <= least)) sum = multiply_add(x[l] / size, x[rows + r], sum);
+      }
+      polar[matrix * rows * columns + i] = sum;
+    }
+}
+
+template <class T>
+int shared_bytes(const SmallSvdArgs& args) {
+  return kFixedBytes + Layout(args).elements() * static_cast<int>(sizeof(T));
+}
+
+template <class T>
+const char* run(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream) {
+  const bool fits = shared_bytes<T>(args) <= shared_limit;
+  return launch(jacobi<T>, args.count, kThreads, fits ? shared_bytes<T>(args) : kFixedBytes, stream, args,
+                fits ? nullptr : static_cast<T*>(workspace));
+}
+
+}  // namespace
+
+size_t small_svd_workspace(const SmallSvdArgs& args, int shared_limit) {
+  const int size = args.dtype == Dtype::float64 ? 8 : 4;
+  const int bytes = args.dtype == Dtype::float64 ? shared_bytes<double>(args) : shared_bytes<float>(args);
+  return bytes <= shared_limit ? 0 : static_cast<size_t>(args.count) * Layout(args).elements() * size;
+}
+
+const char* small_svd(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream) {
+  if (args.rows < 1 || args.columns < 1 || args.rows > kLargestSvd || args.columns > kLargestSvd)
+    return "small_svd takes matrices of 1 to 128 rows and columns";
+  if (args.dtype == Dtype::float64) return run<double>(args, shared_limit, workspace, stream);
+  if (args.dtype == Dtype::float32) return run<float>(args, shared_limit, workspace, stream);
+  return "small_svd works in float32 and float64";
+}
+
+}  // namespace theseus::cuda

@@ -1,0 +1,37 @@
+// Singular values, vectors and polar factors of many small matrices; no torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../cross_moment.h"
+
+namespace theseus::cuda {
+
+constexpr int kLargestSvd = 128;  // rows and columns
+constexpr int kMostSweeps = 30;
+
+struct SmallSvdArgs {
+  const void* a;  // [count, rows, columns], unit column stride
+  Dtype dtype;    // float32 or float64, of a and of all results
+  int64_t count;
+  int rows, columns;                  // 1 to kLargestSvd
+  int64_t matrix_stride, row_stride;  // elements from one matrix and from one row to the next
+  double floor;                       // polar: singular values up to floor times the largest count as zero
+  void* s;                            // [count, k], k = min(rows, columns), descending
+  void* u;                            // [count, rows, k], or null; the column of a zero singular value is zero
+  void* v;                            // [count, columns, k], or null; likewise if rows < columns
+  void* polar;                        // [count, rows, columns], or null: u v^T, a partial isometry
+  int32_t* sweeps;                    // [count]: sweeps taken, kMostSweeps + 1 where they were not enough
+};
+
+// One-sided Jacobi, a block per matrix. Every result comes with small relative residuals
+// (tests/emulated/test_small_svd.cpp); NaN or Inf in a matrix makes its values and polar factor NaN. `shared_limit`:
+// bytes of shared memory a block may have on this device; what does not fit is worked on in `workspace`. Returns null
+// or what is wrong.
+const char* small_svd(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream);
+
+// Bytes of device memory `workspace` must have, aligned to 16.
+size_t small_svd_workspace(const SmallSvdArgs& args, int shared_limit);
+
+}  // namespace theseus::cuda
