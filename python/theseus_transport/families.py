@@ -37,6 +37,27 @@ LLAMA, MISTRAL, QWEN2 = (_llama_like(kind) for kind in ("llama", "mistral", "qwe
 QWEN3 = _llama_like("qwen3", query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
 
 
+STARCODER2 = Family(
+    model_type="starcoder2",
+    modality="text",
+    norm="layer",
+    prefix="model",
+    blocks="layers",
+    attention_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    final_norm="norm",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    expand=("mlp.c_fc",),
+    contract="mlp.c_proj",
+    embeddings=(Embedding("token", "embed_tokens.weight", 1),),
+    heads={"vocabulary": "lm_head"},
+    tied=True,
+)
+
+
 def _gpt2_sizes(config: Mapping[str, Any]) -> Mapping[str, Any]:
     names = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
     sizes = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
@@ -69,7 +90,7 @@ GPT2 = Family(
     geometry=_gpt2_sizes,
 )
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, *VISION)}
+FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, STARCODER2, *VISION)}
 
 POST_NORM = "normalises behind the residual sum (post-norm), so no map of the residual is exact"
 PARALLEL = "runs attention and MLP side by side in one block"

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import transformers as hf
+from theseus_transport.families import FAMILIES
 from torch import Tensor
 
 from .modules import ClassTokenTower, HomeMade
@@ -116,6 +117,7 @@ PARTS = dict(
     gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj",
 )  # fmt: skip
 GROUPED = dict(num_key_value_heads=2, pad_token_id=0, num_labels=7)
+OWN_HEAD = GROUPED | dict(tie_word_embeddings=False, bos_token_id=0, eos_token_id=0)
 Q_NORMS = dict(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 
 
@@ -237,3 +239,32 @@ SIGLIP_CLASSIFIER = replace(
     config=lambda num_labels, **vision: hf.SiglipConfig(vision_config=vision, num_labels=num_labels),
     left=("vision_model.head.",),
 )  # fmt: skip
+
+# --- any other family: read off its record ----------------------------------------------------------------------------
+
+
+def recorded(kind: str, model: Callable, config: Callable, *, reads: str = "logits", eps: str, **small) -> Names:
+    """The names of a family, from its record: if a part is not where the record says, the pair is no symmetry.
+
+    Args:
+        model, config: what to build; eps: the config's key for the epsilon of its norms; small: sizes it needs beside
+            the common ones. What a checkpoint fuses or transposes needs `Names` of its own, as above.
+    """
+    f = FAMILIES[kind]
+    assert not f.fused and not f.transposed, f"{kind} keeps layers together or transposed: write its Names out"
+    prefix, gated = f.prefix and f"{f.prefix}.", len(f.expand) == 2
+    inside = dict(norm1=f.attention_norm, norm2=f.mlp_norm, q=f.query, k=f.key, v=f.value, o=f.output, down=f.contract)
+    inside |= dict(zip(("gate", "up") if gated else ("up",), f.expand, strict=True))
+    inside |= {part: name for part, name in (("q_norm", f.query_norm), ("k_norm", f.key_norm)) if name}
+    inside |= {p: f"={n}" for p, n in (("scale1", f.output_scale), ("scale2", f.contract_scale)) if n}
+    outside, parts = {"final_norm": prefix + f.final_norm}, {"token": "embed", "register": "registers"}
+    for e in f.embeddings:
+        whole = not e.name.endswith((".weight", ".bias"))
+        outside[parts.get(e.slot, e.slot)] = "=" * whole + prefix + e.name.removesuffix(".weight")
+    outside |= {"pre_norm": prefix + f.embedding_norm} if f.embedding_norm else {}
+    head = f.heads.get("classes" if f.modality == "vision" else "vocabulary")
+    outside |= {"head": head} if head and reads == "logits" else {}
+    return Names(
+        model, config, f"{prefix}{f.blocks}.{{}}.", inside, outside, sizes(eps=eps), small, reads=reads,
+        layer_norm=f.norm == "layer", dims={e.slot: e.axis + 1 for e in f.embeddings if e.axis == 2},
+    )  # fmt: skip

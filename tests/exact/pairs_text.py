@@ -2,8 +2,10 @@
 
 from functools import partial
 
+import transformers as hf
+
 from . import pairs as p
-from .families import GPT2, GPT2_TIED, HOME, LLAMA, MISTRAL, QWEN2, QWEN3
+from .families import GPT2, GPT2_TIED, HOME, LLAMA, MISTRAL, OWN_HEAD, QWEN2, QWEN3, Names, recorded
 from .models import base
 
 PERMUTED = p.heads(p.heads_permuted), p.neurons(p.permuted_neurons)
@@ -99,7 +101,21 @@ CROSS_PAIRS += [
     ),
 ]
 
+
+def standard(names: Names, residual: p.Move) -> list[p.Pair]:
+    """What every family with grouped heads and a rotary embedding must pass, beside what only it has."""
+    spec = partial(base, names)
+    return [
+        p.Pair("rotated", spec, (residual, *PERMUTED), WIDE),
+        p.Pair("turned-in-heads", spec, (TURNED,), ("gains", "lora")),
+        p.Pair("two-blocks-more", spec, (p.residual(), p.deeper(0, 2)), ("linear",)),
+    ]
+
+
+STARCODER2 = recorded("starcoder2", hf.Starcoder2ForCausalLM, hf.Starcoder2Config, eps="norm_epsilon", **OWN_HEAD)
+
 TEXT = {
+    "starcoder2": standard(STARCODER2, p.residual(p.rotated, 1.7)),
     "mistral": MISTRAL_PAIRS,
     "qwen2": QWEN2_PAIRS,
     "qwen3": QWEN3_PAIRS,
