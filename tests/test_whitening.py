@@ -52,6 +52,14 @@ def test_gram_that_is_not_finite() -> None:
         whiten(torch.eye(3), (torch.full((3, 3), torch.nan), torch.eye(3)), power=0.5, eps=1e-6)
 
 
+def test_centring_is_of_the_rows_and_comes_first() -> None:
+    s, t = rows(0, 80, 6) + 1, rows(1, 80, 7) - 1
+    cross, *grams = moments(s, t)
+    found = comparable(cross, (grams[0], grams[1]), Recipe(name="paper", center=True, whiten_power=0.25))
+    s, t = s - s.mean(0), t - t.mean(0)
+    assert torch.allclose(found, whiten(s.T @ t, (s.T @ s, t.T @ t), power=0.25, eps=Recipe().whiten_eps), **ROUNDING)
+
+
 @pytest.mark.parametrize("center", [False, True])
 def test_derived_outputs_whiten_like_observed_ones(center: bool) -> None:
     """Of a layer that does not expand, so no null space is weighed."""

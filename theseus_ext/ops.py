@@ -122,7 +122,7 @@ def _shared_out(op: Callable[[Tensor], Any], matrices: Tensor) -> Any:
         return op(matrices.detach().reshape(batch.numel(), *size).contiguous())
     except RuntimeError as error:
         why = str(error).splitlines()[0].rpartition(".cpp:")[2].partition(", ")[2] or "LAPACK did not converge"
-        raise torch.linalg.LinAlgError(f"svd of {list(matrices.shape)}: {why}") from error  # type: ignore[attr-defined]
+        raise torch.linalg.LinAlgError(f"svd of {list(matrices.shape)}: {why}") from error
 
 
 def _dense_columns(tokens: Tensor) -> Tensor:
