@@ -30,6 +30,7 @@ lint: build
 # Applies every planted bug to a copy and shows that its named test turns red.
 planted: build
 	OMP_NUM_THREADS=1 $(BIN)/python tests/planted/run.py
+	$(BIN)/python tests/planted/run_emulated.py
 
 # Speed beside plain torch and beside the official recipe; FULL=1 also what takes many minutes. Writes bench/results.
 bench: build

@@ -33,7 +33,8 @@ GEOMETRY = {  # (width, heads, MLP width, pixels) of source and target, and the 
     "two-blocks": ((768, 12, 3072, 224), (896, 14, 3584, 240), 2),
     "full": ((768, 12, 3072, 224), (896, 14, 3584, 240), 12),
 }
-WAYS = {"official": 32, "coherent": 4, "paper": 4}  # images per batch: ours may take few, its sums add up
+BATCH = 8  # images a forward pass, the command's default, for every way
+WAYS = "official", "coherent", "paper"
 COMPARED = "mlp.fc2"  # the data determines its input and output fully: ours and theirs must agree there
 ROUNDING = 2**-23  # of our float32 products; a polar factor amplifies it by 1 / gap
 
@@ -58,7 +59,7 @@ def inputs(geometry: str, batch: int) -> tuple[ViTModel, ViTModel, ViTModel, lis
 
 def work(way: str, geometry: str, out: Path) -> dict:
     """One way from models to the moved update; writes the compared tensors, returns seconds by phase."""
-    source, tuned, target, batches = inputs(geometry, WAYS[way])
+    source, tuned, target, batches = inputs(geometry, BATCH)
     times = [time.perf_counter()]
     if way == "official":
         products = official_recipe.capture(source, target, batches)
@@ -121,7 +122,7 @@ def compare(geometry: str) -> dict:
     return dict(
         machine=machine.facts(),
         geometry=GEOMETRY[geometry],
-        images_per_batch=WAYS,
+        images_per_batch=BATCH,
         results=found,
         ratios=ratios,
         paper_differs_from_official=difference,

@@ -40,7 +40,7 @@ def few(spec: Spec, *shape: int) -> list[dict]:
 def test_a_loaded_alignment_moves_the_same_bytes(tmp_path: Path, name: str, recipe: str | Recipe) -> None:
     kept = aligned(name, recipe)
     folder = kept.save(tmp_path / "maps")
-    assert sorted(p.name for p in folder.iterdir()) == ["alignment.json", "maps.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["alignment.json", "maps.safetensors", "theseus.json"]
     loaded = Alignment.load(folder)
     for field in ("source", "target", "recipe", "rules", "vectors", "reports", "heads", "lost", "provenance"):
         assert getattr(loaded, field) == getattr(kept, field), field
@@ -57,7 +57,7 @@ def test_a_loaded_alignment_moves_the_same_bytes(tmp_path: Path, name: str, reci
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputRefused, match="is not empty; choose another folder for the alignment"):
+    with pytest.raises(InputRefused, match="is not empty; name another folder, or --overwrite"):
         aligned("llama", "paper").save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -58,6 +58,8 @@ def test_moved_and_changed_bases(root, maps, tmp_path):
         "was made for the source .*causal/source .*bare/source.* was given; name the right one with --source",
         "apply", maps, root / "lora", tmp_path / "no", "--source", root / "bare/source",
     )  # fmt: skip
+    tweaked = edited(tmp_path / "config", root / "causal/source", config={"rms_norm_eps": 1e-4})
+    refused("header_hash .*config .*was given", "apply", maps, root / "lora", tmp_path / "no", "--source", tweaked)
     nudged = edited(tmp_path / "nudged", root / "causal/target", tensors=lambda t: t["model.norm.weight"].mul_(2))
     invoke("apply", maps, root / "lora", tmp_path / "unseen", "--target", nudged)
     whole = ("apply", maps, root / "lora", tmp_path / "no", "--target", nudged, "--verify-inputs")
@@ -84,7 +86,7 @@ def test_align_refuses_and_leaves_nothing(root, maps, tmp_path, monkeypatch):
     refused("is not empty; .* --overwrite", "align", *sides, maps, *ids)
     refused("SOURCE .* is an adapter", "align", root / "lora", sides[1], tmp_path / "out", *ids)
     refused("overlaps the input", "align", *sides, root / "causal/source/maps", *ids)
-    monkeypatch.setattr(Alignment, "save", lambda *_: 1 / 0)
+    monkeypatch.setattr(Alignment, "save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         CliRunner().invoke(
             app, [str(a) for a in ("align", *sides, tmp_path / "out", *ids, *FAST)], catch_exceptions=False

@@ -95,6 +95,7 @@ def test_a_corrupt_image_is_named_or_counted(tmp_path, caplog):
     "config, message",
     [
         ({"size": {"height": 9, "width": 9}}, r"makes images of \(9, 9\) pixels, V reads 8 x 8"),
+        ({"size": 9, "do_center_crop": True, "crop_size": 9}, 'set crop_size to {"height": 8, "width": 8}'),
         ({"size": {"shortest_edge": 8}}, "makes images of 8 pixels"),
         ({"size": {"longest_edge": 8}}, "is not understood"),
         ({"size": 8, "image_std": [0.5, 0.0, 0.5]}, "std"),
@@ -106,6 +107,12 @@ def test_preprocessors_that_do_not_fit(tmp_path, config, message):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(InputRefused, match=message):
         Preprocessor.of(tmp_path, "V", (8, 8), 3)
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_channels_that_no_image_has(tmp_path, channels):
+    with pytest.raises(InputRefused, match=f"V reads {channels} channels, .*give a .safetensors of pixel_values"):
+        Preprocessor.of(tmp_path, "V", (8, 8), channels)
 
 
 def test_folders_that_hold_no_image(tmp_path):

@@ -163,6 +163,21 @@ def test_coherent_on_request() -> None:
     assert not any(t.any() for t in moved(source, target, [images], nothing, recipe="coherent").values())
 
 
+@pytest.mark.parametrize("part", ["attn.in_proj_weight", "ln_1.weight"])
+def test_coherent_moves_a_part_of_the_tensors(part: str) -> None:
+    """What the delta leaves out did not change; a changed norm is taken up by the layer that reads it."""
+    (source, _), (images, _) = pair("wider")
+    target, fresh, base = copy.deepcopy(source), torch.randn_like(images), source.state_dict()
+    delta = {key: change for key, change in delta_of(source).items() if key.endswith(part)}
+    found = moved(source, target, [images], delta, recipe="coherent")
+    assert delta and delta.keys() <= found.keys() < base.keys()
+    with torch.no_grad():
+        own, theirs = (
+            torch.func.functional_call(source, base | {k: base[k] + d[k] for k in d}, fresh) for d in (delta, found)
+        )
+    assert (theirs - own).norm() <= 1e-9 * (own - source(fresh)).norm()  # float64, as above
+
+
 # --- the registry ----------------------------------------------------------------------------------------------------
 
 

@@ -17,12 +17,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from theseus_transport import bases as bases_module
 from theseus_transport import folder
+from theseus_transport.checkpoint import Checkpoint
+from theseus_transport.checks import check_rows
 from theseus_transport.folder import differences as verify
 from theseus_transport.folder import read_manifest
 from theseus_transport.job import Job, Session
 from theseus_transport.report import condensed
+from theseus_transport.update import Row
 from transformers import (
     AutoModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
@@ -190,6 +195,30 @@ def test_different_tokenizers(root, tmp_path, caplog):
     with pytest.raises(tt.InputRefused, match="tokenizers differ in .* --leave 'embed_tokens\\*' --leave 'lm_head\\*'"):
         run(replace(job, out=tmp_path / "other"))
     run(replace(job, out=tmp_path / "other", leave=("embed_tokens*", "lm_head*")))
+
+
+def test_rows_of_any_family_are_compared(tmp_path):
+    """GPT-2 calls its embedding wte; the family's record knows."""
+    sides = []
+    for side in ("source", "target"):
+        sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
+        GPT2LMHeadModel(GPT2Config(vocab_size=280, **sizes)).save_pretrained(tmp_path / side)
+        tiny.tokenizer(tmp_path / side, 280)
+        sides.append(Checkpoint.open(tmp_path / side))
+    tokens = json.loads((path := tmp_path / "target" / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    tokens["model"]["vocab"] = {token: len(vocabulary) - 1 - i for token, i in vocabulary.items()}
+    path.write_text(json.dumps(tokens))
+    with pytest.raises(tt.InputRefused, match="tokenizers differ in .* wte move row by row; --leave 'wte\\*'"):
+        check_rows([Row("wte.weight", "transported")], *sides)
+    check_rows([Row("wte.weight", "left"), Row("wpe.weight", "transported")], *sides)
+
+
+def test_a_layer_of_an_adapter_is_left_by_its_tensors_name_too(lora):
+    run(replace(lora, leave=("layers.0.self_attn.q_proj.weight", "lm_head.weight")))
+    assert not any("layers.0.self_attn.q_proj" in name for name in held(lora.out))
+    with pytest.raises(tt.InputRefused, match="matches nothing"):
+        Session(replace(lora, leave=("layers.0.self_attn.q_proj.bias",)))
 
 
 def test_classes_of_another_name_are_said(root, tmp_path):

@@ -21,7 +21,7 @@ import tiny
 import torch
 from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.delta import Adapter
-from theseus_transport.folder import differences, new_folder, read_manifest
+from theseus_transport.folder import differences, read_manifest
 from theseus_transport.writer import write_checkpoint
 
 KINDS = ("checkpoint", "adapter", "alignment")
@@ -37,8 +37,7 @@ def writer(kind: str) -> Callable[[Path, int], object]:
         alignment = tt.align(tiny.vit("source"), tiny.vit("target"), [{"pixel_values": torch.randn(30, 3, 8, 8)}])
 
         def write(folder: Path, version: int) -> None:
-            with new_folder(folder, metadata={"version": version}, overwrite=True) as place:
-                alignment.save(place)
+            alignment.save(folder, metadata={"version": version}, overwrite=True)
 
         return write
     tensors = FACTORS if kind == "adapter" else {f"t{i}": torch.ones(5) for i in range(4)}

@@ -61,6 +61,9 @@ def test_a_config_has_the_options_and_the_command_line_wins(root, maps, tmp_path
         ("alpha:", "'alpha' is None; give a value"),
         ("- alpha", "holds list, expected keys and values"),
         ("alpha: [1", "no readable YAML"),
+        ("alpha: 2026-02-30", "no readable YAML: day is out of range"),
+        ("alpha: !!bool perhaps", "no readable YAML"),
+        ("[" * 10**4, "no readable YAML"),
         ("a: !!python/object/apply:os.system [true]", "no readable YAML"),
     ],
 )
@@ -69,6 +72,16 @@ def test_configs_that_are_refused(maps, root, tmp_path, content, message):
     path.write_text(content)
     refused(message, "apply", maps, root / "lora", tmp_path / "out", "--config", path)
     refused("no readable YAML", "apply", maps, root / "lora", tmp_path / "out", "--config", tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_refused_config_is_told_as_json_asks(maps, root, tmp_path, place):
+    path = tmp_path / "job.yaml"
+    path.write_text("alpha: [1")
+    options = ["--config", path]
+    options.insert(place, "--json")
+    said = call("apply", maps, root / "lora", tmp_path / "out", *options)
+    assert said.exit_code == 3 and "no readable YAML" in json.loads(said.stdout)["error"]
 
 
 def test_a_value_of_another_kind_is_a_usage_error(maps, root, tmp_path):

@@ -9,7 +9,7 @@ from theseus_transport import align
 from theseus_transport.maps import Dense, Heads
 from theseus_transport.moments import CrossMoment
 from theseus_transport.procrustes import procrustes
-from theseus_transport.quality import Quality, Twin, cosine, measure, quality
+from theseus_transport.quality import Quality, Twin, matched, measure, quality
 from theseus_transport.tokens import select
 
 
@@ -34,9 +34,9 @@ def test_the_formula(caplog):
         t = Dense(procrustes(moment_of(x[:2000], y[:2000]).cross).map)
         held = moment_of(x[2000:], y[2000:])
         wanted = math.sqrt(6 / (6 + 8 * noise**2))  # energies: 6 of signal, 8 noise^2 of noise
-        assert cosine(t, held) == pytest.approx(wanted, abs=1e-12 if noise == 0 else 5 / math.sqrt(2000))
+        assert matched(t, held) == pytest.approx(wanted, abs=1e-12 if noise == 0 else 5 / math.sqrt(2000))
         direct = (x[2000:] @ t.matrix * y[2000:]).sum() / (x[2000:].norm() * y[2000:].norm())
-        assert cosine(t, held) == pytest.approx(float(direct), rel=1e-12)
+        assert matched(t, held) == pytest.approx(float(direct), rel=1e-12)
         shifted = moment_of(x[2000:], y[2000:].roll(-1, 0))
         (row,) = quality({"a": t}, {"a": held, "no map": held}, {"a": shifted, "no map": held})
         assert abs(row.shifted) < 5 / math.sqrt(2000) and not row.near_chance
@@ -53,8 +53,8 @@ def test_scales_and_copies_of_heads_do_not_count():
     q = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
     y = torch.cat([x[:, :3] @ q * 5, x[:, 3:] @ q * 5, x[:, :3] @ q * 5], 1)
     heads = Heads(torch.tensor([0, 1, 0]), torch.stack([q * 5, q * 0.2, q]), 2)
-    assert cosine(heads, moment_of(x, y)) == pytest.approx(1, rel=1e-12)
-    assert cosine(heads, moment_of(0 * x, y)) == 0
+    assert matched(heads, moment_of(x, y)) == pytest.approx(1, rel=1e-12)
+    assert matched(heads, moment_of(0 * x, y)) == 0
 
 
 @pytest.mark.parametrize("samples, step", [(5, 4), (1, 10)])

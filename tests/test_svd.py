@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import theseus_ext
+from theseus_ext.ops import _shared_out
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 DTYPES = (torch.float64, torch.float32)
@@ -85,6 +86,23 @@ def test_what_is_not_finite_is_named(op, value: float) -> None:
     matrices[1, 0, 2, 3] = value
     with pytest.raises(torch.linalg.LinAlgError, match=r"^svd of \[2, 3, 5, 4\]: matrix 3 of 6 holds NaN or Inf$"):
         op(matrices)
+
+
+@pytest.mark.parametrize("op", [theseus_ext.svd, theseus_ext.svdvals])
+def test_out_of_memory_is_said_as_such(op) -> None:
+    with pytest.raises(RuntimeError, match="allocate memory") as error:
+        op(draw(1, 1, 1).expand(2**57, 1, 1))  # 1 EiB, beyond 57-bit addresses
+    assert not isinstance(error.value, torch.linalg.LinAlgError)
+
+
+def test_no_memory_within_the_op_is_said_as_such() -> None:
+    """As the stable ABI words it when the address space is limited to less than the results take."""
+
+    def full(matrices: torch.Tensor) -> None:
+        raise RuntimeError('torch_call_dispatcher( "aten::empty", stack.data()) API call failed at ops.h, line 631')
+
+    with pytest.raises(MemoryError, match=r"svd of \[3, 3\]: no memory for its results"):
+        _shared_out(full, draw(3, 3))
 
 
 @pytest.mark.parametrize("op", [theseus_ext.svd, theseus_ext.svdvals])

@@ -7,9 +7,10 @@ import pytest
 import tiny
 import torch
 from broken import edited
-from calls import aligned, call, invoke, refused
+from calls import FAST, aligned, call, invoke, refused
 from safetensors.torch import load_file, save_file
 from theseus_transport.headers import file_blake2b
+from theseus_transport.writer import write_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,22 @@ def test_verify_of_files(root, written, tmp_path):
     (lost / "theseus.json").write_text(json.dumps(manifest))
     assert "cannot be compared with" in call("verify", lost).stdout
     invoke("verify", lost, "--target", root / "causal/target")
+
+
+def test_verify_of_a_delta_in_shards(root, maps, tmp_path, monkeypatch):
+    monkeypatch.setitem(write_checkpoints.__kwdefaults__, "shard_size", 20_000)  # bytes, of 140 thousand
+    invoke("apply", maps, root / "causal/tuned", tmp_path / "out", "--output", "delta")
+    assert len(list((tmp_path / "out").glob("delta-*.safetensors"))) > 1
+    invoke("verify", tmp_path / "out")
+    (tmp_path / "out/delta.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    assert re.search("damaged .*index.json", call("verify", tmp_path / "out").stdout)
+
+
+def test_verify_where_the_target_also_stores_its_tied_head(root, tmp_path):
+    target = edited(tmp_path / "target", root / "tied/target", tensors=lambda t: t.update(
+        {"lm_head.weight": t["model.embed_tokens.weight"].clone()}))  # fmt: skip
+    sides = (root / "tied/source", root / "tied/tuned", target)
+    invoke("transport", *sides, tmp_path / "out", "--calibration", root / "ids.safetensors", *FAST)
+    invoke("verify", tmp_path / "out")
+    lost = damaged_copy(tmp_path / "lost", tmp_path / "out", lambda t: t.pop("model.norm.weight"))
+    assert "model.norm.weight of" in call("verify", lost).stdout

@@ -121,7 +121,12 @@ def _shared_out(op: Callable[[Tensor], Any], matrices: Tensor) -> Any:
     try:
         return op(matrices.detach().reshape(batch.numel(), *size).contiguous())
     except RuntimeError as error:
-        why = str(error).splitlines()[0].rpartition(".cpp:")[2].partition(", ")[2] or "LAPACK did not converge"
+        if "allocate memory" in str(error):
+            raise
+        if "aten::empty" in str(error):  # the stable ABI tells which call failed, not why
+            raise MemoryError(f"svd of {list(matrices.shape)}: no memory for its results") from error
+        told = str(error).splitlines()[0].rpartition(".cpp:")[2].partition(", ")[2]
+        why = told or "LAPACK did not converge, or found no memory to work in"
         raise torch.linalg.LinAlgError(f"svd of {list(matrices.shape)}: {why}") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from . import coherent, maps, paper
 from .capture import Batch, capture
 from .depth import pair_blocks
 from .errors import InputRefused
+from .folder import new_folder
 from .maps import Map
 from .models import Base
 from .procrustes import FLOOR, FLOOR_DOUBLE, Null
@@ -44,6 +45,7 @@ class Alignment:
         blocks: for every target block the source block that feeds it, or None.
         heads: per target block, the source head of every target head.
         lost: per block, the source heads that feed no target head.
+        draft: nothing was computed, and where depths differ ``blocks`` is a guess.
         provenance: what it was made from (references, fingerprints, calibration); free-form, JSON.
     """
 
@@ -58,15 +60,23 @@ class Alignment:
     heads: dict[int, list[int]]
     lost: dict[int, list[int]]
     provenance: dict[str, Any] = field(default_factory=dict)
+    draft: bool = False
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``alignment.json`` and ``maps.safetensors`` into ``folder`` (created; must be empty or absent)."""
-        path = Path(folder)
-        if path.exists() and any(path.iterdir()):
-            raise InputRefused(f"{path} is not empty; choose another folder for the alignment")
-        path.mkdir(parents=True, exist_ok=True)
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        inputs: Sequence[Path] = (),
+    ) -> Path:
+        """Write ``alignment.json``, ``maps.safetensors`` and a manifest as ``folder``: all of it or, on error, nothing.
+
+        Args:
+            overwrite: replace a folder that is not empty.
+            metadata: what the manifest should record; inputs: folders that must not be written into.
+        """
         tensors = {f"{name}/{part}": t for name, m in self.maps.items() for part, t in m.tensors().items()}
-        save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, path / "maps.safetensors")
         record = {
             "format": FORMAT,
             **{side: getattr(self, side).plain() for side in ("source", "target")},
@@ -82,8 +92,11 @@ class Alignment:
             "lost": self.lost,
             "provenance": self.provenance,
         }
-        (path / "alignment.json").write_text(json.dumps(record, indent=1))
-        return path
+        nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        with new_folder(folder, nbytes=nbytes, metadata=metadata, overwrite=overwrite, inputs=inputs) as place:
+            save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, place / "maps.safetensors")
+            (place / "alignment.json").write_text(json.dumps(record, indent=1))
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Alignment:
@@ -247,17 +260,21 @@ def outline(source: Layout, target: Layout, recipe: Recipe) -> Alignment:
     e, fold = Evidence(Base(source, {}, {}), Base(target, {}, {}), blocks, {}, {}, {}), recipe.name == "coherent"
     vectors = {into: own for own, into in e.embeddings()} if fold and recipe.embeddings == "move" else {}
     pairs = [pair for pair in e.pairs() if pair[1].role != "head" or recipe.head == "move"]
+    rules = {into: Rule(own, "identity", "identity") for into, own in vectors.items()}
     for own, into, _ in e.unread() if fold else e.norms():
-        vectors |= {f"{into}.{part}": f"{own}.{part}" for part in ("weight", "bias")}
+        for part, kind in (("weight", "gain"), ("bias", "shift")):
+            rule = Rule(f"{own}.{part}", "identity", "identity", kind=kind if fold else "linear")  # type: ignore[arg-type]
+            rules[f"{into}.{part}"] = rule
     return Alignment(
         source=source,
         target=target,
         recipe=recipe,
         maps={"identity": maps.Identity()},
         rules={into.name: Rule(own.name, "identity", "identity", fold=fold) for own, into in pairs},
-        vectors={into: Rule(own, "identity", "identity") for into, own in vectors.items()},
+        vectors=rules,
         reports=[],
         blocks=list(blocks),
         heads={},
         lost={},
+        draft=True,
     )

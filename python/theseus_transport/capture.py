@@ -93,9 +93,14 @@ class Capture:
         if (side, name) in self._seen:
             raise InputRefused(f"{space.module} ran more than once in one forward pass of the {SIDES[side]}")
         self._seen.add((side, name))
-        rows = rows.to(self._devices[1])
+        rows, mixing = rows.to(self._devices[1]), self._mixings[side]
+        if mixing is not None and mixing.tokens != len(rows):
+            raise InputRefused(
+                f"{space.module} of the {SIDES[side]} has {len(rows)} tokens where {mixing.tokens} were expected; "
+                "are images of the config's size?"
+            )
         if name in self.energies:
-            return self.energies[name].add(side, rows, self._mixings[side])
+            return self.energies[name].add(side, rows, mixing)
         if side == 0:
             self._pending[name] = rows
         elif name in self._pending:

@@ -15,7 +15,6 @@ import theseus_ext
 from .checkpoint import Checkpoint, check_finite
 from .errors import InputRefused
 from .headers import read_json
-from .links import moment_links
 from .models import Base, canonical_shapes, check_shapes
 from .spaces import Layout
 from .update import Row
@@ -95,7 +94,8 @@ def check_left(patterns: Sequence[str], coverage: Sequence[Row], source: Checkpo
     names = {row.tensor for row in coverage}
     if tuned.kind == "adapter":
         family = Layout.of(source.config).family
-        names |= {family.canonical(name).removesuffix(".weight") for name in source}
+        for name in map(family.canonical, source):
+            names |= {name, name.removesuffix(".weight")}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputRefused(f"--leave {pattern!r} matches nothing; names read like {coverage[0].tensor!r}")
@@ -103,10 +103,12 @@ def check_left(patterns: Sequence[str], coverage: Sequence[Row], source: Checkpo
 
 def check_rows(coverage: Sequence[Row], source: Checkpoint, target: Checkpoint) -> None:
     """Where rows of a vocabulary or classes move by index, they have to mean the same on both sides."""
-    moved = {row.tensor.split(".")[0] for row in coverage if row.fate == "transported"}
+    family = Layout.of(source.config).family
+    token, heads = family.embedding("token"), family.heads
+    moved = {_layer(row.tensor) for row in coverage if row.fate == "transported"}
     for what, concerned, read in (
-        ("tokenizers", {"embed_tokens", "lm_head"}, _vocabulary),
-        ("classes (id2label)", {"classifier", "score"}, _classes),
+        ("tokenizers", {token and _layer(token.name), heads.get("vocabulary")}, _vocabulary),
+        ("classes (id2label)", {heads.get("classes")}, _classes),
     ):
         if not (names := sorted(moved & concerned)):
             continue
@@ -119,6 +121,10 @@ def check_rows(coverage: Sequence[Row], source: Checkpoint, target: Checkpoint) 
                 leave = " ".join(f"--leave '{name}*'" for name in names)
                 raise InputRefused(f"{text} move row by row; {leave} leaves them behind")
             log.warning("%s moved row by row", text)
+
+
+def _layer(tensor: str) -> str:
+    return tensor.removesuffix(".weight").removesuffix(".bias")
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[Any, str]:
@@ -148,12 +154,3 @@ def available_memory() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-
-
-def predict_bytes(source: Checkpoint, target: Checkpoint, s: Layout, t: Layout) -> int:
-    """Peak host memory in bytes: float32 weights, float64 moments and maps, workspace of the widest decomposition."""
-    elements = sum(torch.Size(shape).numel() for c in (source, target) for shape in c.shapes.values())
-    sizes = [link.source.width * link.target.width for link in moment_links(s, t, range(t.depth)).values()]
-    spaces, widest = sum(sizes), max(sizes)
-    runtime = 500 << 20  # the interpreter with torch and transformers
-    return runtime + 4 * elements + 3 * 8 * spaces + 5 * 8 * widest

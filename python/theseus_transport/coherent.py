@@ -59,7 +59,6 @@ def plan(e: Evidence, recipe: Recipe) -> Plan:
         out.add(f"{b}.middle", polar, middle.count)
         alive = [x > recipe.floor**2 * x.max() for x in energies]
         reads = first if b == 0 and reads_embedding else f"{b}.attention"
-        _head_maps(e, out, b, recipe)
         for own, layer in pairs:
             if layer.block != b:
                 continue
@@ -77,6 +76,7 @@ def plan(e: Evidence, recipe: Recipe) -> Plan:
                     after = after_name(source, target, e.blocks, b)
                     rule = Rule(own.name, f"{b}.middle", after, inner, written(layer.name))
             out.rules[layer.name] = rule
+        _head_maps(e, out, b, recipe)
         if recipe.scale != "regression":  # nothing asks for them again, and those of a wide MLP are the largest
             del middle, e.moments[f"{b}.context"], e.moments[f"{b}.middle"]
     for own, layer in pairs:
@@ -166,16 +166,21 @@ def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
     )
     out.maps[f"{b}.key"] = blocks(t_shared, _ratios(e_key, recipe), pairing.kv, every, source.kv_heads)
     if recipe.heads == "dense":
-        _dense_context(out, b, context, value, recipe)
+        _dense_context(out, b, context, value, names, recipe)
 
 
-def _dense_context(out: Plan, b: int, context: CrossMoment, value: Energy, recipe: Recipe) -> None:
+def _dense_context(
+    out: Plan, b: int, context: CrossMoment, value: Energy, names: dict[Role, tuple[str, str]], recipe: Recipe
+) -> None:
     """One map and one scale for v's output and o's input, in place of those per head."""
     polar = procrustes(context.cross, null=recipe.null, floor=recipe.floor)
+    out.add(f"{b}.context", polar, context.count)
+    out.maps[f"{b}.value"] = out.maps[f"{b}.context"]
     sides = (context.source_energy, context.target_energy), (value.source, value.target)
     read, written = (_scale(float(s.sum()), float(t.sum()), recipe) for s, t in sides)
-    out.add(f"{b}.context", polar, context.count, maps.Dense(polar.map / read))
-    out.maps[f"{b}.value"] = maps.Dense(polar.map * written)
+    value_layer, output_layer = names["value"][1], names["output"][1]
+    out.rules[value_layer] = replace(out.rules[value_layer], scale_out=written)
+    out.rules[output_layer] = replace(out.rules[output_layer], scale_in=read)
 
 
 def _normalised(e: Evidence, space: str) -> CrossMoment:

@@ -95,7 +95,10 @@ class Adapter:
         """The adapter in an opened PEFT folder; refuses as :meth:`open`."""
         if not checkpoint.adapter_config:
             raise InputRefused(f"{checkpoint.folder} has no adapter_config.json; is it a PEFT adapter?")
-        return cls(checkpoint.adapter_config, checkpoint)
+        try:
+            return cls(checkpoint.adapter_config, checkpoint)
+        except InputRefused as error:
+            raise InputRefused(f"{checkpoint.folder}: {error}") from error
 
     def rank(self, layer: str) -> int:
         """The layer's rank by the configuration."""

@@ -7,7 +7,7 @@ is taken.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Batch, backbone, mixings, run_model
-from .errors import InputRefused
+from .errors import InputRefused, NumericalError
 from .spaces import Layout
+from .tokens import RowMixing
 
 TOKENS = 256  # rows compared, spread over all batches: 2 x depth x width x 1 KiB are kept
 
@@ -36,27 +37,29 @@ def pair_blocks(
         source.eval(), target.eval()
         for pair in batches:
             rows = mixings(layouts, *pair)
+            share = -(-TOKENS // len(batches))
             for model, layout, batch, mixing, kept in zip((source, target), layouts, pair, rows, updates, strict=True):
-                for b, update in enumerate(block_updates(model, layout, batch)):
-                    mixed = update if mixing is None else mixing.to(update.device)(update)
-                    count = min(len(mixed), -(-TOKENS // len(batches)))
-                    kept[b].append(mixed[torch.linspace(0, len(mixed) - 1, count).long()].cpu())
+                for b, update in enumerate(block_updates(model, layout, batch, partial(_spread, mixing, share))):
+                    kept[b].append(update)
     finally:
         for module, mode in training:
             module.training = mode
-    scores = similarities(*([torch.cat(parts) for parts in side] for side in updates))
+    joined = [[torch.cat(parts) for parts in side] for side in updates]
+    if not all(bool(u.isfinite().all()) for side in joined for u in side):
+        raise NumericalError("blocks put NaN or Inf into the residual; check both bases and the calibration")
+    scores = similarities(*joined)
     return increasing(scores)
 
 
-def block_updates(model: nn.Module, layout: Layout, batch: Batch) -> list[Tensor]:
-    """What each block adds to the residual, [samples * tokens, width], in one forward pass."""
+def block_updates(model: nn.Module, layout: Layout, batch: Batch, keep: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What each block adds to the residual in one forward pass: of [samples * tokens, width] what ``keep`` keeps."""
     inside = backbone(model, layout)
     found: dict[int, Tensor] = {}
 
     def add(b: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = result[0] if isinstance(result, tuple) else result
-        found[b] = (after - before).detach().flatten(0, -2)
+        found[b] = keep((after - before).detach().flatten(0, -2))
 
     spelled = layout.family.spelled(name for name, _ in inside.named_modules())
     with ExitStack() as stack, torch.no_grad():
@@ -96,6 +99,12 @@ def increasing(scores: Tensor) -> list[int | None]:
             i, j = i - 1, j - 1
             found[j] = i
     return found
+
+
+def _spread(mixing: RowMixing | None, count: int, update: Tensor) -> Tensor:
+    """``count`` rows from first to last, of those both models have."""
+    mixed = update if mixing is None else mixing.to(update.device)(update)
+    return mixed[torch.linspace(0, len(mixed) - 1, min(len(mixed), count)).long()].cpu()
 
 
 def _triangle(update: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class Family:
         class_token: images have one in front.
         fused: layer that keeps several -> names of the layers in it, in order; all relative to a block.
         transposed: patterns of layers whose stored weight is [in, out].
+        adapters: whether PEFT can wrap its layers.
         left: patterns of parameters that stay by rule, with the reason.
         aliases: (pattern, replacement) that turn other spellings into canonical names.
         geometry: turns a config into the sizes :meth:`Layout.of` reads, in transformers' usual names.
@@ -112,6 +113,7 @@ class Family:
     class_token: bool = False
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
+    adapters: bool = True
     left: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[tuple[str, str], ...] = ()
     geometry: Geometry = dict

@@ -17,6 +17,7 @@ from .headers import read_json
 log = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Size = tuple[int, int]  # height, width in pixels
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 BILINEAR = 2  # PIL's numbers, which preprocessor_config.json uses
 
 
@@ -37,6 +38,10 @@ class Preprocessor:
 
         Raises InputRefused if it makes images of another size or number of channels than the model reads.
         """
+        if channels not in MODES:
+            raise InputRefused(
+                f"{name} reads {channels} channels, images have 1, 3 or 4; give a .safetensors of pixel_values"
+            )
         path = folder / "preprocessor_config.json"
         given = read_json(path) if path.is_file() else {}
         if not given:
@@ -59,14 +64,18 @@ class Preprocessor:
         except (KeyError, TypeError, ValueError) as error:
             raise InputRefused(f"{path} is not understood ({error}); was it edited?") from error
         if (made := found.crop or found.resize) != image:
-            raise InputRefused(f"{path} makes images of {made} pixels, {name} reads {image[0]} x {image[1]}; edit one")
+            raise InputRefused(
+                f"{path} makes images of {made} pixels, {name} reads {image[0]} x {image[1]} by its config; set "
+                f'{"crop_size" if crops else "size"} to {{"height": {image[0]}, "width": {image[1]}}} in a copy, '
+                "also where the model would interpolate positions"
+            )
         if not len(found.mean) == len(found.std) == channels or not all(found.std):
             raise InputRefused(f"{path} has mean {found.mean} and std {found.std}, {name} reads {channels} channels")
         return found
 
     def __call__(self, picture: Any) -> torch.Tensor:
         """A PIL image as floats [channels, height, width]."""
-        picture = picture.convert({1: "L", 3: "RGB", 4: "RGBA"}[len(self.mean)])
+        picture = picture.convert(MODES[len(self.mean)])
         if self.resize is not None:
             height, width = self.resize if isinstance(self.resize, tuple) else _shortest(picture.size, self.resize)
             picture = picture.resize((width, height), self.resample)

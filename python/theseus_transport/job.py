@@ -15,10 +15,10 @@ from .checkpoint import Checkpoint
 from .checks import check_left, check_rows, check_tune, check_values
 from .delta import Adapter, Delta
 from .errors import InputRefused
-from .folder import check_writable, differences, new_folder
+from .folder import check_writable, differences
 from .links import moment_links
 from .outcome import Clock, Outcome, collected_warnings, describe
-from .output import Kind, Written, check_output, write_updates
+from .output import Kind, Written, check_output, planned, write_updates
 from .predict import Prediction, move_flops
 from .recipes import Recipe
 from .report import model_card
@@ -134,11 +134,7 @@ class AlignSession:
             outcome = self.outcome(**_told(alignment), warnings=warnings)
             outcome.job["recipe"] = asdict(alignment.recipe)
             record = {"outcome": asdict(outcome)}
-            inputs = self.bases.inputs
-            with new_folder(
-                job.out, nbytes=self.bytes_out, metadata=record, overwrite=job.overwrite, inputs=inputs
-            ) as place:
-                alignment.save(place)
+            alignment.save(job.out, overwrite=job.overwrite, metadata=record, inputs=self.bases.inputs)
             clock.lap("write")
         return clock.finish(outcome, job.out)
 
@@ -169,7 +165,7 @@ class Session:
         self.bytes_out = check_output(
             draft, self.places, self.kind, dtype=self.dtype, overwrite=job.overwrite, inputs=self.inputs
         )
-        self.steps, flops = len(draft), move_flops(draft)
+        self.steps, flops = len(planned(draft, self.kind)), move_flops(draft)
         if self.alignment:
             self.prediction = Prediction.of_moving(self.alignment, draft, flops)
         else:
@@ -204,6 +200,7 @@ class Session:
             check_rows(self.coverage, *self.bases.checkpoints)
             alignment = self.alignment or self.bases.align(progress, clock.lap)
             update = self.transport(alignment)
+            self.coverage = update.coverage  # a draft may have guessed
             alphas = [a.resolved(update) for a in self.alphas]
             outcome = self.outcome(**_told(alignment), warnings=warnings)
             outcome.job["recipe"] = asdict(alignment.recipe)  # its floor follows the models' precision

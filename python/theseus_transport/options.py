@@ -20,6 +20,7 @@ from .screen import errors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 RECIPE = {field.name: "recipe" if field.name == "name" else field.name for field in fields(Recipe)}  # field -> option
+REFUSED = f"{__name__}.refused"  # in a context's meta: why --config was
 
 
 def options(*names: str, recipe: bool = False) -> Callable[[Function], Function]:
@@ -56,9 +57,21 @@ def options(*names: str, recipe: bool = False) -> Callable[[Function], Function]
 def _configured(context: typer.Context, path: Path | None) -> Path | None:
     """Before anything else of a command is read: what stands on the command line then wins."""
     if path is not None:
-        with errors(as_json=False):
+        try:
             context.default_map = read_config(path, context.command)
+        except InputRefused as error:
+            context.meta[REFUSED] = error
+        if "as_json" in context.params:
+            _refuse(context, context.params["as_json"])
     return path
+
+
+def _refuse(context: typer.Context, as_json: bool) -> bool:
+    """Once both --config and --json are read, in whichever order: a refused file is told as --json asks."""
+    with errors(as_json):
+        if refused := context.meta.get(REFUSED):
+            raise refused
+    return as_json
 
 
 def read_config(path: Path, command: Any) -> dict[str, Any]:
@@ -69,7 +82,7 @@ def read_config(path: Path, command: Any) -> dict[str, Any]:
     """
     try:
         held = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise InputRefused(f"--config {path} is no readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(held, dict):
         raise InputRefused(f"--config {path} holds {type(held).__name__}, expected keys and values, like `alpha: 0.5`")
@@ -178,7 +191,9 @@ ALL: dict[str, tuple[Any, Any]] = {
     "allow_pickle": _flag("allow-pickle", "Read .bin files (weights only)."),
     "verify_inputs": _flag("verify-inputs", "Compare the whole content of both bases and MAPS, not headers only."),
     "dry_run": _flag("dry-run", "Check everything, print coverage and predictions, write nothing."),
-    "as_json": _flag("json", "Print one JSON object instead of tables."),
+    "as_json": _option(
+        bool, False, "--json", callback=_refuse, is_eager=True, help="Print one JSON object instead of tables."
+    ),
     "config": _option(
         Path | None, None, callback=_configured, is_eager=True, help="YAML with the same keys; options here win."
     ),

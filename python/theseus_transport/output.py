@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -104,6 +105,8 @@ def write_updates(
     """
     if kind == "adapter" and update.delta.adapter is None:
         raise InputRefused("a full fine-tune has no low-rank factors; write it as a checkpoint or a delta")
+    if kind == "adapter" and not update.family.adapters:
+        raise InputRefused(f"PEFT cannot wrap the layers of {update.family.model_type}; write a checkpoint or a delta")
     made = []
     for i, (view, out) in enumerate(zip(at_alphas(update, [o.alpha for o in outputs]), outputs, strict=True)):
         files: dict[str, Any] = dict(out.files or {})
@@ -160,7 +163,10 @@ def adapter_config(update: Update, base_name: str | None) -> str:
     config = {**adapter.config, "base_model_name_or_path": base_name, "inference_mode": True, "revision": None}
     keys = adapter.layers()
     as_it_was = {layer: (adapter.rank(layer), adapter.scaling(layer)) for layer in keys}
-    if as_it_was != {layer: (moved.rank, moved.scaling) for layer, moved in update.factors.items()}:
+    depths = {
+        base.layout.depth for base in (update.source, update.target)
+    }  # a deeper target has more of the same names
+    if len(depths) > 1 or as_it_was != {n: (moved.rank, moved.scaling) for n, moved in update.factors.items()}:
         root = (lambda r: r**0.5) if config.get("use_rslora") else float
         config |= {
             "target_modules": sorted(update.factors),
@@ -168,11 +174,12 @@ def adapter_config(update: Update, base_name: str | None) -> str:
             "alpha_pattern": {layer: moved.scaling * root(moved.rank) for layer, moved in update.factors.items()},
             **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
         }
-    if source is not target:
-        config["fan_in_fan_out"] = bool(target.transposed)
-    whole = {name: source.canonical(name) in update.target for name in adapter.whole()}
-    if not all(whole.values()):  # else PEFT looks for a head that is not there
-        modules = {name.rpartition(".")[0].rpartition(".")[2] for name, kept in whole.items() if kept}
+    turned = [any(re.search(p, layer) for p in target.transposed) for layer in update.factors]
+    if source is not target and turned:
+        config["fan_in_fan_out"] = all(turned)
+    whole = whole_tensors(update)
+    if len(whole) != len(adapter.whole()) or source is not target:  # else PEFT looks for a head that is not there
+        modules = {into.rpartition(".")[0].rpartition(".")[2] for into in whole.values()}
         config |= {"modules_to_save": sorted(modules) or None, "task_type": None}
     return json.dumps(config, indent=2, sort_keys=True)
 
@@ -187,12 +194,24 @@ def _adapter(update: Update, dtype: torch.dtype | None, rounding: Rounding) -> I
         for part, size in {"a": (moved.rank, in_features), "b": (out_features, moved.rank)}.items():
             make = partial(_factor, once, part, own, 1.0 if part == "a" else update.alpha)
             yield f"{PREFIX}{layer}.lora_{part.upper()}.weight", size, own, make
+    for into in whole_tensors(update).values():
+        stored = update.target.slots[into].stored
+        shape, own = shape_of(update.target.tensors, stored), _own(update, stored, dtype)
+        yield f"{PREFIX}{stored}", shape, own, partial(_tuned, update, stored, own, rounding)
+
+
+def whole_tensors(update: Update) -> dict[str, str]:
+    """What an adapter saves whole and the target has a place for: name in the adapter -> canonical name there."""
+    adapter, source = update.delta.adapter, update.source_family
+    assert adapter is not None
+    modules = {own.rpartition(".")[0]: into.rpartition(".")[0] for own, into in update.moved.items()}
+    found = {}
     for name in adapter.whole():
-        canonical = update.source_family.canonical(name)
-        if canonical in update.target:
-            stored = update.target.slots[canonical].stored
-            shape, own = shape_of(update.target.tensors, stored), _own(update, stored, dtype)
-            yield f"{PREFIX}{stored}", shape, own, partial(_tuned, update, stored, own, rounding)
+        module, _, kind = source.canonical(name).rpartition(".")
+        into = f"{modules.get(module, module if source is update.family else '')}.{kind}"
+        if into in update.target:
+            found[name] = into
+    return found
 
 
 def _checkpoint(update: Update, dtype: torch.dtype | None, rounding: Rounding) -> Iterator[Planned]:

@@ -41,7 +41,7 @@ class Prediction:
             "cross-moments": sum(2 * tokens * s * t for s, t in _widths(layouts)) / single,
             "decompositions": decompositions(layouts, recipe) / double,
         }
-        return cls(alignment_bytes(sides, layouts), stages | move_seconds(move))
+        return cls(alignment_bytes(sides, layouts, recipe), stages | move_seconds(move))
 
     @classmethod
     def of_moving(cls, alignment: Alignment, update: Update, move: int) -> Prediction:
@@ -99,6 +99,8 @@ def move_flops(update: Update) -> int:
     ranks = {part: adapter.rank(la) for la in layers for part in family.parts(family.canonical(la))} if adapter else {}
     flops = 0
     for name, into in update.moved.items():
+        if name not in update.source:  # a bias of the target alone
+            continue
         source, target = update.source.shape(name), update.target.shape(into)
         if len(target) == len(source) == 2:
             (out_s, in_s), (out_t, in_t) = source, target
@@ -112,11 +114,12 @@ def move_seconds(flops: int) -> dict[str, float]:
     return {"move": flops / rate(torch.float64)} if flops else {}
 
 
-def alignment_bytes(sides: Sides, layouts: Layouts) -> int:
-    """Peak host memory: float32 weights, float64 moments and maps, workspace of the widest decomposition."""
+def alignment_bytes(sides: Sides, layouts: Layouts, recipe: Recipe) -> int:
+    """Peak host memory: float32 weights, float64 moments, Grams and maps, workspace of the widest decomposition."""
     elements = sum(prod(shape) for checkpoint in sides for shape in checkpoint.shapes.values())
     spaces = [s * t for s, t in _widths(layouts)]
-    return RUNTIME + 4 * elements + 3 * 8 * sum(spaces) + 5 * 8 * max(spaces)
+    grams = sum(s * s + t * t for s, t in _widths(layouts)) if recipe.whiten_power else 0
+    return RUNTIME + 4 * elements + 3 * 8 * sum(spaces) + 8 * grams + 5 * 8 * max(spaces)
 
 
 def _named_widths(layouts: Layouts) -> dict[str, tuple[int, int]]:

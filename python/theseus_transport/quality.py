@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .alignment import Alignment
 from .capture import Batch, capture
 from .links import Link
-from .maps import Heads, Map
+from .maps import Map
 from .models import Base
 from .moments import CrossMoment
+from .regression import cosine
 from .tokens import RowMixing
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def quality(maps: Mapping[str, Map], held: Moments, shifted: Moments) -> list[Qu
         maps: by space; ``x_S @ T``.
         held: moments of rows the maps were not made from. shifted: of the same, source row i with target row i + n.
     """
-    rows = [Quality(s, cosine(maps[s], held[s]), cosine(maps[s], shifted[s])) for s in held if s in maps]
+    rows = [Quality(s, matched(maps[s], held[s]), matched(maps[s], shifted[s])) for s in held if s in maps]
     if poor := [row for row in rows if row.near_chance]:
         first = poor[0]
         log.warning(
@@ -58,15 +58,9 @@ def quality(maps: Mapping[str, Map], held: Moments, shifted: Moments) -> list[Qu
     return rows
 
 
-def cosine(t: Map, moment: CrossMoment) -> float:
-    """tr(T^T C) / sqrt(E_S E_T) in [-1, 1], scales inside T taken out; 0 where a side has no energy."""
-    source = moment.source_energy
-    if isinstance(t, Heads):  # block by block, without scales; a source head counts once per copy
-        size = torch.linalg.matrix_norm(t.blocks, 2).clamp(min=torch.finfo(torch.float64).tiny)
-        t = replace(t, blocks=t.blocks / size[:, None, None])
-        source = source.unflatten(0, (t.heads, -1))[t.source_head]
-    energy = float(source.sum() * moment.target_energy.sum())
-    return float(t(moment.cross.T).trace()) / energy**0.5 if energy > 0 else 0.0
+def matched(t: Map, moment: CrossMoment) -> float:
+    """The cosine of ``x_S @ T`` and ``x_T`` over a moment's rows."""
+    return cosine(t, moment.cross, (moment.source_energy, moment.target_energy))
 
 
 class Twin:

@@ -31,7 +31,7 @@ def regressed(e: Evidence, out: Plan, z: Mapping[str, CrossMoment]) -> None:
         rule = out.rules[layer.name]
         link = "final" if layer.role == "head" else f"{layer.block}.{READS.get(layer.role, 'attention')}"
         read = z.get(link, e.moments[link])
-        inner = cosine(out.maps[rule.input], read.cross, (read.source_energy, read.target_energy))
+        inner = max(LEAST, cosine(out.maps[rule.input], read.cross, (read.source_energy, read.target_energy)))
         outer = 1.0
         if layer.role != "head":
             seen = e.energies[layer.name]
@@ -42,12 +42,12 @@ def regressed(e: Evidence, out: Plan, z: Mapping[str, CrossMoment]) -> None:
             weights = [base.augmented(la.name).to(read.cross) for base, la in sides]
             behind = [base.vector(la.scale or "", len(w), 1.0) for (base, la), w in zip(sides, weights, strict=True)]
             cross = e.moments[link].derive(*(v.to(w)[:, None] * w for v, w in zip(behind, weights, strict=True))).cross
-            outer = cosine(out.maps[rule.output], cross, energies)
+            outer = max(LEAST, cosine(out.maps[rule.output], cross, energies))
         out.rules[layer.name] = replace(rule, scale_in=rule.scale_in / inner, scale_out=rule.scale_out * outer)
 
 
 def cosine(t: Map, cross: Tensor, energies: tuple[Tensor, Tensor]) -> float:
-    """tr(T^T C) / sqrt(E_S E_T), at most 1, scales inside T taken out.
+    """tr(T^T C) / sqrt(E_S E_T) in [-1, 1], scales inside T taken out; 0 where a side has no energy.
 
     Args:
         cross: [dS, dT]; energies: per feature, or in total, of source and target.
@@ -58,4 +58,4 @@ def cosine(t: Map, cross: Tensor, energies: tuple[Tensor, Tensor]) -> float:
         t = replace(t, blocks=t.blocks / size[:, None, None])
         own = own.unflatten(0, (t.heads, -1))[t.source_head.to(own.device)]
     energy = float(own.sum() * other.sum())
-    return max(float(t(cross.T).trace()) / energy**0.5, LEAST) if energy > 0 else 1.0
+    return float(t(cross.T).trace()) / energy**0.5 if energy > 0 else 0.0

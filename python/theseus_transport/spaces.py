@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import nn
@@ -170,8 +171,11 @@ class Layout:
 
     def counterpart(self, layer: Layer, block: int | None) -> Layer | None:
         """This model's layer in the same slot of ``block``, or as a head."""
-        wanted = self.depth if layer.role == "head" else block
-        return next((own for own in self.layers() if own.slot == layer.slot and own.block == wanted), None)
+        return self._places.get((layer.slot, self.depth if layer.role == "head" else block))
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, int | None], Layer]:
+        return {(layer.slot, layer.block): layer for layer in self.layers()}
 
     def norms(self) -> list[str]:
         """Canonical names of the norms linear layers read, the final one last."""

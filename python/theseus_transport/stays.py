@@ -36,7 +36,7 @@ class Stays:
             return "the recipe leaves heads"
         inside = re.match(rf"{re.escape(source.family.blocks)}\.(\d+)\.", name)
         if inside and int(inside[1]) < source.depth and int(inside[1]) not in self.alignment.blocks:
-            return f"no block of the target takes block {inside[1]}"
+            return f"no block of the target takes block {inside[1]}" + self.alignment.draft * ", as guessed"
         return source.family.why_left(name)
 
     def unmoved(self, name: str, *, is_new: bool) -> str | None:

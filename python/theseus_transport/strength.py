@@ -90,5 +90,6 @@ def _source_weights(update: Update) -> Iterator[tuple[str, Callable[[], tuple[Te
 
     for name in update.moved:
         factored = name.removesuffix(".weight") in spelled
-        if len(source.shape(name)) > 1 and (factored or name in tuned):  # a tied head is its embedding, counted once
+        matrix = name in source and len(source.shape(name)) > 1  # no bias, which may be the target's alone
+        if matrix and (factored or name in tuned):  # a tied head is its embedding, counted once
             yield name, partial(product if factored else difference, name)

@@ -100,7 +100,7 @@ class _Planner:
         self.update.coverage = sorted(
             self.rows.values(), key=lambda row: order.get(self.family.canonical(row.tensor), -1)
         )
-        if not self.update:
+        if not self.update and not self.alignment.draft:
             reasons = sorted({row.note for row in self.rows.values() if row.fate == "left"})
             what = (
                 f"every changed tensor was left behind ({'; '.join(reasons)})"
@@ -168,7 +168,8 @@ class _Planner:
         job = partial(self._dense, move)
         for part in moving:
             self.update.plan(f"{into.name}.{part}", job)
-            self.update.moved[f"{own.name}.{part}"] = f"{into.name}.{part}"
+            if f"{own.name}.{part}" in self.source:
+                self.update.moved[f"{own.name}.{part}"] = f"{into.name}.{part}"
         for name in ({weight, bias} & self.changed) - self.rows.keys():
             self._row(name, "transported")
         for name in filter(None, around):
@@ -222,7 +223,10 @@ class _Planner:
                 self._row(name, "left", "left on request")
                 continue
             for part, slot in self.family.parts(name).items():
-                self._plan_piece(adapter, spelled, part, slot, found)
+                if self.stays.asked(part) or self.stays.asked(f"{part}.weight"):
+                    self._row(part, "left", "left on request")
+                else:
+                    self._plan_piece(adapter, spelled, part, slot, found)
         for own, pieces in found.items():
             self.update.factors[own] = fused(pieces)
 

@@ -33,7 +33,11 @@ class VectorMove:
         axes = tuple(kind.axis if kind else 0 for kind in self._kinds)
         self._rows = tuple((*s[:a], *s[a + 1 :]) for s, a in zip(self._shapes, axes, strict=True))
         self._axes = axes
-        self._mixed = self._slot == "position" and self._counts[0] != self._counts[1]
+        layouts = self.source.layout, self.target.layout
+        places = [
+            (la.grid, la.ahead[0]) if la.image else count for la, count in zip(layouts, self._counts, strict=True)
+        ]
+        self._mixed = self._slot == "position" and places[0] != places[1]
         if self._mixed:
             self.note = f"{self._counts[0]} positions onto {self._counts[1]}"
 

@@ -13,6 +13,7 @@ from .delta import Adapter
 from .errors import InputRefused
 from .folder import MANIFEST, differences, read_manifest
 from .headers import read_header
+from .models import Base
 from .spaces import Layout
 
 
@@ -96,7 +97,9 @@ def _checkpoint(folder: Path, reference: str) -> list[str]:
 
 
 def _delta(folder: Path, reference: str) -> list[str]:
-    written, files = Checkpoint.open(folder / "delta.safetensors"), _files(folder)
+    index, files = folder / "delta.safetensors.index.json", _files(folder)
+    shards = index.is_file()
+    written = Checkpoint(folder, "checkpoint", [], index) if shards else Checkpoint.open(folder / "delta.safetensors")
     return _values(written, files) + _against(written, files, _base(reference), whole=False)
 
 
@@ -107,7 +110,8 @@ def _against(written: Checkpoint, files: dict[str, str], base: Checkpoint, *, wh
             faults.append(f"{files[name]}: {name} is no tensor of {base.folder}")
         elif shape != base.shapes[name]:
             faults.append(f"{files[name]}: {name} is {list(shape)}, that of {base.folder} is {list(base.shapes[name])}")
-    missing = [name for name in base if name not in written] if whole else []
+    needed = {slot.stored for slot in Base.of(base, Layout.of(base.config)).slots.values()} if whole else set()
+    missing = [name for name in base if name in needed and name not in written]  # a tied head may be stored, or not
     return faults + [f"{name} of {base.folder} is in no file" for name in missing]
 
 

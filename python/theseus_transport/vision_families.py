@@ -157,6 +157,9 @@ def _open_clip(module: Any) -> Mapping[str, Any] | None:
     try:
         blocks, (width, channels, *patch) = module.transformer.resblocks, module.conv1.weight.shape
         tokens = len(module.positional_embedding)
+        readable = getattr(module.transformer, "batch_first", True) and getattr(module, "attn_pool", None) is None
+        if not readable or len(module.ln_post.weight) != width or len(module.ln_pre.weight) != width:
+            return None
         found = {
             "model_type": "open_clip_vit",
             "hidden_size": width,
@@ -166,7 +169,6 @@ def _open_clip(module: Any) -> Mapping[str, Any] | None:
             "patch_size": patch,
             "num_channels": channels,
             "layer_scale": hasattr(getattr(blocks[0], "ls_1", None), "gamma"),
-            "norms": [module.ln_pre.weight, module.ln_post.weight],
         }
     except (AttributeError, IndexError, TypeError, ValueError):
         return None
@@ -204,6 +206,7 @@ OPEN_CLIP = Family(
     fused={"attn.in_proj": ("attn.in_proj.q", "attn.in_proj.k", "attn.in_proj.v")},
     transposed=(r"^proj$",),
     aliases=((r"\.in_proj_(weight|bias)$", r".in_proj.\1"), (r"^proj$", "proj.weight")),
+    adapters=False,
     recognise=_open_clip,
 )
 

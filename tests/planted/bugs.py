@@ -286,7 +286,8 @@ BUGS = [
     Bug("shifted rows not shifted", "tests/test_quality.py::test_shifted_rows[5-4]", "theseus_transport/quality.py",
         "self.shifted.update(own, other.roll(-step, 0))", "self.shifted.update(own, other)"),
     Bug("copies of a head counted once", "tests/test_quality.py::test_scales_and_copies_of_heads_do_not_count",
-        "theseus_transport/quality.py", "        source = source.unflatten(0, (t.heads, -1))[t.source_head]\n", ""),
+        "theseus_transport/regression.py",
+        "        own = own.unflatten(0, (t.heads, -1))[t.source_head.to(own.device)]\n", ""),
     Bug("every strength moved anew", "tests/test_apply.py::test_several_strengths_move_each_layer_once[lora]",
         "theseus_transport/output.py", "compute=partial(last, moved.compute)", "compute=moved.compute"),
 ]

@@ -189,6 +189,9 @@ class DropIn:
     ) -> dict[str, Tensor]:
         """The target's delta: a tensor for every key of ``delta`` that ``target_base`` has, in its shape and dtype.
 
+        With the recipe ``coherent`` also one for every other tensor that takes part of the update up: the layer that
+        reads a changed norm, the bias beside a changed weight.
+
         Args:
             prepared: by :meth:`prepare`; target_base: state dict of the target; delta: task vector of the source.
             strict: refuse a key the target does not have (KeyError), or no key at all (ValueError).
@@ -202,10 +205,13 @@ class DropIn:
             raise Refused("no key of the delta is a key of the target; were the right state dicts given?")
         if strict and (absent := [key for key in delta if key not in target_base]):
             raise KeyError(f"{absent[0]} ({len(absent)} such) is in the delta, but the target has no such tensor")
-        moved = prepared["move"](*({s: own[full] for s, full in within.items()} for own in (delta, target_base)))
+        names = _keys(target_base) | within
+        changes, base = ({s: own[full] for s, full in n.items()} for own, n in ((delta, within), (target_base, names)))
+        moved = prepared["move"](changes, base)
         out = {key: torch.zeros_like(target_base[key]) for key in delta if key in target_base}
         for short, value in moved.items():
-            out[within[short]] = value.to(target_base[within[short]])
+            if short in within or bool(value.any()):
+                out[names[short]] = value.to(target_base[names[short]])
         log.info("%s moved %d of %d tensors", self.name, len(moved), len(out))
         return out
 
