@@ -2,6 +2,7 @@
 
     python bench/bench_job.py               # ViT-B/16 to ViT-B/16+ at 240 pixels: about 20 minutes on two cores
     python bench/bench_job.py --geometry small          # or two-blocks: the same widths, two of the twelve blocks
+    python bench/bench_job.py --batch 8                 # as many images a forward pass for every way
 
 Random weights, 32 random images, a random update of every tensor. The peak is the kernel's own (ru_maxrss).
 """
@@ -33,8 +34,8 @@ GEOMETRY = {  # (width, heads, MLP width, pixels) of source and target, and the 
     "two-blocks": ((768, 12, 3072, 224), (896, 14, 3584, 240), 2),
     "full": ((768, 12, 3072, 224), (896, 14, 3584, 240), 12),
 }
-BATCH = 8  # images a forward pass, the command's default, for every way
 WAYS = "official", "coherent", "paper"
+BATCH = {"official": 32, "coherent": 8, "paper": 8}  # images a forward pass: theirs is one batch, ours the command's
 COMPARED = "mlp.fc2"  # the data determines its input and output fully: ours and theirs must agree there
 ROUNDING = 2**-23  # of our float32 products; a polar factor amplifies it by 1 / gap
 
@@ -57,9 +58,9 @@ def inputs(geometry: str, batch: int) -> tuple[ViTModel, ViTModel, ViTModel, lis
     return source, tuned, target, list(zip(images.split(batch), larger.split(batch), strict=True))
 
 
-def work(way: str, geometry: str, out: Path) -> dict:
+def work(way: str, geometry: str, batch: int, out: Path) -> dict:
     """One way from models to the moved update; writes the compared tensors, returns seconds by phase."""
-    source, tuned, target, batches = inputs(geometry, BATCH)
+    source, tuned, target, batches = inputs(geometry, batch)
     times = [time.perf_counter()]
     if way == "official":
         products = official_recipe.capture(source, target, batches)
@@ -91,9 +92,9 @@ def work(way: str, geometry: str, out: Path) -> dict:
     return dict(seconds=seconds, total=times[-1] - times[0], tensors=len(moved), smallest_gap=gap)
 
 
-def measure(way: str, geometry: str, out: Path) -> dict:
+def measure(way: str, geometry: str, batch: int, out: Path) -> dict:
     """Run one way in a child process: what it reports, with the kernel's peak of its memory in GiB."""
-    command = [sys.executable, __file__, "--geometry", geometry, "--way", way, "--out", str(out)]
+    command = [sys.executable, __file__, "--geometry", geometry, "--way", way, "--batch", str(batch), "--out", str(out)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     text = child.stdout.read()
@@ -104,10 +105,11 @@ def measure(way: str, geometry: str, out: Path) -> dict:
     return record | dict(peak_gib=usage.ru_maxrss / 2**20, cpu_seconds=usage.ru_utime + usage.ru_stime)
 
 
-def compare(geometry: str) -> dict:
+def compare(geometry: str, batch: int | None) -> dict:
     """All ways one after the other, and how they relate: how far `paper` is from what the official recipe moves."""
+    batches = {way: batch or BATCH[way] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
-        found = {way: measure(way, geometry, Path(folder) / way) for way in WAYS}
+        found = {way: measure(way, geometry, batches[way], Path(folder) / way) for way in WAYS}
         ours, theirs = (load_file(Path(folder) / way) for way in ("paper", "official"))
     assert ours.keys() == theirs.keys() and ours
     difference = max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in ours)
@@ -122,7 +124,7 @@ def compare(geometry: str) -> dict:
     return dict(
         machine=machine.facts(),
         geometry=GEOMETRY[geometry],
-        images_per_batch=BATCH,
+        images_per_batch=batches,
         results=found,
         ratios=ratios,
         paper_differs_from_official=difference,
@@ -148,11 +150,12 @@ def test_job(geometry: str, request: pytest.FixtureRequest) -> None:
     run(geometry)
 
 
-def run(geometry: str) -> None:
-    record = compare(geometry)
+def run(geometry: str, batch: int | None = None) -> None:
+    record = compare(geometry, batch)
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"job-{geometry}-cpu.json").write_text(json.dumps(record, indent=4) + "\n")
+    name = f"job-{geometry}{f'-batch{batch}' if batch else ''}-cpu.json"
+    (folder / name).write_text(json.dumps(record, indent=4) + "\n")
     print(f"\nViT {GEOMETRY[geometry]}, {IMAGES} images\n{report(record)}")
     gap = record["results"]["paper"]["smallest_gap"]
     assert record["paper_differs_from_official"] <= ROUNDING / gap, record["paper_differs_from_official"]
@@ -162,9 +165,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--geometry", choices=GEOMETRY, default="full")
     parser.add_argument("--way", choices=WAYS, help="run one way in this process (what the comparison starts)")
+    parser.add_argument("--batch", type=int, help="images a forward pass, for every way")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.way:
-        print(json.dumps(work(options.way, options.geometry, options.out)))
+        print(json.dumps(work(options.way, options.geometry, options.batch or BATCH[options.way], options.out)))
     else:
-        run(options.geometry)
+        run(options.geometry, options.batch)
