@@ -90,6 +90,14 @@ def coverage_table(rows: list[dict[str, str]]) -> Table:
     return table
 
 
+def by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the same space in every block, under its name with * for the block."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(re.sub(r"\d+", "*", row["space"]), []).append(row)
+    return kinds
+
+
 def maps_table(maps: list[dict[str, Any]]) -> Table:
     """Rank and gap of the maps, one line per kind of space: the weakest of all blocks."""
     table = Table(
@@ -102,10 +110,7 @@ def maps_table(maps: list[dict[str, Any]]) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for m in maps:
-        kinds.setdefault(re.sub(r"\d+", "*", m["space"]), []).append(m)
-    for kind, group in kinds.items():
+    for kind, group in by_kind(maps).items():
         worst = min(group, key=_share)
         full = min(worst["source"], worst["target"])
         colour = "yellow" if worst["rank"] < full / 2 else ""
@@ -126,10 +131,7 @@ def quality_table(quality: list[dict[str, Any]]) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for row in quality:
-        kinds.setdefault(re.sub(r"\d+", "*", row["space"]), []).append(row)
-    for kind, group in kinds.items():
+    for kind, group in by_kind(quality).items():
         worst = min(group, key=lambda row: row["held"] - row["shifted"])
         colour = "yellow" if worst["near_chance"] else ""
         table.add_row(escape(kind), str(len(group)), Text(f"{worst['held']:.2f}", colour), f"{worst['shifted']:.2f}")
