@@ -23,11 +23,17 @@ def test_stream_symbol_is_there_exactly_under_a_cuda_torch():
 
 
 def test_kernels_are_registered_for_what_was_built():
-    def has(key: str) -> bool:
-        return torch._C._dispatch_has_kernel_for_dispatch_key("theseus_ext::cross_moment_", key)
+    for op in ("cross_moment_", "cross_moments_", "svd", "svdvals"):
 
-    assert has("CPU") and has("Meta") and has("Autograd")
-    assert has("CUDA") == theseus_ext.build_info()["cuda_kernels"]
+        def has(key: str, op: str = op) -> bool:
+            return torch._C._dispatch_has_kernel_for_dispatch_key(f"theseus_ext::{op}", key)
+
+        assert has("CPU") and has("Meta") and has("Autograd"), op
+        assert has("CUDA") == theseus_ext.build_info()["cuda_kernels"], op
+
+
+def test_on_a_gpu_tests_over_devices_run_on_cuda_too(gpu):
+    assert torch.cuda.device_count() > 0 and theseus_ext.build_info()["cuda_kernels"]
 
 
 def test_a_missing_build_says_how_to_make_one():

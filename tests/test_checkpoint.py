@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from theseus_transport.checkpoint import Checkpoint, check_finite, refuse_unsupported
+from theseus_transport.checkpoint import Checkpoint, refuse_unsupported
 from theseus_transport.errors import InputRefused
 
 
@@ -79,14 +79,6 @@ def test_fingerprint_sees_a_change(sharded: Path) -> None:
     assert opened.header_hash() == short and opened.fingerprint(full=True) != full
     save_file({"a": torch.zeros(4, dtype=torch.int32)}, sharded / "model-00001-of-00002.safetensors")
     assert opened.header_hash() != short and opened.fingerprint() != before
-
-
-def test_reading_after_the_file_changed(tmp_path: Path) -> None:
-    save_file({"x": torch.ones(100)}, tmp_path / "model.safetensors")
-    opened = Checkpoint.open(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(InputRefused, match="did the file change"):
-        opened["x"]
 
 
 @pytest.mark.parametrize("name", ["/etc/model.safetensors", "../model.safetensors", "x/../../model.safetensors",
@@ -209,7 +201,7 @@ def test_pickle_only_when_allowed(tmp_path: Path) -> None:
     opened = Checkpoint.open(tmp_path, allow_pickle=True)
     assert torch.equal(opened["w"], state["w"]) and opened.shapes["w"] == (3,) and opened.fingerprint()
     opened["w"].zero_()
-    assert torch.equal(opened["w"], state["w"])
+    assert torch.equal(opened["w"], state["w"]) and opened.bytes_read == 3 * opened.nbytes
     save_file({"safe": torch.ones(1)}, tmp_path / "model.safetensors")
     assert list(Checkpoint.open(tmp_path, allow_pickle=True)) == ["safe"], "safetensors go first even then"
 
@@ -268,13 +260,3 @@ def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputRefused, match=r"'me/gone' is neither.*\(ConnectionError: no route\); check the path"):
         Checkpoint.open("me/gone", allow_pickle=True)
     assert "pytorch_model*.bin" in calls[1][1]["allow_patterns"]
-
-
-def test_check_finite() -> None:
-    check_finite("fine", torch.ones(3))
-    check_finite("integers", torch.ones(3, dtype=torch.int32))
-    check_finite("empty", torch.ones(0))
-    bad = torch.zeros(5_000_000, dtype=torch.bfloat16)
-    bad[0], bad[-1], bad[-2] = float("nan"), float("inf"), float("-inf")
-    with pytest.raises(InputRefused, match=r"layer.w \[1000, 5000\] holds 1 NaN and 2 Inf of 5000000 values"):
-        check_finite("layer.w", bad.view(1000, 5000))

@@ -1,4 +1,4 @@
-"""theseus_ext.cross_moment_ as a torch op: opcheck, meta, compile, versions, gradients and the text of every error."""
+"""cross_moment_ and cross_moments_ as torch ops: opcheck, meta, compile, versions, gradients, every error's text."""
 
 import re
 
@@ -27,13 +27,17 @@ def arguments(*, device="cpu", dtype=torch.float32, rows=3, widths=(4, 2)):
     "mixing", [(None, None, None), (None, INDEX, None), (torch.tensor([0, 1, 1, 3]), INDEX, INDEX.double())]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(mixing, dtype):
-    tokens, outputs = arguments(dtype=dtype)
+def test_opcheck(mixing, dtype, device):
+    tokens, outputs = arguments(dtype=dtype, device=device)
+    mixing = [None if part is None else part.to(device) for part in mixing]
     torch.library.opcheck(torch.ops.theseus_ext.cross_moment_.default, (*tokens, *mixing, *mixing), outputs)
+    lists = [[tokens[0], tokens[0].clone()], [tokens[1], tokens[1].clone()]]
+    both = {name: [x, x.clone()] for name, x in outputs.items()}
+    torch.library.opcheck(torch.ops.theseus_ext.cross_moments_.default, (*lists, *mixing, *mixing), both)
 
 
-def test_opcheck_with_gradients_asked_for():
-    tokens, outputs = arguments()
+def test_opcheck_with_gradients_asked_for(device):
+    tokens, outputs = arguments(device=device)
     tokens[0].requires_grad_()
     nothing = (None,) * 6
     torch.library.opcheck(
@@ -44,15 +48,22 @@ def test_opcheck_with_gradients_asked_for():
     )
 
 
-def test_compiles_whole():
+def in_a_list(source, target, *, source_mixing, **outputs):
+    lists = {name: [x] for name, x in outputs.items()}
+    theseus_ext.cross_moments_([source], [target], source_mixing=source_mixing, **lists)
+
+
+@pytest.mark.parametrize("function", [theseus_ext.cross_moment_, in_a_list])
+def test_compiles_whole(function, device):
     def step(source, target, column, **outputs):
-        theseus_ext.cross_moment_(source * 2, target, **outputs, source_mixing=(None, column, None))
+        function(source * 2, target, **outputs, source_mixing=(None, column, None))
         return outputs["cross"] + 1
 
-    tokens, eager = arguments()
+    tokens, eager = arguments(device=device)
+    index = INDEX.to(device)
     compiled = {name: x.clone() for name, x in eager.items()}
-    expected = step(*tokens, INDEX, **eager)
-    result = torch.compile(step, fullgraph=True, backend="aot_eager")(*tokens, INDEX, **compiled)
+    expected = step(*tokens, index, **eager)
+    result = torch.compile(step, fullgraph=True, backend="aot_eager")(*tokens, index, **compiled)
     assert torch.equal(result, expected)
     assert all(torch.equal(compiled[name], eager[name]) for name in eager)
 
@@ -60,6 +71,8 @@ def test_compiles_whole():
 def test_runs_on_meta():
     tokens, outputs = arguments(device="meta")
     assert theseus_ext.cross_moment_(*tokens, **outputs) is None
+    lists = {name: [x, x.clone()] for name, x in outputs.items()}
+    assert theseus_ext.cross_moments_([tokens[0]] * 2, [tokens[1]] * 2, **lists) is None
 
 
 def test_bumps_the_version_of_what_it_writes_and_lets_no_gradient_through():
@@ -69,6 +82,9 @@ def test_bumps_the_version_of_what_it_writes_and_lets_no_gradient_through():
     theseus_ext.cross_moment_(*tokens, **outputs)
     assert all(x._version > before[name] and not x.requires_grad for name, x in outputs.items())
     assert tokens[0]._version == 0
+    before = {name: x._version for name, x in outputs.items()}
+    theseus_ext.cross_moments_([tokens[0]], [tokens[1]], **{name: [x] for name, x in outputs.items()})
+    assert all(x._version > before[name] and not x.requires_grad for name, x in outputs.items())
 
 
 WRONG_SHAPES = {
@@ -96,6 +112,56 @@ def test_wrong_shapes_are_refused_by_wrapper_and_fake(message, change, device):
         source, target = named.pop("source"), named.pop("target")
         with pytest.raises(ValueError, match=re.escape(message)):
             torch.ops.theseus_ext.cross_moment_(source, target, *(None,) * 6, **named)
+
+
+LISTS = {
+    "cross[1] is [4, 3] but source[1] has width 4 and target[1] width 2": dict(cross=(4, 3)),
+    "cross[1] is [3, 2, 1] but source[1] has width 4": dict(cross=(3, 2, 1)),
+    "cross[1] is [0, 4, 2] but source[1] has width 4": dict(cross=(0, 4, 2)),
+    "source_energy[1] is [4, 1] but source[1] has width 4": dict(source_energy=(4, 1)),
+    "source[1] has 5 rows but target[1] has 3; mix one side to match the other": dict(source=(5, 4)),
+    "source[1] is [3, 4, 1], expected [tokens, width]": dict(source=(3, 4, 1)),
+}
+
+
+@pytest.mark.parametrize(("message", "change"), LISTS.items())
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_lists_name_the_space_that_does_not_fit(message, change, device):
+    tokens, outputs = arguments(device=device)
+    named = {name: [x, x.clone()] for name, x in dict(source=tokens[0], target=tokens[1], **outputs).items()}
+    for name, shape in change.items():
+        named[name][1] = torch.ones(shape, dtype=named[name][0].dtype, device=device)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        theseus_ext.cross_moments_(**named)
+    if device == "meta":
+        source, target = named.pop("source"), named.pop("target")
+        with pytest.raises(ValueError, match=re.escape(message)):
+            torch.ops.theseus_ext.cross_moments_(source, target, *(None,) * 6, **named)
+
+
+def test_lists_that_do_not_fit_each_other_are_refused():
+    tokens, outputs = arguments()
+    named = {name: [x, x.clone()] for name, x in dict(source=tokens[0], target=tokens[1], **outputs).items()}
+
+    def refuse(kind, message, op=theseus_ext.cross_moments_, **change):
+        with pytest.raises(kind, match=re.escape(message)):
+            op(**(named | change))
+
+    refuse(
+        ValueError, "target_sum has 1 tensors but source has 2: one for every space", target_sum=named["target_sum"][:1]
+    )
+    refuse(ValueError, "source[1] is on meta but source[0] is on cpu", source=[tokens[0], tokens[0].to("meta")])
+    refuse(ValueError, "pass cross[1].detach()", cross=[named["cross"][0], named["cross"][1].requires_grad_()])
+    named["cross"][1].requires_grad_(False)
+    refuse(
+        RuntimeError, "cross_moments_: two masters share memory; give every space its own", cross=named["cross"][:1] * 2
+    )
+    raw = dict.fromkeys(f"{s}_{p}" for s in ("source", "target") for p in ("row_ptr", "column", "weight"))
+    named |= raw
+    op = torch.ops.theseus_ext.cross_moments_
+    refuse(RuntimeError, "1 tensors in one list and 2 in another", op, target=named["target"][:1])
+    refuse(RuntimeError, "3 heads do not divide the widths 4 and 2", op, cross=[torch.zeros(3, 1, 1).double()] * 2)
+    assert all(not x.any() for name in outputs for x in named[name])
 
 
 def long(*values):
@@ -157,8 +223,8 @@ def test_the_op_itself_checks_what_the_wrapper_would_have_fixed():
         torch.ops.theseus_ext.cross_moment_(source, target, *nothing, **(outputs | dict(cross=torch.zeros(4, 2))))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False")
-def test_entries_out_of_range_become_nan_on_cuda():
-    tokens, outputs = arguments(device="cuda")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_entries_out_of_range_become_nan_on_cuda(gpu, dtype):
+    tokens, outputs = arguments(device="cuda", dtype=dtype)
     theseus_ext.cross_moment_(*tokens, **outputs, source_mixing=(None, long(0, 3, 1).cuda(), None))
     assert outputs["cross"].isnan().all() and outputs["target_sum"].isfinite().all()

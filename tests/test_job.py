@@ -252,7 +252,7 @@ def test_warnings_reach_outcome_manifest_and_screen(root, tmp_path):
     assert not logging.getLogger("theseus_transport").handlers
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("in the middle"), None])
+@pytest.mark.parametrize("error", [RuntimeError("in the middle"), None])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_after_a_failure_nothing_is_left_and_the_old_folder_stands(lora, monkeypatch, error, overwrite):
     if overwrite:
@@ -275,15 +275,39 @@ def test_after_a_failure_nothing_is_left_and_the_old_folder_stands(lora, monkeyp
     assert set(lora.out.parent.iterdir()) == ({lora.out} if overwrite else set())
 
 
+def test_an_interrupted_job_is_kept_and_the_old_folder_stands(lora):
+    """Until it is gone on with, or removed."""
+    run(lora)
+    before = {path: path.read_bytes() for path in lora.out.iterdir()}
+
+    def progress(stage, number):
+        def step():
+            if stage == "write":
+                raise KeyboardInterrupt
+
+        return step
+
+    with pytest.raises(KeyboardInterrupt, match="--resume to go on after step 1"):
+        Session(replace(lora, overwrite=True, alpha=2.0)).run(progress)
+    assert {path: path.read_bytes() for path in lora.out.iterdir()} == before
+    assert {path.name for path in lora.out.parent.iterdir()} == {"out", ".out.theseus"}
+    Session(replace(lora, overwrite=True, alpha=2.0, resume=True)).run()
+    assert {path.name for path in lora.out.parent.iterdir()} == {"out"}
+    assert {path: path.read_bytes() for path in lora.out.iterdir()} != before
+
+
 def test_memory_and_disk_are_checked_first(full, monkeypatch):
-    monkeypatch.setattr(bases_module, "align", None)  # nothing heavy may run
+    monkeypatch.setattr(Session, "run", None)  # nothing heavy may run
     monkeypatch.setattr(bases_module, "available_memory", lambda: 2**20)
-    with pytest.raises(tt.ResourceError, match=r"needs about 0\.5 GiB of memory, 0\.0 GiB are available"):
-        run(full)
+    monkeypatch.setattr(bases_module, "resident_memory", lambda: 0)
+    with pytest.raises(tt.ResourceError, match=r"1MiB of memory are available, and \d+MiB is the least that would do"):
+        Session(full)
+    with pytest.raises(tt.ResourceError, match=r"--max-ram is 100MiB, and \d+MiB is the least"):
+        Session(replace(full, max_ram=100 << 20))
+    assert Session(replace(full, max_ram=2 << 30)).plan.choice.batch_size == 8
     monkeypatch.undo()
-    monkeypatch.setattr(bases_module, "align", None)
     usage = folder.shutil.disk_usage("/")
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(tt.ResourceError, match="needs [0-9]{6} bytes, .* has 1000 free"):
-        run(full)
+        Session(full)
     assert not full.out.exists()

@@ -22,7 +22,7 @@ import torch
 from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.delta import Adapter
 from theseus_transport.folder import differences, read_manifest
-from theseus_transport.writer import write_checkpoint
+from theseus_transport.writer import Planned, write_checkpoint
 
 KINDS = ("checkpoint", "adapter", "alignment")
 RANDOM = 8  # writers killed at random moments
@@ -45,7 +45,7 @@ def writer(kind: str) -> Callable[[Path, int], object]:
     stem = "adapter_model" if kind == "adapter" else "model"
 
     def write_tensors(folder: Path, version: int) -> None:
-        entries = [(name, t.shape, t.dtype, lambda t=t: t * version) for name, t in tensors.items()]
+        entries = [Planned(n, t.shape, t.dtype, lambda rows, t=t: t * version) for n, t in tensors.items()]
         options = {"files": files, "metadata": {"version": version}, "overwrite": True}
         write_checkpoint(folder, entries, stem=stem, shard_size=40, **options)
 

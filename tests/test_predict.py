@@ -12,8 +12,7 @@ from exact.models import LLAMA, base, batches, tune
 from theseus_transport import Delta, Recipe, align, transport
 from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.cli import app
-from theseus_transport.links import moment_links
-from theseus_transport.predict import alignment_bytes, decompositions, forward, move_flops, polar_flops, rate
+from theseus_transport.predict import decompositions, forward, move_flops, polar_flops, rate
 from theseus_transport.spaces import Layout
 from theseus_transport.strength import matched
 from torch.utils.flop_counter import FlopCounterMode
@@ -71,14 +70,6 @@ def test_flops_of_decompositions(root):
     residual, middle = polar_flops(24, 40), polar_flops(32, 48)
     heads = 2 * 5 * polar_flops(6, 8)  # queries and context, per kv head of the target
     assert decompositions(layouts, Recipe()) == 2 * (2 * residual + middle + heads) + residual
-
-
-def test_whitening_adds_two_grams_a_space(root):
-    sides = [Checkpoint.open(root / "bare" / side) for side in ("source", "target")]
-    layouts = tuple(Layout.of(side.config) for side in sides)
-    plain, whitened = (alignment_bytes(sides, layouts, Recipe("paper", whiten_power=p)) for p in (0.0, 0.5))
-    spaces = [(link.source.width, link.target.width) for link in moment_links(*layouts, [0, 1]).values()]
-    assert len(spaces) > 2 and whitened - plain == 8 * sum(s * s + t * t for s, t in spaces)
 
 
 def test_a_bias_that_only_the_target_has_costs_nothing_and_counts_nowhere():

@@ -79,7 +79,7 @@ def test_scaled_residuals(name: str, scale: float, iterate_from: int, monkeypatc
         assert int(polar.rank) == rank, shape
         gap = float(values[rank - 1] / values[0]) if rank else 0.0
         iterated = iterate_from == 1 and rank == min(shape)
-        assert bool(module._iterate(c * scale, FLOOR)) == (rank == min(shape))  # else LAPACK decides
+        assert bool(module._newton(c * scale, FLOOR)) == (rank == min(shape))  # else LAPACK decides
         assert float(polar.gap) == pytest.approx(gap, rel=0.01 if iterated else 1e-9)  # eps * CONDITION, with room
         worst = ratios(c * scale, polar.map, u[:, :rank] @ v[:, :rank].T, gap)
         assert max(worst.values()) <= THRESHOLD, (shape, worst)
@@ -122,16 +122,16 @@ def test_large_maps_are_iterated_and_equal_lapacks(monkeypatch: pytest.MonkeyPat
 
 
 def test_where_the_iteration_goes_wrong_lapack_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    c, inv = draw(30, 20), torch.linalg.inv
+    c, solve = draw(30, 20), torch.linalg.lu_solve
     expected = procrustes(c)
     monkeypatch.setattr(module, "ITERATE_FROM", 1)
-    for wrong in (lambda x: inv(x) + 1e-6, lambda x: inv(x) * torch.nan, lambda x: torch.zeros_like(x)):
+    for wrong in (lambda x: x.add_(1e-6), lambda x: x.mul_(torch.nan), lambda x: x.zero_()):
         with monkeypatch.context() as patch:
-            patch.setattr(torch.linalg, "inv", wrong)
-            assert module._iterate(c, FLOOR) is None
+            patch.setattr(torch.linalg, "lu_solve", lambda *a, out, wrong=wrong: wrong(solve(*a, out=out)))
+            assert module._newton(c, FLOOR) is None
             assert torch.equal(procrustes(c).map, expected.map)
     near = known((30, 20), torch.where(torch.arange(20) < 19, 1.0, 1.05 * FLOOR).double())[2]
-    assert module._iterate(near, FLOOR) is None and int(procrustes(near).rank) == 20  # too near the floor to iterate
+    assert module._newton(near, FLOOR) is None and int(procrustes(near).rank) == 20  # too near the floor to iterate
 
 
 def test_best_alignment() -> None:
@@ -271,6 +271,8 @@ def test_refuses_what_is_not_finite(value: float) -> None:
 def test_refuses_unknown_choices() -> None:
     with pytest.raises(InputRefused, match="null is 'nearest'; choose one of partial, completed, svd"):
         procrustes(draw(2, 2), null="nearest")  # type: ignore[arg-type]
+    with pytest.raises(InputRefused, match="method is 'qr'; choose one of auto, iterate, lapack"):
+        procrustes(draw(2, 2), method="qr")  # type: ignore[arg-type]
     for floor in (-1e-3, 1.0, float("nan")):
         with pytest.raises(InputRefused, match=r"it must be at least 0 and below 1 \(default 1e-06\)"):
             procrustes(draw(2, 2), floor=floor)

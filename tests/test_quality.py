@@ -6,17 +6,15 @@ import pytest
 import tiny
 import torch
 from theseus_transport import align
+from theseus_transport.capture import capture
 from theseus_transport.maps import Dense, Heads
-from theseus_transport.moments import CrossMoment
 from theseus_transport.procrustes import procrustes
-from theseus_transport.quality import Quality, Twin, matched, measure, quality
-from theseus_transport.tokens import select
+from theseus_transport.quality import Quality, matched, measure, quality, warn
+from theseus_transport.spaces import Layout
 
 
 def moment_of(source, target):
-    moment = CrossMoment.zeros(source.shape[1], target.shape[1])
-    moment.update(source, target)
-    return moment
+    return source.T @ target
 
 
 def rotated(rows=4000, width=6, wide=8, noise=0.0):
@@ -31,18 +29,19 @@ def test_the_formula(caplog):
     """Exact for a rotation; with noise sqrt(signal / energy), and 1 / sqrt(rows) for rows that do not pair."""
     for noise in (0.0, 1.0, 3.0):
         x, y = rotated(noise=noise)
-        t = Dense(procrustes(moment_of(x[:2000], y[:2000]).cross).map)
-        held = moment_of(x[2000:], y[2000:])
+        t = Dense(procrustes(moment_of(x[:2000], y[:2000])).map)
         wanted = math.sqrt(6 / (6 + 8 * noise**2))  # energies: 6 of signal, 8 noise^2 of noise
-        assert matched(t, held) == pytest.approx(wanted, abs=1e-12 if noise == 0 else 5 / math.sqrt(2000))
-        direct = (x[2000:] @ t.matrix * y[2000:]).sum() / (x[2000:].norm() * y[2000:].norm())
-        assert matched(t, held) == pytest.approx(float(direct), rel=1e-12)
-        shifted = moment_of(x[2000:], y[2000:].roll(-1, 0))
-        (row,) = quality({"a": t}, {"a": held, "no map": held}, {"a": shifted, "no map": held})
+        held = x[2000:], y[2000:]
+        assert matched(t, *held) == pytest.approx(wanted, abs=1e-12 if noise == 0 else 5 / math.sqrt(2000))
+        direct = (held[0] @ t.matrix * held[1]).sum() / (held[0].norm() * held[1].norm())
+        assert matched(t, *held) == pytest.approx(float(direct), rel=1e-12)
+        row = Quality("a", *quality(t, held, 2000))
         assert abs(row.shifted) < 5 / math.sqrt(2000) and not row.near_chance
+        warn([row])
     assert not caplog.messages
-    (row,) = quality({"a": t}, {"a": shifted}, {"a": held})
-    assert row.near_chance and "1 of 1 maps are near chance on held-out data, first a" in caplog.text
+    poor = Quality("a", *quality(t, (held[0], held[1].roll(-1, 0)), 2000))
+    warn([poor])
+    assert poor.near_chance and "1 of 1 maps are near chance on held-out data, first a" in caplog.text
     assert Quality("a", float("nan"), 0.0).near_chance and Quality("a", 0.97, 0.96).near_chance is False
     assert Quality("a", 0.961, 0.96).near_chance
 
@@ -53,22 +52,32 @@ def test_scales_and_copies_of_heads_do_not_count():
     q = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
     y = torch.cat([x[:, :3] @ q * 5, x[:, 3:] @ q * 5, x[:, :3] @ q * 5], 1)
     heads = Heads(torch.tensor([0, 1, 0]), torch.stack([q * 5, q * 0.2, q]), 2)
-    assert matched(heads, moment_of(x, y)) == pytest.approx(1, rel=1e-12)
-    assert matched(heads, moment_of(0 * x, y)) == 0
+    assert matched(heads, x, y) == pytest.approx(1, rel=1e-12)
+    assert matched(heads, 0 * x, y) == 0
 
 
 @pytest.mark.parametrize("samples, step", [(5, 4), (1, 10)])
 def test_shifted_rows(samples, step):
+    """Another sample's rows, or of one sample those half of it away; a map is measured by the same rows either way."""
     x, y = rotated(rows=20)
-    twin = Twin(CrossMoment.zeros(6, 8), samples)
-    twin.update(x, y)
-    assert torch.equal(twin.held.cross, moment_of(x, y).cross)
-    assert torch.allclose(twin.shifted.cross, x.T @ y.roll(-step, 0), rtol=0, atol=1e-12)
-    kept = torch.zeros(20, dtype=torch.bool)
-    kept[:10] = True
-    masked = Twin(CrossMoment.zeros(6, 8), 1)
-    masked.update(x, y, select(kept[None]), select(kept[None]))
-    assert torch.allclose(masked.shifted.cross, x[:10].T @ y[:10].roll(-5, 0), rtol=0, atol=1e-12)
+    t = Dense(torch.eye(6, 8, dtype=torch.float64))
+    held, shifted = quality(t, (x, y), samples)
+    assert held == matched(t, x, y) != shifted
+    assert shifted == pytest.approx(matched(t, x, y.roll(-step, 0)), rel=1e-12)
+
+
+def test_masked_tokens_are_no_rows():
+    """What is kept of a batch is what pairs: rows of its tokens through the mask."""
+    torch.manual_seed(0)
+    model = tiny.llama("source").double()
+    ids, mask = torch.randint(0, 300, (2, 8)), torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    layouts = (Layout.of(model),) * 2
+    with capture(model, model, layouts) as seen:
+        seen.kept = {}
+        seen.run(*[{"input_ids": ids, "attention_mask": mask}] * 2)
+    assert {len(rows) for kept in seen.kept.values() for rows in kept} == {13}
+    assert not any(moment.count for moment in seen.moments.values())
+    assert not any(float(energy.source.sum()) for energy in seen.energies.values())
 
 
 @pytest.mark.parametrize("recipe", ["coherent", "paper"])

@@ -38,12 +38,12 @@ def exactly(dtype: torch.dtype, shape: tuple[int, int], values: Tensor, scale: f
 
 @pytest.mark.parametrize("dtype", SCALES, ids=str)
 @pytest.mark.parametrize("name", VALUES)
-def test_svd(name: str, dtype: torch.dtype) -> None:
+def test_svd(name: str, dtype: torch.dtype, device: str) -> None:
     for shape in SHAPES:
         made = [exactly(dtype, shape, VALUES[name](min(shape)), scale) for scale in SCALES[dtype]]
-        batch = torch.stack([a for a, _ in made])  # of three scales at once: none may spoil another
-        found = theseus_ext.svd(batch)
-        only = theseus_ext.svdvals(batch)
+        batch = torch.stack([a for a, _ in made]).to(device)  # of three scales at once: none may spoil another
+        found = [part.cpu() for part in theseus_ext.svd(batch)]
+        only = theseus_ext.svdvals(batch).cpu()
         for i, (a, values) in enumerate(made):
             worst = svd_ratios(a, *(part[i] for part in found), values)
             assert max(worst.values()) <= THRESHOLD, (shape, i, worst)

@@ -1,14 +1,20 @@
-"""theseus_ext.svd and svdvals: torch's own results bit for bit, shared out over threads; contracts and errors."""
+"""theseus_ext.svd and svdvals: on the CPU torch's results bit for bit, on a GPU within bounds; contracts, errors."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import theseus_ext
 from theseus_ext.ops import _shared_out
 
-QUICK = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+QUICK = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # a device is the same for all
 DTYPES = (torch.float64, torch.float32)
 SHAPES = [(3, 3), (1, 1, 1), (7, 33, 17), (7, 17, 33), (2, 3, 5, 4), (5, 128, 128), (9, 1, 6)]
 EMPTY = [(0, 3, 4), (3, 0, 4), (3, 4, 0), (2, 0, 3, 3), (0, 0)]
@@ -48,14 +54,14 @@ def test_is_torch_bit_for_bit(threads: int, shape: tuple[int, ...], dtype: torch
 
 @QUICK
 @given(st.integers(0, 6), st.integers(1, 9), st.integers(1, 9), st.integers(0, 4), st.integers(0, 10**6))
-def test_restores_what_it_took_apart(batch: int, m: int, n: int, rank: int, seed: int) -> None:
+def test_restores_what_it_took_apart(device: str, batch: int, m: int, n: int, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sides = [torch.randn(batch, d, rank, dtype=torch.float64, generator=generator) for d in (m, n)]
-    matrices = sides[0] @ sides[1].mT
+    matrices = (sides[0] @ sides[1].mT).to(device)
     u, s, vh = theseus_ext.svd(matrices)
     k, unit = min(m, n), torch.finfo(torch.float64).eps * max(m, n)  # LAPACK's tests allow 30 of these
     scale = 30 * unit * torch.linalg.matrix_norm(matrices).clamp(min=1)
-    eye = torch.eye(k, dtype=torch.float64)
+    eye = torch.eye(k, dtype=torch.float64, device=device)
     assert bool((torch.linalg.matrix_norm(u * s[:, None] @ vh - matrices) <= scale).all())
     assert bool((torch.linalg.matrix_norm(u.mT @ u - eye) <= 30 * unit).all())
     assert bool((torch.linalg.matrix_norm(vh @ vh.mT - eye) <= 30 * unit).all())
@@ -63,8 +69,8 @@ def test_restores_what_it_took_apart(batch: int, m: int, n: int, rank: int, seed
     torch.testing.assert_close(theseus_ext.svdvals(matrices), s, rtol=0, atol=float(scale.max()) if batch else 0)
 
 
-def test_strides_are_free_and_inputs_stay_as_they_were() -> None:
-    whole = draw(4, 12, 10)
+def test_strides_are_free_and_inputs_stay_as_they_were(device: str) -> None:
+    whole = draw(4, 12, 10).to(device)
     views = (whole.mT, whole[:, ::2, 1::3], whole[::2], whole[:1].expand(3, 12, 10), whole.transpose(0, 1))
     for view in views:
         before = view.clone()
@@ -81,8 +87,8 @@ def test_a_batch_is_its_matrices(threads: int) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("op", [theseus_ext.svd, theseus_ext.svdvals])
-def test_what_is_not_finite_is_named(op, value: float) -> None:
-    matrices = draw(2, 3, 5, 4)
+def test_what_is_not_finite_is_named(op, value: float, device: str) -> None:
+    matrices = draw(2, 3, 5, 4).to(device)
     matrices[1, 0, 2, 3] = value
     with pytest.raises(torch.linalg.LinAlgError, match=r"^svd of \[2, 3, 5, 4\]: matrix 3 of 6 holds NaN or Inf$"):
         op(matrices)
@@ -126,10 +132,35 @@ def test_the_op_itself_refuses_what_its_wrapper_never_sends(op) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 5, 4), (0, 5, 4), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("op", OPS, ids=str)
-def test_opcheck(op, shape: tuple[int, ...]) -> None:
-    torch.library.opcheck(op, (draw(*shape),))
+def test_opcheck(op, shape: tuple[int, ...], device: str) -> None:
+    torch.library.opcheck(op, (draw(*shape).to(device),))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op, (draw(*shape).requires_grad_(),), test_utils=tests)
+    torch.library.opcheck(op, (draw(*shape).to(device).requires_grad_(),), test_utils=tests)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *EMPTY, (2, 128, 100), (2, 129, 4)], ids=str)
+def test_on_cuda_as_on_the_cpu(gpu, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Values to LAPACK's test ratio; 129 rows are torch's own. A batch gives the bytes of its matrices."""
+    matrices = draw(*shape, dtype=dtype)
+    found, expected = theseus_ext.svd(matrices.cuda()), theseus_ext.svd(matrices)
+    bound = 30 * torch.finfo(dtype).eps * max(shape[-2:]) * float(expected[1].max()) if matrices.numel() else 0
+    for own, other in zip(found, expected, strict=True):
+        assert own.is_cuda and own.shape == other.shape and own.dtype == dtype
+    values = theseus_ext.svdvals(matrices.cuda())
+    for own in (found[1], values):
+        torch.testing.assert_close(own.cpu(), expected[1], rtol=0, atol=bound)
+    if len(shape) == 3 and shape[0] > 1 and max(shape) <= 128:
+        alone = theseus_ext.svd(matrices[1].cuda())
+        assert all(torch.equal(a[1], b) for a, b in zip(found, alone, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_the_kernel_refuses_what_is_larger(gpu, op) -> None:
+    with pytest.raises(
+        RuntimeError, match="svd: matrices on a GPU have at most 128 rows and columns, these are 129 x 4"
+    ):
+        op(draw(2, 129, 4).cuda())
 
 
 def test_no_gradient_flows() -> None:
@@ -145,10 +176,10 @@ def test_meta_and_compiled_have_the_shapes_of_the_real_thing(shape: tuple[int, .
         assert own.is_meta and own.shape == expected.shape and own.dtype == expected.dtype
 
 
-def test_compiles_whole() -> None:
+def test_compiles_whole(device: str) -> None:
     def nuclear(matrices: torch.Tensor) -> torch.Tensor:
         u, s, vh = torch.ops.theseus_ext.svd(matrices * 2)
         return (u * s[:, None] @ vh).sum() + torch.ops.theseus_ext.svdvals(matrices).sum()
 
-    matrices = draw(3, 6, 5)
+    matrices = draw(3, 6, 5).to(device)
     assert torch.equal(torch.compile(nuclear, fullgraph=True, backend="aot_eager")(matrices), nuclear(matrices))

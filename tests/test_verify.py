@@ -10,7 +10,7 @@ from broken import edited
 from calls import FAST, aligned, call, invoke, refused
 from safetensors.torch import load_file, save_file
 from theseus_transport.headers import file_blake2b
-from theseus_transport.writer import write_checkpoints
+from theseus_transport.journal import Work
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_verify_of_files(root, written, tmp_path):
 
 
 def test_verify_of_a_delta_in_shards(root, maps, tmp_path, monkeypatch):
-    monkeypatch.setitem(write_checkpoints.__kwdefaults__, "shard_size", 20_000)  # bytes, of 140 thousand
+    monkeypatch.setitem(Work.open.__func__.__kwdefaults__, "shard_size", 20_000)  # bytes, of 140 thousand
     invoke("apply", maps, root / "causal/tuned", tmp_path / "out", "--output", "delta")
     assert len(list((tmp_path / "out").glob("delta-*.safetensors"))) > 1
     invoke("verify", tmp_path / "out")

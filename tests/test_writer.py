@@ -16,11 +16,11 @@ from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.errors import InputRefused, NumericalError, ResourceError
 from theseus_transport.folder import check_writable, read_manifest
 from theseus_transport.folder import differences as verify
-from theseus_transport.writer import planned_bytes, write_checkpoint
+from theseus_transport.writer import Output, Planned, planned_bytes, write_checkpoint, write_checkpoints
 
 
-def plan(tensors: dict[str, torch.Tensor]) -> list[tuple]:
-    return [(name, tensor.shape, tensor.dtype, lambda t=tensor: t) for name, tensor in tensors.items()]
+def plan(tensors: dict[str, torch.Tensor]) -> list[Planned]:
+    return [Planned(n, t.shape, t.dtype, lambda rows, t=t: t if rows is None else t[rows]) for n, t in tensors.items()]
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -79,14 +79,34 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
 
     alive: list[weakref.ref] = []
 
-    def make() -> torch.Tensor:
+    def make(rows: slice | None) -> torch.Tensor:
         assert not any(ref() is not None for ref in alive), "the tensor before is still held"
         made = torch.ones(10)
         alive.append(weakref.ref(made))
         return made
 
-    write_checkpoint(tmp_path / "out", [(f"t{i}", (10,), torch.float32, make) for i in range(5)], shard_size=80)
+    write_checkpoint(tmp_path / "out", [Planned(f"t{i}", (10,), torch.float32, make) for i in range(5)], shard_size=80)
     assert len(alive) == 5
+
+
+def test_tiles_are_made_one_by_one_for_all_folders(tmp_path: Path) -> None:
+    whole, asked = {"a": torch.randn(5, 3, 2).half(), "b": torch.randn(2)}, []
+
+    def tiles(folder: str) -> list[Planned]:
+        def make(rows: slice | None) -> torch.Tensor:
+            asked.append((folder, rows))
+            return whole["a"][rows]
+
+        a, b = plan(whole)
+        return [a._replace(make=make, tiles=(slice(0, 2), slice(2, 3), slice(3, 5))), b]
+
+    write_checkpoints([Output(tmp_path / name, tiles(name)) for name in ("one", "two")])
+    write_checkpoint(tmp_path / "whole", plan(whole))
+    bytes_of = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "one", "two")]
+    assert bytes_of == bytes_of[:1] * 3, "tiles change no byte"
+    assert asked == [(name, slice(*rows)) for rows in ((0, 2), (2, 3), (3, 5)) for name in ("one", "two")]
+    with pytest.raises(ValueError, match="hold different tensors"):
+        write_checkpoints([Output(tmp_path / "x", tiles("x")), Output(tmp_path / "y", plan(whole))])
 
 
 def test_adapter_is_one_file(tmp_path: Path) -> None:
@@ -113,16 +133,22 @@ def test_transformers_loads_it(tmp_path: Path) -> None:
 def test_checkpoint_to_checkpoint(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", plan(some_tensors()))
     opened = Checkpoint.open(tmp_path / "a")
-    entries = [(n, opened.shapes[n], opened.dtypes[n], lambda n=n: opened[n]) for n in opened]
+    entries = [Planned(n, opened.shapes[n], opened.dtypes[n], lambda _, n=n: opened[n]) for n in opened]
     write_checkpoint(tmp_path / "b", entries, inputs=[tmp_path / "a"])
     assert same(Checkpoint.open(tmp_path / "b"), some_tensors())
 
 
-def failing(error: BaseException) -> list[tuple]:
-    def fail() -> torch.Tensor:
+def failing(error: BaseException) -> list[Planned]:
+    def fail(rows: slice | None) -> torch.Tensor:
         raise error
 
-    return [*plan({"fine": torch.ones(100)}), ("bad", (3,), torch.float32, fail)]
+    return [*plan({"fine": torch.ones(100)}), Planned("bad", (3,), torch.float32, fail)]
+
+
+def made(tensor: torch.Tensor, *stops: int) -> Planned:
+    """A tensor, or tile, of another kind than planned."""
+    tiles = tuple(slice(start, stop) for start, stop in zip((0, *stops), stops, strict=False))
+    return Planned("s", (stops[-1] if stops else 3,), torch.float32, lambda rows: tensor, tiles)
 
 
 FAILURES = {
@@ -131,8 +157,10 @@ FAILURES = {
     "disk full": (failing(OSError(errno.ENOSPC, "No space left")), ResourceError, "disk full, 412 bytes of tensors"),
     "NaN": (plan({"ok": torch.ones(3), "q": torch.tensor([float("nan")])}), NumericalError, r"q \[1\].*1 NaN and 0"),
     "Inf": (plan({"q": torch.tensor([float("inf")] * 2).half()}), NumericalError, "0 NaN and 2 Inf in torch.float16"),
-    "other shape": ([("s", (3,), torch.float32, lambda: torch.ones(4))], ValueError, r"s came out as \[4\].*\[3\]"),
-    "other dtype": ([("s", (3,), torch.float32, lambda: torch.ones(3).half())], ValueError, "torch.float16, planned"),
+    "other shape": ([made(torch.ones(4))], ValueError, r"s \[3\] came out as \[4\] torch.float32, planned were \[3\]"),
+    "other dtype": ([made(torch.ones(3).half())], ValueError, "torch.float16, planned"),
+    "other rows": ([made(torch.ones(2), 2, 3)], ValueError, r"s \[3\], rows 2 to 2, came out as \[2\]"),
+    "NaN in a tile": ([made(torch.full((2,), torch.nan), 2, 4)], NumericalError, r"s \[4\], rows 0 to 1, .* 2 NaN"),
 }  # fmt: skip
 
 
@@ -169,11 +197,11 @@ def test_failure_of_a_rename_restores_the_old_folder(
 def test_sigkill_leaves_the_target_absent_or_old(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_checkpoint(tmp_path / "old", plan(some_tensors()))
     script = (
-        "import os, sys, threading, time, torch\nfrom theseus_transport.writer import write_checkpoint\n"
-        "def slow():\n    os.write(1, b'writing\\n')\n    time.sleep(60)\n"  # one call: two threads' prints may mix
-        "one = ('a', (3,), torch.float32, lambda: torch.ones(3))\n"
+        "import os, sys, threading, time, torch\nfrom theseus_transport.writer import Planned, write_checkpoint\n"
+        "def slow(rows):\n    os.write(1, b'writing\\n')\n    time.sleep(60)\n"  # one call: two threads' prints may mix
+        "one = Planned('a', (3,), torch.float32, lambda rows: torch.ones(3))\n"
         "def write(folder):\n"
-        "    write_checkpoint(folder, [one, ('b', (3,), torch.float32, slow)], shard_size=1, overwrite=True)\n"
+        "    write_checkpoint(folder, [one, Planned('b', (3,), torch.float32, slow)], shard_size=1, overwrite=True)\n"
         "for folder in sys.argv[1:]:\n    threading.Thread(target=write, args=(folder,)).start()\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "old"), str(tmp_path / "new")]
@@ -253,11 +281,19 @@ def test_check_writable_names_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
         check_writable(tmp_path / "out", 0)
 
 
+def tiled(*tiles: tuple[int, int]) -> Planned:
+    return Planned("a", (6,), torch.float32, lambda rows: torch.ones(6)[rows], tuple(slice(*tile) for tile in tiles))
+
+
 BAD_PLANS = {
     "nothing": ([], {}, "no tensor"),
     "a name twice": (plan({"a": torch.ones(1)}) * 2, {}, "'a' is planned twice"),
     "reserved": (plan({"__metadata__": torch.ones(1)}), {}, "reserved"),
-    "fp8": ([("a", (1,), torch.float8_e4m3fn, None)], {}, "hold no torch.float8_e4m3fn"),
+    "fp8": ([Planned("a", (1,), torch.float8_e4m3fn, None)], {}, "hold no torch.float8_e4m3fn"),
+    "rows left out": ([tiled((0, 2), (2, 5))], {}, r"a \[6\]: .* are not all its rows, in order"),
+    "rows beyond": ([tiled((0, 2), (2, 7))], {}, "are not all its rows"),
+    "rows twice": ([tiled((0, 4), (2, 6))], {}, "are not all its rows"),
+    "rows backwards": ([tiled((0, 8), (8, 6))], {}, "are not all its rows"),
     "file in place of weights": (plan({"a": torch.ones(1)}), {"model.safetensors": b""}, "must be a plain name"),
     "file in place of the manifest": (plan({"a": torch.ones(1)}), {"theseus.json": b""}, "must be a plain name"),
     "file elsewhere": (plan({"a": torch.ones(1)}), {"../x": b""}, "must be a plain name"),

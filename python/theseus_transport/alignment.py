@@ -11,24 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from . import coherent, maps, paper
+from . import maps
 from .capture import Batch, capture
+from .checkpoint import Checkpoint
+from .coherent import Coherent, together
 from .depth import pair_blocks
 from .errors import InputRefused
 from .folder import new_folder
+from .links import Pairs
 from .maps import Map
 from .models import Base
+from .paper import Paper
+from .planner import Planner
 from .procrustes import FLOOR, FLOOR_DOUBLE, Null
-from .recipes import Evidence, MapReport, Recipe, Rule
+from .recipes import MapReport, Plan, Recipe, Rule
 from .spaces import Layout
+from .stored import MAPS, StoredMaps
 
 log = logging.getLogger(__name__)
 FORMAT = 2
-PLANS = {"coherent": coherent.plan, "paper": paper.plan}
+RECORD = "alignment.json"
+PLANNERS: dict[str, type[Planner]] = {"coherent": Coherent, "paper": Paper}
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Alignment:
     Attributes:
         source, target: geometry of the two bases.
         recipe: the choices it was made with.
-        maps: by name; ``x_S @ T``.
+        maps: by name; ``x_S @ T``. Those of a loaded alignment are read from its folder when asked for.
         rules: canonical layer name -> maps and scales of its update.
         vectors: canonical name of an embedding (or, in ``paper``, a norm's own vector) -> its rule.
         reports: rank and gap of every map.
@@ -77,30 +83,61 @@ class Alignment:
             metadata: what the manifest should record; inputs: folders that must not be written into.
         """
         tensors = {f"{name}/{part}": t for name, m in self.maps.items() for part, t in m.tensors().items()}
-        record = {
+        nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        with new_folder(folder, nbytes=nbytes, metadata=metadata, overwrite=overwrite, inputs=inputs) as place:
+            save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, place / MAPS)
+            kinds = {name: type(m).__name__ for name, m in self.maps.items()}
+            (place / RECORD).write_text(json.dumps(self.record(kinds), indent=1))
+        return Path(folder)
+
+    def filled(self, plan: Plan, *, tokens: int, provenance: dict[str, Any]) -> Alignment:
+        """The alignment this is the outline of, once a planner has finished; warns of what is poor in it.
+
+        Args:
+            tokens: it was made from.
+        """
+        if lost := sorted(set(range(self.source.depth)) - set(self.blocks)):
+            log.warning("no block of the target takes source blocks %s: their updates stay", ", ".join(map(str, lost)))
+        widest = max(max(la.width, la.middle) for la in (self.source, self.target))
+        if tokens < 4 * widest:
+            log.warning("%d calibration tokens for a widest space of %d: give at least %d", tokens, widest, 4 * widest)
+        if weak := [r.space for r in plan.reports if r.weak]:
+            log.warning(
+                "%d of %d maps have less than half their rank, first %s: give more, and more varied, calibration",
+                len(weak),
+                len(plan.reports),
+                weak[0],
+            )
+        return replace(
+            self,
+            maps=plan.maps,
+            rules=plan.rules,
+            vectors=plan.vectors,
+            reports=plan.reports,
+            heads={b: p.query.tolist() for b, p in plan.pairings.items()},
+            lost={b: p.lost for b, p in plan.pairings.items() if p.lost},
+            provenance=provenance,
+            draft=False,
+        )
+
+    def record(self, kinds: Mapping[str, str]) -> dict[str, Any]:
+        """What ``alignment.json`` holds; ``kinds`` tells the class of every map that was made."""
+        return {
             "format": FORMAT,
             **{side: getattr(self, side).plain() for side in ("source", "target")},
-            **{name: dataclasses.asdict(getattr(self, name)) for name in ("recipe",)},
-            **{
-                name: {k: dataclasses.asdict(r) for k, r in getattr(self, name).items()}
-                for name in ("rules", "vectors")
-            },
-            "maps": {name: type(m).__name__ for name, m in self.maps.items()},
+            "recipe": dataclasses.asdict(self.recipe),
+            **{n: {k: dataclasses.asdict(r) for k, r in getattr(self, n).items()} for n in ("rules", "vectors")},
+            "maps": dict(kinds),
             "reports": [dataclasses.asdict(r) for r in self.reports],
             "blocks": self.blocks,
             "heads": self.heads,
             "lost": self.lost,
             "provenance": self.provenance,
         }
-        nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
-        with new_folder(folder, nbytes=nbytes, metadata=metadata, overwrite=overwrite, inputs=inputs) as place:
-            save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, place / "maps.safetensors")
-            (place / "alignment.json").write_text(json.dumps(record, indent=1))
-        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Alignment:
-        """Read what :meth:`save` wrote.
+        """Open what :meth:`save` wrote; maps are read when asked for.
 
         Raises:
             InputRefused: the folder holds no alignment, or one of another format.
@@ -110,25 +147,21 @@ class Alignment:
             return cls._read(path)
         except InputRefused:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputRefused(f"{path} holds no readable alignment ({type(error).__name__}: {error})") from error
 
     @classmethod
     def _read(cls, path: Path) -> Alignment:
-        record = json.loads((path / "alignment.json").read_text())
+        record = json.loads((path / RECORD).read_text())
         if record.get("format") != FORMAT:
             raise InputRefused(
                 f"{path} has alignment format {record.get('format')}, this version reads {FORMAT}; align again"
             )
-        parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in record["maps"]}
-        for key, tensor in load_file(path / "maps.safetensors").items():
-            name, part = key.rsplit("/", 1)
-            parts[name][part] = tensor
         return cls(
             source=Layout.restored(record["source"]),
             target=Layout.restored(record["target"]),
             recipe=Recipe(**record["recipe"]),
-            maps={name: maps.from_tensors(kind, parts[name]) for name, kind in record["maps"].items()},
+            maps=StoredMaps(Checkpoint.open(path / MAPS), record["maps"]),
             rules={k: Rule(**r) for k, r in record["rules"].items()},
             vectors={k: Rule(**r) for k, r in record["vectors"].items()},
             reports=[MapReport(**r) for r in record["reports"]],
@@ -173,7 +206,7 @@ def align(
     double = all(p.dtype == torch.float64 for model in (source, target) for p in model.parameters())
     if floor is None and chosen.floor == FLOOR and double:
         chosen = replace(chosen, floor=FLOOR_DOUBLE)
-    bases = tuple(Base.of(model) for model in (source, target))
+    bases = Base.of(source), Base.of(target)
     layouts = (bases[0].layout, bases[1].layout)
     check_pair(*layouts, chosen)
     if device is not None:
@@ -185,43 +218,20 @@ def align(
         raise InputRefused("no calibration batches were given; a few unlabelled ones are needed")
     same = layouts[0].depth == layouts[1].depth
     blocks = by_position(*layouts) if same else pair_blocks(source, target, layouts, pairs)
-    if lost := sorted(set(range(layouts[0].depth)) - set(blocks)):
-        log.warning("no block of the target takes source blocks %s: their updates stay", ", ".join(map(str, lost)))
     wanted = {"energies": chosen.name == "coherent", "grams": chosen.whiten_power > 0}
     with capture(source, target, layouts, **wanted, blocks=blocks) as seen:
         for pair in pairs:
             seen.run(*pair)
             if progress:
                 progress()
-    evidence = Evidence(bases[0], bases[1], blocks, seen.links, seen.moments, seen.energies, seen.grams)
-    evidence.check()
     tokens = next(iter(seen.moments.values())).count
     if not tokens:
         raise InputRefused("the calibration holds no token that is not masked")
-    made = PLANS[chosen.name](evidence, chosen)
-    widest = max(max(la.width, la.middle) for la in layouts)
-    if tokens < 4 * widest:
-        log.warning("%d calibration tokens for a widest space of %d: give at least %d", tokens, widest, 4 * widest)
-    if weak := [r.space for r in made.reports if r.weak]:
-        log.warning(
-            "%d of %d maps have less than half their rank, first %s: give more, and more varied, calibration",
-            len(weak),
-            len(made.reports),
-            weak[0],
-        )
-    return Alignment(
-        source=layouts[0],
-        target=layouts[1],
-        recipe=chosen,
-        maps=made.maps,
-        rules=made.rules,
-        vectors=made.vectors,
-        reports=made.reports,
-        blocks=list(blocks),
-        heads={b: p.query.tolist() for b, p in made.pairings.items()},
-        lost={b: p.lost for b, p in made.pairings.items() if p.lost},
-        provenance=provenance or {},
-    )
+    completed = chosen.name == "coherent" and chosen.null == "completed"
+    toward = together(*bases, seen.links, seen.moments) if completed else None
+    planner = PLANNERS[chosen.name](*bases, blocks, chosen, toward=toward)
+    made = planner.whole(seen.moments, seen.energies, seen.grams)
+    return outline(*layouts, chosen, blocks).filled(made, tokens=tokens, provenance=provenance or {})
 
 
 def check_pair(source: Layout, target: Layout, recipe: Recipe) -> None:
@@ -253,28 +263,37 @@ def by_position(source: Layout, target: Layout) -> list[int | None]:
     return [fed.get(b) for b in range(target.depth)]
 
 
-def outline(source: Layout, target: Layout, recipe: Recipe) -> Alignment:
-    """An alignment before any map is computed: enough to decide the fate of every tensor, not to move one."""
+def outline(source: Layout, target: Layout, recipe: Recipe, blocks: Sequence[int | None] | None = None) -> Alignment:
+    """An alignment before any map is computed: enough to decide the fate of every tensor, not to move one.
+
+    Args:
+        blocks: for every target block the source block that feeds it; None is a guess where depths differ.
+    """
     check_pair(source, target, recipe)
-    blocks = by_position(source, target)
-    e, fold = Evidence(Base(source, {}, {}), Base(target, {}, {}), blocks, {}, {}, {}), recipe.name == "coherent"
-    vectors = {into: own for own, into in e.embeddings()} if fold and recipe.embeddings == "move" else {}
-    pairs = [pair for pair in e.pairs() if pair[1].role != "head" or recipe.head == "move"]
-    rules = {into: Rule(own, "identity", "identity") for into, own in vectors.items()}
-    for own, into, _ in e.unread() if fold else e.norms():
+    pairs = Pairs(source, target, by_position(source, target) if blocks is None else blocks)
+    fold = recipe.name == "coherent"
+    layers = [pair for place in pairs.places for pair in pairs.layers(place)]
+    vectors = {into: Rule(own, "identity", "identity") for own, into in pairs.embeddings()}
+    if not fold or recipe.embeddings == "leave":
+        vectors = {}
+    for own, into, _ in (norm for place in pairs.places for norm in (pairs.unread if fold else pairs.norms)(place)):
         for part, kind in (("weight", "gain"), ("bias", "shift")):
             rule = Rule(f"{own}.{part}", "identity", "identity", kind=kind if fold else "linear")  # type: ignore[arg-type]
-            rules[f"{into}.{part}"] = rule
+            vectors[f"{into}.{part}"] = rule
     return Alignment(
         source=source,
         target=target,
         recipe=recipe,
         maps={"identity": maps.Identity()},
-        rules={into.name: Rule(own.name, "identity", "identity", fold=fold) for own, into in pairs},
-        vectors=rules,
+        rules={
+            into.name: Rule(own.name, "identity", "identity", fold=fold)
+            for own, into in layers
+            if into.role != "head" or recipe.head == "move"
+        },
+        vectors=vectors,
         reports=[],
-        blocks=list(blocks),
+        blocks=list(pairs.blocks),
         heads={},
         lost={},
-        draft=True,
+        draft=blocks is None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,17 +13,24 @@ import torch
 import transformers
 
 from . import __version__
-from .alignment import Alignment, align
-from .calibration import Calibration, SideInfo, load_calibration
+from .alignment import PLANNERS, Alignment, by_position, outline
+from .calibration import Calibration, SideInfo, load_calibration, sample_length
 from .checkpoint import Checkpoint
-from .checks import available_memory, find_device, read_layout
-from .errors import InputRefused, ResourceError
+from .checks import available_memory, find_device, free_device_memory, read_layout, resident_memory
+from .depth import pair_streamed
+from .errors import InputRefused
+from .folder import check_writable
 from .headers import digest
-from .loading import load_model
-from .predict import Prediction
-from .quality import measure
+from .journal import Work
+from .links import Blocks
+from .models import Base
+from .passage import Passage, Sink, all_together
+from .plan import Plan, Sizes, fitted
+from .predict import alignment_seconds, move_seconds
+from .procrustes import FLOOR, FLOOR_DOUBLE
 from .recipes import Recipe
 from .spaces import Layout
+from .weights import Window
 
 Progress = Callable[[str, int], Callable[[], object]]  # stage and its number of steps -> call after every step
 Lap = Callable[[str], None]  # called when a stage ends
@@ -41,6 +48,9 @@ class AlignJob:
         tokens: calibration tokens, or None for four times the widest space.
         held_out: measure the alignment on one batch it has not seen, where there are at least three.
         skip_bad_inputs: leave out images and lines that cannot be read, rather than refusing them.
+        max_ram, max_memory: bytes the run may take of the host's memory and of the device's; None: what is there.
+        offload_folder: keep hidden states in files there, not in memory.
+        resume: go on with a run that was interrupted.
     """
 
     source: str
@@ -56,6 +66,10 @@ class AlignJob:
     skip_bad_inputs: bool = False
     overwrite: bool = False
     allow_pickle: bool = False
+    max_ram: int | None = None
+    max_memory: int | None = None
+    offload_folder: Path | None = None
+    resume: bool = False
 
 
 class Bases:
@@ -78,6 +92,7 @@ class Bases:
                 raise InputRefused(f"{name} {checkpoint.folder} is an adapter; give the base model it was trained on")
         first, second = (read_layout(n, c) for n, c in zip(("SOURCE", "TARGET"), self.checkpoints, strict=True))
         self.layouts: tuple[Layout, Layout] = (first, second)
+        self.windows = Window(self.source), Window(self.target)
 
     @property
     def source(self) -> Checkpoint:
@@ -97,48 +112,100 @@ class Bases:
     def tokens_wanted(self) -> int:
         return self.job.tokens or 4 * max(max(la.width, la.middle, la.heads * la.head_dim) for la in self.layouts)
 
-    def prediction(self, *, move: int = 0) -> Prediction:
-        """Memory and time of an alignment, and of moving an update with ``move`` flops."""
+    def seconds(self, *, move: int = 0) -> dict[str, float]:
+        """Predicted, by stage, of an alignment, and of moving an update with ``move`` flops."""
         tokens, recipe = self.tokens_wanted, self.job.recipe
-        return Prediction.of_alignment(self.checkpoints, self.layouts, recipe, tokens, self.device, move)
+        return alignment_seconds(self.checkpoints, self.layouts, recipe, tokens, self.device) | move_seconds(move)
 
-    def check_memory(self, needed: int) -> None:
-        if (available := available_memory()) and needed > available and self.device.type == "cpu":
-            raise ResourceError(
-                f"this needs about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available; "
-                "free some, or use smaller models"
-            )
+    def fitted(self, *, tuned: Checkpoint | None = None, maps: bool = True) -> Plan:
+        """How the run fits the memory it may take.
+
+        Args:
+            tuned: a full tune that is moved; maps: whether they are made.
+
+        Raises:
+            ResourceError: it does not fit.
+        """
+        job, free = self.job, available_memory()
+        length = sample_length(job.calibration, [self._side(i) for i in range(2)])
+        models, tokens = (self.source, self.target), self.tokens_wanted
+        sizes = Sizes(models, self.layouts, self.recipe(), tuned, length, tokens, self.device)
+        budget = job.max_ram, job.max_memory
+        self.plan = fitted(
+            sizes,
+            job.batch_size,
+            offload=job.offload_folder is not None,
+            budget=budget,
+            free=(free and free + resident_memory(), free_device_memory(self.device)),
+        )
+        return self.plan
+
+    def draft(self, data: Calibration) -> Alignment:
+        """The outline of the alignment, with the pairing of blocks."""
+        return outline(*self.layouts, self.recipe(), self.blocks(data))
+
+    def writing(self, key: Mapping[str, Any], *, stem: str, **options: Any) -> dict[str, Any]:
+        """How this job writes: arguments of :meth:`Work.open`."""
+        own = {"stem": stem, "key": key, "resume": self.job.resume, "overwrite": self.job.overwrite}
+        return {"inputs": self.inputs, **own, **options}
 
     def calibration(self) -> Calibration:
         job = self.job
-        sides = [
-            _side(c, la, name) for c, la, name in zip(self.checkpoints, self.layouts, ("SOURCE", "TARGET"), strict=True)
-        ]
         return load_calibration(
             job.calibration,
-            *sides,
+            self._side(0),
+            self._side(1),
             tokens_wanted=self.tokens_wanted,
-            batch_size=job.batch_size,
+            batch_size=self.plan.choice.batch_size,
             seed=job.seed,
             hold_out=job.held_out,
             skip_bad=job.skip_bad_inputs,
         )
 
-    def align(self, progress: Progress, lap: Lap) -> Alignment:
-        """Load both models, align them, and measure the alignment on the batch that was held out, if any."""
-        data = self.calibration()
-        source, target = (load_model(c, la) for c, la in zip(self.checkpoints, self.layouts, strict=True))
-        lap("load")
-        alignment = align(
-            source,
-            target,
-            data.batches,
-            recipe=self.job.recipe,
-            device=self.device,
-            progress=progress("align", len(data.batches)),
-        )
-        held = measure(alignment, source, target, data.held) if data.held else []
-        lap("align")
+    def _side(self, i: int) -> SideInfo:
+        return _side(self.checkpoints[i], self.layouts[i], ("SOURCE", "TARGET")[i])
+
+    def recipe(self) -> Recipe:
+        """The job's, with the floor that follows the models' precision."""
+        chosen, double = self.job.recipe, all(torch.float64 in c.dtypes.values() for c in self.checkpoints)
+        return replace(chosen, floor=FLOOR_DOUBLE) if double and chosen.floor == FLOOR else chosen
+
+    def blocks(self, data: Calibration) -> Blocks:
+        """For every target block the source block that feeds it; where depths differ, after a pass over both models."""
+        if self.layouts[0].depth == self.layouts[1].depth:
+            return by_position(*self.layouts)
+        return pair_streamed(self.windows, self.layouts, data.batches, self.device)
+
+    def key(self, data: Calibration | None, *more: Checkpoint, whole: bool = False, **options: Any) -> dict[str, Any]:
+        """All that decides what is written, as JSON: a run goes on only where it is the same.
+
+        Args:
+            more: the tune; whole: by whole contents.
+        """
+        named = zip(("SOURCE", "TARGET", "TUNED"), (*self.checkpoints, *more), strict=False)
+        files = {name: checkpoint.fingerprint(full=whole)["files"] for name, checkpoint in named}
+        known = {"calibration": data.fingerprint, "batch size": self.plan.choice.batch_size} if data else {}
+        return {**files, **known, **options, "versions": versions()}
+
+    def align(
+        self, data: Calibration, draft: Alignment, sink: Sink, work: Work, progress: Callable[[int], Any]
+    ) -> tuple[Alignment, Passage]:
+        """One pass over both models; maps go into the sink, and what is told of them into the alignment.
+
+        Args:
+            draft: the outline of this pairing of blocks.
+        """
+        recipe, sides = draft.recipe, zip(self.windows, self.layouts, strict=True)
+        source, target = (Base.of(window, layout) for window, layout in sides)
+        toward = None
+        if recipe.name == "coherent" and recipe.null == "completed":
+            toward = all_together((source, target), self.windows, draft.blocks, data, self.device)
+        planner = PLANNERS[recipe.name](source, target, draft.blocks, recipe, toward=toward)
+        planner.method = self.plan.choice.method
+        choice = self.plan.choice
+        how: dict[str, Any] = {"ahead": choice.ahead, "resident": choice.resident, "folder": self.job.offload_folder}
+        passage = Passage(self.windows, self.layouts, data, planner, sink, work, self.device, **how)
+        held = passage.run(progress)
         provenance = {
             **{side: self.identity(i) for i, side in enumerate(SIDES)},
             "calibration": data.description,
@@ -147,7 +214,7 @@ class Bases:
             "quality": [row.as_dict() for row in held],
             "versions": versions(),
         }
-        return replace(alignment, provenance=provenance)
+        return draft.filled(planner.plan, tokens=data.tokens, provenance=provenance), passage
 
     def identity(self, side: int) -> dict[str, str]:
         """Where a base is, and the hash of its headers."""
@@ -173,6 +240,12 @@ class Bases:
                         f"{str(recorded.get(kind))[:12]}), but {checkpoint.folder} ({now[:12]}) was given; "
                         f"name the right one with --{side}, or align again"
                     )
+
+
+def check_room(places: Sequence[Path], nbytes: int, job: AlignJob, *, inputs: Sequence[Path]) -> None:
+    """Refuse folders that cannot be written, before anything heavy runs; a resumed run has its own room already."""
+    for place in () if job.resume else places:
+        check_writable(place, nbytes, overwrite=job.overwrite, inputs=inputs)
 
 
 def quiet(stage: str, steps: int) -> Callable[[], object]:

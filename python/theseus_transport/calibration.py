@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .text import Tokenizer, builtin_pieces, read_pieces, read_records, rows_of_
 log = logging.getLogger(__name__)
 
 KEYS = ("input_ids", "attention_mask", "pixel_values", "offsets")
+LENGTH = 512  # tokens of a row of text
 Tensors = dict[str, torch.Tensor]
 
 
@@ -59,7 +61,7 @@ def load_calibration(
     *,
     tokens_wanted: int,
     batch_size: int,
-    sequence_length: int = 512,
+    sequence_length: int = LENGTH,
     seed: int = 0,
     hold_out: bool = False,
     skip_bad: bool = False,
@@ -127,6 +129,17 @@ def load_calibration(
         fingerprint=_fingerprint(sides),
         held=_rows(sides, slice(rows, None)) if aside else None,
     )
+
+
+def sample_length(reference: str, infos: Sequence[SideInfo]) -> int:
+    """Tokens of a sample of what :func:`load_calibration` will give, at most; known before it is read."""
+    if infos[0].kind == "vision":
+        return max(info.tokens_per_image for info in infos)
+    path = Path(reference).expanduser()
+    if path.suffix == ".safetensors" and path.is_file():
+        shapes = [s for name, s in Checkpoint.open(path).shapes.items() if name.endswith("input_ids") and len(s) > 1]
+        return max((shape[1] for shape in shapes), default=1)
+    return min([LENGTH, *(info.max_positions for info in infos if info.max_positions)])
 
 
 def batches_of(source: Tensors, target: Tensors | None = None, *, batch_size: int) -> list[tuple[Tensors, Tensors]]:

@@ -27,35 +27,34 @@ Mixings = tuple[RowMixing | None, RowMixing | None]
 
 
 class Capture:
-    """Moments of every pair of spaces and energies of every pair of outputs, for two models.
+    """Moments of pairs of spaces and energies of pairs of outputs, of two models whose modules run under its hooks.
 
     Attributes:
         links: name -> the two spaces compared.
         moments: name -> CrossMoment.
         energies: name -> Energy, empty when the recipe needs none.
         grams: name -> the moments of each side with itself, likewise.
+        kept: None, or name -> (source, target) mixed rows of the spaces; then nothing is added to moments and energies.
     """
 
     def __init__(
         self,
-        source: nn.Module,
-        target: nn.Module,
+        models: tuple[nn.Module, nn.Module],
         layouts: tuple[Layout, Layout],
         *,
-        energies: bool,
+        moments: Mapping[str, Link],
+        outputs: Mapping[str, Link],
         grams: bool,
-        blocks: Blocks,
+        device: torch.device,
     ) -> None:
-        self._models = tuple(backbone(m, la) for m, la in zip((source, target), layouts, strict=True))
-        self._layouts = layouts
-        self._devices = tuple(next(m.parameters()).device for m in self._models)
+        """Of backbones, on the spaces of ``moments`` and the outputs of ``outputs``; sums lie on ``device``."""
+        self._models, self._layouts, self._device = models, layouts, device
         self._mixings: Mixings = (None, None)
-        self._side = 0  # whose forward pass is running; source and target may be one module
+        self._side = 0  # whose modules run; source and target may be one module
         self._pending: dict[str, Tensor] = {}
         self._seen: set[tuple[int, str]] = set()
-        moments, outputs = moment_links(*layouts, blocks), energy_links(*layouts, blocks) if energies else {}
         self.links = {**moments, **outputs}
-        device = self._devices[1]
+        self.kept: dict[str, tuple[Tensor, Tensor]] | None = None
 
         def sizes(link: Link) -> tuple[int, int, torch.device]:
             return link.source.width, link.target.width, device
@@ -73,13 +72,28 @@ class Capture:
         Raises:
             InputRefused: a space was not seen exactly once on each side, or the two batches do not correspond.
         """
+
+        def whole(side: int, batch: Batch) -> Callable[[], None]:
+            model = self._models[side]
+            return lambda: run_model(model, self._layouts[side], batch, next(model.parameters()).device)
+
+        self.add(mixings(self._layouts, source, target), whole(0, source), whole(1, target))
+
+    def add(self, rows: Mixings, source: Callable[[], object], target: Callable[[], object]) -> None:
+        """Add what is seen while ``source`` and ``target`` run each model's modules on one pair of batches.
+
+        Args:
+            rows: the batches' row mixings.
+
+        Raises:
+            InputRefused: a space was not seen exactly once on each side.
+        """
         self._pending.clear()
         self._seen.clear()
-        self._mixings = tuple(m and m.to(self._devices[1]) for m in mixings(self._layouts, source, target))  # type: ignore[assignment]
+        self._mixings = tuple(m and m.to(self._device) for m in rows)  # type: ignore[assignment]
         with torch.no_grad():
-            for self._side, batch in enumerate((source, target)):
-                model, device = self._models[self._side], self._devices[self._side]
-                run_model(model, self._layouts[self._side], batch, device)
+            for self._side, run in enumerate((source, target)):
+                run()
         if unseen := [name for name in self.links if not {(0, name), (1, name)} <= self._seen]:
             name = min(unseen)
             raise InputRefused(f"{name} was not seen in the forward pass of both models ({len(unseen)} such)")
@@ -93,21 +107,38 @@ class Capture:
         if (side, name) in self._seen:
             raise InputRefused(f"{space.module} ran more than once in one forward pass of the {SIDES[side]}")
         self._seen.add((side, name))
-        rows, mixing = rows.to(self._devices[1]), self._mixings[side]
+        rows, mixing = rows.to(self._device), self._mixings[side]
         if mixing is not None and mixing.tokens != len(rows):
             raise InputRefused(
                 f"{space.module} of the {SIDES[side]} has {len(rows)} tokens where {mixing.tokens} were expected; "
                 "are images of the config's size?"
             )
         if name in self.energies:
-            return self.energies[name].add(side, rows, mixing)
-        if side == 0:
+            if self.kept is None:
+                self.energies[name].add(side, rows, mixing)
+        elif side == 0:
             self._pending[name] = rows
         elif name in self._pending:
-            sides = self._pending.pop(name), rows
-            self.moments[name].update(*sides, *self._mixings)
-            for gram, x, mixing in zip(self.grams.get(name, ()), sides, self._mixings, strict=False):  # maybe none
-                gram.update(x, x, mixing, mixing)
+            self._pair(name, self._pending.pop(name), rows)
+
+    def _pair(self, name: str, source: Tensor, target: Tensor) -> None:
+        sides = source, target
+        if self.kept is not None:
+            own, other = (x if m is None else m(x) for x, m in zip(sides, self._mixings, strict=True))
+            self.kept[name] = own, other
+            return
+        self.moments[name].update(*sides, *self._mixings)
+        for gram, x, mixing in zip(self.grams.get(name, ()), sides, self._mixings, strict=False):  # maybe none
+            gram.update(x, x, mixing, mixing)
+
+    @contextmanager
+    def opened(self) -> Iterator[Capture]:
+        """With the hooks on both models."""
+        with ExitStack() as stack:
+            for side in (0, 1):
+                for handle in self._hook(side):
+                    stack.callback(handle.remove)
+            yield self
 
     def _hook(self, side: int) -> Iterator[torch.utils.hooks.RemovableHandle]:
         model, family = self._models[side], self._layouts[side].family
@@ -131,7 +162,7 @@ def capture(
     target: nn.Module,
     layouts: tuple[Layout, Layout],
     *,
-    energies: bool,
+    energies: bool = True,
     grams: bool = False,
     blocks: Blocks | None = None,
 ) -> Iterator[Capture]:
@@ -146,13 +177,14 @@ def capture(
         for model in {id(m): m for m in (source, target)}.values():
             stack.enter_context(open_attention(model))
         paired = range(layouts[1].depth) if blocks is None else blocks
-        session = Capture(source, target, layouts, energies=energies, grams=grams, blocks=paired)
+        moments, outputs = moment_links(*layouts, paired), energy_links(*layouts, paired) if energies else {}
+        inside = backbone(source, layouts[0]), backbone(target, layouts[1])
+        device = next(inside[1].parameters()).device
+        seen = Capture(inside, layouts, moments=moments, outputs=outputs, grams=grams, device=device)
         try:
-            for side in (0, 1):
-                for handle in session._hook(side):
-                    stack.callback(handle.remove)
-            source.eval(), target.eval()
-            yield session
+            with seen.opened():
+                source.eval(), target.eval()
+                yield seen
         finally:
             for module, mode in training:
                 module.training = mode
@@ -174,6 +206,11 @@ def run_model(model: nn.Module, layout: Layout, batch: Batch, device: torch.devi
     anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
     first = [] if key in known or anything else [inputs.pop(key)]
     model(*first, **inputs)
+
+
+def samples_of(batch: Batch) -> int:
+    """Samples of one side's batch."""
+    return len(next(batch[key] for key in MAIN_INPUT.values() if key in batch))
 
 
 def mixings(layouts: tuple[Layout, Layout], source: Batch, target: Batch) -> Mixings:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from .errors import InputRefused
+from .errors import InputRefused, ReadFailed
 from .headers import DEQUANTISE, digest, file_blake2b, head, inside, read_header, read_json, refuse_unreadable
 
 KINDS = {"checkpoint": "model", "adapter": "adapter_model"}  # kind -> stem of its weight files
@@ -32,9 +34,12 @@ def refuse_unsupported(config: Mapping[str, Any], *, where: object = "config.jso
 
 def count_nonfinite(tensor: torch.Tensor) -> tuple[int, int]:
     """(number of NaN, number of Inf), piecewise so that no mask of the whole tensor is made."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return 0, 0
-    pieces = [piece for piece in tensor.reshape(-1).split(1 << 22) if not piece.isfinite().all()]
+    plain = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    # the extremes tell, NaN among them: one pass without a mask
+    extremes = ((piece, torch.aminmax(piece)) for piece in plain.reshape(-1).split(1 << 22))
+    pieces = [piece for piece, (low, high) in extremes if not (low.isfinite() and high.isfinite())]
     return sum(int(piece.isnan().sum()) for piece in pieces), sum(int(piece.isinf().sum()) for piece in pieces)
 
 
@@ -110,7 +115,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     """A checkpoint or adapter as a read-only Mapping, name -> CPU tensor, read from disk at each access, never cached.
 
     Attributes: `folder`; `kind`, "checkpoint" or "adapter"; `config` and `adapter_config`, {} where absent; `shapes`
-    and `dtypes` by name; `nbytes` of all tensors; `files`, every file that was read, weights first.
+    and `dtypes` by name; `nbytes` of all tensors; `files`, every file that was read, weights first; `bytes_read` of
+    tensors since it was opened.
+
+    Reading raises ReadFailed where a file vanished, was cut short or changed since. A read copies into memory of its
+    own, holds no file open afterwards and lets other threads run.
     """
 
     def __init__(self, folder: Path, kind: str, weights: list[Path], index: Path | None = None) -> None:
@@ -121,12 +130,17 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.config, self.adapter_config = settings.get("config.json", {}), settings.get("adapter_config.json", {})
         refuse_unsupported(self.config, where=folder / "config.json")
         self._file_of: dict[str, Path] = {}
+        self._start: dict[str, int] = {}  # byte in the file
+        self._stamp: dict[Path, tuple[int, int]] = {}  # size, mtime in ns
         self._pickled: dict[str, torch.Tensor] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self.bytes_read, self._counting = 0, threading.Lock()
         weight_map = _weight_map(index) if index else {}
         weights = weights or sorted({inside(folder, name) for name in set(weight_map.values())})
         for path in weights:
+            with refuse_unreadable():
+                self._stamp[path] = _stamp(path.stat())
             pickled = _unpickle(path) if path.suffix == ".bin" else {}
             tensors: Mapping[str, Any] = pickled if path.suffix == ".bin" else read_header(path)
             if index:
@@ -135,6 +149,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             self._pickled |= pickled
             for name, tensor in tensors.items():
                 self._file_of[name], self.shapes[name], self.dtypes[name] = path, tuple(tensor.shape), tensor.dtype
+                self._start[name] = 0 if pickled else tensor.start
         if not self.shapes:
             raise InputRefused(f"{folder}: {', '.join(p.name for p in weights) or index} holds no tensor")
         self.files = (*weights, *([index] if index else []), *(folder / name for name in present))
@@ -158,15 +173,52 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return cls(path.parent, "adapter" if path.name.startswith("adapter") else "checkpoint", [path])
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        path = self._file_of[name]
-        if name in self._pickled:
-            return self._pickled[name].clone()
+        shape = self.shapes[name]
+        return self._read(name, [(0, shape[0] if shape else 1)]).view(shape)
+
+    def rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Consecutive rows of a tensor, [rows, ...]; only their bytes are read."""
+        first, last, step = rows.indices(self.shapes[name][0])
+        if step != 1:
+            raise ValueError(f"rows of {name} in steps of {step}; only consecutive ones are read")
+        return self._read(name, [(first, max(first, last))])
+
+    def take(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """The rows that `index` names (int64, ascending, each once), [len(index), ...]; neighbours in one read."""
+        count, jumps = self.shapes[name][0], index.diff()
+        if len(index) and (index[0] < 0 or index[-1] >= count or (jumps <= 0).any()):
+            raise ValueError(f"rows {index.tolist()[:8]}... of {name} [{count}, ...]: expected ascending, each once")
+        runs = index.tensor_split((jumps != 1).nonzero().flatten() + 1)
+        return self._read(name, [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)])
+
+    def _read(self, name: str, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Runs of rows [first, last), one after the other, in memory of their own."""
+        path, shape = self._file_of[name], self.shapes[name]
+        rows = torch.empty((sum(last - first for first, last in runs), *shape[1:]), dtype=self.dtypes[name])
         try:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise InputRefused(f"{path}: cannot read {name!r} any more: {error}; did the file change?") from error
+            with path.open("rb", buffering=0) as file:
+                if name in self._pickled:
+                    self._check_unchanged(path, file)  # first: to touch what a mapped file lost kills the process
+                    stored = self._pickled[name].detach().reshape(shape or (1,))
+                    torch.cat([stored[:0], *(stored[first:last] for first, last in runs)], out=rows)
+                else:
+                    row = math.prod(shape[1:]) * rows.itemsize
+                    spans = [(self._start[name] + first * row, (last - first) * row) for first, last in runs]
+                    _fill(memoryview(rows.view(-1).view(torch.uint8).numpy()), file, spans)
+                self._check_unchanged(path, file)
+        except OSError as error:
+            raise ReadFailed(
+                f"{path}: {name!r} cannot be read any more: {error.strerror}; restore the file as it was, "
+                "with its time (cp -p), then --resume goes on with an unfinished run"
+            ) from error
+        with self._counting:
+            self.bytes_read += rows.nbytes
+        return rows
+
+    def _check_unchanged(self, path: Path, file: io.FileIO) -> None:
+        now, then = _stamp(os.fstat(file.fileno())), self._stamp[path]
+        if now != then:
+            raise OSError(errno.ESTALE, f"the file changed, it has {now[0]} bytes and had {then[0]} when it was opened")
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
@@ -200,6 +252,24 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """BLAKE2b over names, sizes and headers of all files: equal for copies made elsewhere or later."""
         rows = sorted((p.name, p.stat().st_size, digest(head(p))) for p in self.files)
         return digest(json.dumps(rows).encode())
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+    """What tells that a file changed: size, and mtime in ns."""
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _fill(into: memoryview, file: io.FileIO, spans: Sequence[tuple[int, int]]) -> None:
+    """Fill `into` from spans (first byte, bytes) of a file; OSError says how far it got."""
+    done = 0
+    for first, nbytes in spans:
+        end = done + nbytes
+        shift = first - done
+        while done < end:
+            if not (count := os.preadv(file.fileno(), [into[done:end]], shift + done)):
+                size = os.fstat(file.fileno()).st_size
+                raise OSError(errno.EIO, f"{done} of {len(into)} bytes, then the file of now {size} bytes ended")
+            done += count
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,12 +16,13 @@ import theseus_ext
 from .checkpoint import Checkpoint, check_finite
 from .errors import InputRefused
 from .headers import read_json
-from .models import Base, canonical_shapes, check_shapes
+from .models import Base, canonical_shapes, check_shapes, row_tiles, rows_of
 from .spaces import Layout
 from .update import Row
 
 log = logging.getLogger(__name__)
 UNRELATED = 0.05  # cosine of weights below which TUNED cannot be a tune of SOURCE
+SAMPLED, ROWS = 32, 64  # matrices, and rows of each, that are compared
 FOREIGN = 0.5  # share of token ids that mean another token, above which a vocabulary is another one
 
 
@@ -55,13 +57,20 @@ def read_layout(name: str, checkpoint: Checkpoint) -> Layout:
     return layout
 
 
-def check_values(*checkpoints: Checkpoint) -> None:
-    """Refuse NaN and Inf, and weights of integers, which only a quantised model has."""
+def check_dtypes(*checkpoints: Checkpoint) -> None:
+    """Refuse weights of integers, which only a quantised model has."""
     for checkpoint in checkpoints:
         for name, dtype in checkpoint.dtypes.items():
             if name.endswith("weight") and not dtype.is_floating_point:
                 raise InputRefused(f"{name} of {checkpoint.folder} is {dtype}, not floating point; dequantise it first")
-            check_finite(f"{name} of {checkpoint.folder}", checkpoint[name])
+
+
+def check_values(*checkpoints: Checkpoint) -> None:
+    """Refuse NaN and Inf; reads everything."""
+    for checkpoint in checkpoints:
+        for name in checkpoint:
+            for rows in row_tiles(checkpoint.shapes[name]) or (None,):
+                check_finite(f"{name} of {checkpoint.folder}", rows_of(checkpoint, name, rows))
 
 
 def check_tune(source: Checkpoint, tuned: Checkpoint, layout: Layout) -> None:
@@ -78,9 +87,11 @@ def check_tune(source: Checkpoint, tuned: Checkpoint, layout: Layout) -> None:
                 raise InputRefused(f"{what} is {theirs} in TUNED and {ours} in SOURCE; {trained}")
     bases = [Base.of(c, layout) for c in (source, tuned)]
     dot, base, tune = torch.zeros(3, dtype=torch.float64)
-    for name in bases[0].slots.keys() & bases[1].slots.keys():
-        a, b = bases[0].need(name), bases[1].need(name)
-        if a.ndim > 1 and a.shape == b.shape:
+    shared = [n for n in bases[0].slots if n in bases[1].slots and bases[0].shape(n) == bases[1].shape(n)]
+    matrices = [name for name in shared if len(bases[0].shape(name)) > 1]
+    for name in matrices[:: max(1, len(matrices) // SAMPLED)]:
+        a, b = (rows_of(base.tensors, base.slots[name].stored, slice(0, ROWS)).double() for base in bases)
+        if a.shape == b.shape:
             dot, base, tune = dot + (a * b).sum(), base + a.square().sum(), tune + b.square().sum()
     cosine = float(dot / (base * tune).sqrt().clamp(min=1e-300))
     if base > 0 and cosine < UNRELATED:  # where no shape agrees, the plan says which
@@ -140,6 +151,19 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[Any, str]:
 def _classes(checkpoint: Checkpoint) -> dict[Any, str]:
     labels = checkpoint.config.get("id2label")
     return labels if isinstance(labels, dict) else {}
+
+
+def free_device_memory(device: torch.device) -> int | None:
+    """Free bytes of a GPU's memory; None for the CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
+def resident_memory() -> int:
+    """Bytes of memory this process has now, where the system says; else 0."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def out_of_memory(error: BaseException) -> bool:

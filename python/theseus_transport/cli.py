@@ -1,4 +1,4 @@
-"""The command: ``theseus transport``, ``align``, ``apply``, ``inspect``, ``verify``, ``doctor``, ``demo``."""
+"""The command: ``theseus transport``, ``align``, ``apply``, ``plan``, ``inspect``, ``verify``, ``doctor``, ``demo``."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from rich.text import Text
 
 from . import __version__
 from .folder import MANIFEST
-from .options import options, parse_alpha
-from .report import console, record, report, warnings
+from .options import options, parse_alpha, parse_size
+from .report import console, plan_table, record, report, warnings
 from .screen import errors
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ app = typer.Typer(
 
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-COMMON = ("overwrite", "allow_pickle", "dry_run")
+COMMON = ("max_ram", "max_memory", "offload_folder", "resume", "overwrite", "allow_pickle", "dry_run")
 ALIGNED = ("calibration", "device", "tokens", "batch_size", "seed", "held_out", "skip_bad_inputs")
 MOVED = ("alpha", "output", "out_dtype", "leave")
 
@@ -67,7 +67,19 @@ def align(dry_run: bool, as_json: bool, recipe: dict[str, Any], maps: str, **giv
         from .job import AlignSession
         from .recipes import Recipe
 
-        _run(AlignSession(AlignJob(recipe=Recipe(**recipe), out=Path(maps), **given)), dry_run, as_json)
+        _run(AlignSession(AlignJob(recipe=Recipe(**recipe), out=Path(maps), **_sized(given))), dry_run, as_json)
+
+
+@app.command()
+@options("source", "tuned", "target", "out", *ALIGNED, *MOVED, *COMMON, recipe=True)
+def plan(dry_run: bool, as_json: bool, recipe: dict[str, Any], **given: Any) -> None:
+    """Show how `theseus transport` with these arguments would fit the memory it may take, stage by stage."""
+    with errors(as_json):
+        from .job import Job, Session
+        from .recipes import Recipe
+
+        session = Session(Job(recipe=Recipe(**recipe), **_moved(given)))
+        _show(session.plan.as_dict(session.seconds), plan_table(session.plan, session.seconds), as_json)
 
 
 @app.command()
@@ -174,7 +186,13 @@ def main() -> None:
 
 def _moved(given: dict[str, Any]) -> dict[str, Any]:
     """Fields of a Job from the options that move."""
-    return {**given, "alpha": parse_alpha(given["alpha"]), "leave": tuple(given["leave"] or ())}
+    return {**_sized(given), "alpha": parse_alpha(given["alpha"]), "leave": tuple(given["leave"] or ())}
+
+
+def _sized(given: dict[str, Any]) -> dict[str, Any]:
+    """With sizes in bytes."""
+    sizes = {name: parse_size(given[name], f"--{name.replace('_', '-')}") for name in ("max_ram", "max_memory")}
+    return {**given, **sizes}
 
 
 def _run(session: Any, dry_run: bool, as_json: bool) -> None:

@@ -7,216 +7,251 @@ heads and neurons, new gains, per-head scales.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from . import maps
-from .links import after_name
-from .moments import CrossMoment, Energy
-from .pairing import pair_heads
-from .procrustes import Polar, procrustes
-from .recipes import Evidence, Plan, Recipe, Rule
-from .regression import regressed
-from .spaces import Role
+from .heads import QKV, head_maps, scale_of
+from .links import Blocks, Link, after_name, block_of, energy_links
+from .models import Base
+from .moments import CrossMoment
+from .planner import Planner
+from .recipes import Recipe, Rule
+from .regression import fit_input, fit_output
+from .spaces import Layer, Role
 
-QKV: tuple[Role, ...] = ("query", "key", "value")
+READS = {"output": "context", "expand": "mlp", "contract": "middle"}  # part a layer reads; others the attention's
 
 
-def plan(e: Evidence, recipe: Recipe) -> Plan:
-    """Maps, rules and scales from the evidence."""
-    source, target = e.source.layout, e.target.layout
-    out, layer_norm = Plan(), target.family.norm == "layer"
-    whitened = math.sqrt(target.width / source.width) if recipe.scale != "none" else 1.0  # energy of z is its width
-    z = {name: _normalised(e, name) for name in e.moments if e.links[name].target.norm}
-    together: Tensor = sum(moment.cross for moment in z.values())  # type: ignore[assignment]
-    for name, moment in z.items():
-        out.add(name, procrustes(moment.cross, null=recipe.null, floor=recipe.floor, toward=together), moment.count)
-    behind = "embedding" if "embedding" in z else "0.attention"
-    reads_embedding = e.blocks[0] == 0
-    first = "0.attention" if reads_embedding else behind  # the residual's map where nothing but embeddings wrote it
-    embedding = behind
-    if recipe.completion == "deeper" and min(_rank(out, name) for name in {first, behind}) < _full_rank(e):
-        # few token types: lean on deeper spaces where the first says nothing
-        for name in sorted({first, behind}):
-            polar = procrustes(z[name].cross, null="completed", floor=recipe.floor, toward=together)
-            out.add(f"{name}.completed", polar, z[name].count)
-        first, embedding = f"{first}.completed", f"{behind}.completed"
+class Coherent(Planner):
+    """The recipe at work."""
 
-    def written(name: str) -> float:
+    def __init__(
+        self, source: Base, target: Base, blocks: Blocks, recipe: Recipe, *, toward: Tensor | None = None
+    ) -> None:
+        super().__init__(source, target, blocks, recipe, toward=toward)
+        ratio = target.layout.width / source.layout.width
+        self._whitened = math.sqrt(ratio) if recipe.scale != "none" else 1.0  # energy of z is its width
+        self._layer_norm = target.layout.family.norm == "layer"
+        self._behind = "embedding" if "embedding" in self.links else "0.attention"
+        self._first = "0.attention" if blocks[0] == 0 else self._behind
+
+    def needs(self, layers: Iterable[Layer], vectors: Iterable[str]) -> set[str]:
+        fed = (la for la in layers if la.role == "head" or self.pairs.blocks[la.block] is not None)
+        found = [*(self._layer_needs(la) for la in fed), *(self._vector_needs.get(name, set()) for name in vectors)]
+        return set().union(*found)
+
+    @property
+    def every(self) -> set[str]:
+        return {*self.links, *energy_links(self.pairs.source, self.pairs.target, self.pairs.blocks)}
+
+    def _layer_needs(self, layer: Layer) -> set[str]:
+        b = layer.block
+        match layer.role:
+            case "head":
+                return {"final"}
+            case "output":
+                return {f"{b}.context", f"{b}.mlp", layer.name}
+            case "expand":
+                return {f"{b}.mlp", f"{b}.middle", layer.name}
+            case "contract":
+                return {
+                    f"{b}.middle",
+                    after_name(self.pairs.source, self.pairs.target, self.pairs.blocks, b),
+                    layer.name,
+                }
+        reads = self._completable(self._first) if b == 0 and self._first == "0.attention" else {f"{b}.attention"}
+        return reads | self._head_needs(b, layer.role)
+
+    def _head_needs(self, b: int, role: Role) -> set[str]:
+        """Of the outputs of q, k and v; q and k share a map, made from both."""
+        shared = role != "value"
+        made_of = [la.name for _, la in self.pairs.layers(b) if la.role in (QKV[:2] if shared else ("value",))]
+        return {f"{b}.context", *([f"{b}.attention"] if shared else []), *made_of}
+
+    @cached_property
+    def _vector_needs(self) -> dict[str, set[str]]:
+        written = self._completable(self._behind) | {"embedding.output"}
+        found = {into: written for _, into in self.pairs.embeddings()}
+        for place in self.pairs.places:
+            for _, into, name in self.pairs.unread(place):
+                if place is not None:
+                    needed = self._head_needs(place, "query")
+                else:
+                    needed = {"final"} if name == "final" else self._completable(self._first) | {"embedding.norm"}
+                found |= {f"{into}.weight": needed, f"{into}.bias": needed}
+        return found
+
+    def _completable(self, name: str) -> set[str]:
+        """What tells whether a first map is completed: the ranks of both."""
+        return self._starts() if self.recipe.completion == "deeper" else {name}
+
+    def _starts(self) -> set[str]:
+        return {self._first, self._behind}
+
+    @property
+    def wants_together(self) -> bool:
+        full = min(la.width for la in (self.pairs.source, self.pairs.target)) - self._layer_norm
+        return self.together is not None and any(rank < full for rank in self._ranks().values())
+
+    def _ranks(self) -> dict[str, int]:
+        """Of the first maps that were made."""
+        return {r.space: r.rank for r in self.plan.reports if r.space in self._starts()}
+
+    def _held(self, name: str) -> bool:
+        if name in self._starts() and self.together is not None:
+            return True
+        if (b := block_of(name)) is None:
+            return name == "final" and self.recipe.scale == "regression"
+        return b >= self.ahead and not name.endswith(".after")
+
+    def _arrived(self, name: str) -> None:
+        if not self.links[name].target.norm:
+            return
+        z, recipe = self._z(name), self.recipe
+        if recipe.null == "completed" and self.toward is None:
+            raise ValueError("null=completed completes toward the sum over depth; give toward=together(...)")
+        polar = self.polar(z.cross, toward=self.toward)
+        self.plan.add(name, polar, z.count)
+        if recipe.completion == "deeper" and (name in self._starts() or self.together is not None):
+            self.together = z.cross if self.together is None else self.together + z.cross
+            if self._ranks().keys() == self._starts() and not self.wants_together:
+                self.together = None  # the first maps are whole
+
+    def _z(self, name: str) -> CrossMoment:
+        return normalised(self.source, self.target, self.links[name], self.moments[name])
+
+    def _written(self, name: str) -> float:
         """Scale of an output that writes the residual."""
-        energy = e.energies[name]
-        own = energy.centred if layer_norm else (float(energy.source.sum()), float(energy.target.sum()))
-        return _scale(*own, recipe)
+        energy = self.energies[name]
+        own = energy.centred if self._layer_norm else (float(energy.source.sum()), float(energy.target.sum()))
+        return scale_of(*own, self.recipe)
 
-    pairs = list(e.pairs())
-    for b in (b for b, own in enumerate(e.blocks) if own is not None):
-        middle = e.moments[f"{b}.middle"]
+    def _completed(self, name: str) -> str:
+        """The name of a first map as it is used, whether it is made already or only at the end."""
+        return f"{name}.completed" if self.wants_together else name
+
+    def _block(self, b: int) -> None:
+        fed = [(own, layer) for own, layer in self.pairs.layers(b) if self.needs([layer], ()) <= self.seen]
+        if f"{b}.middle" in self.moments:
+            middle = self.moments[f"{b}.middle"]
+            energies = (middle.source_energy, middle.target_energy)
+            polar = self.polar(middle.cross, energies=energies)
+            self.plan.add(f"{b}.middle", polar, middle.count)
+        for own, layer in fed:
+            self.plan.rules[layer.name] = self._rule(own, layer, b)
+        if f"{b}.context" in self.moments:
+            head_maps(self, b)
+        for own_norm, norm, name in self.pairs.unread(b):
+            self._norm_vectors(own_norm, norm, name)
+        if self.recipe.scale == "regression":
+            for own, layer in fed:
+                self._fit(own, layer)
+
+    def _rule(self, own: Layer, layer: Layer, b: int) -> Rule:
+        match layer.role:
+            case "query" | "key" | "value":
+                first = b == 0 and self._first == "0.attention"
+                reads = self._completed(self._first) if first else f"{b}.attention"
+                return Rule(own.name, reads, f"{b}.{layer.role}", self._whitened)
+            case "output":
+                return Rule(own.name, f"{b}.context", f"{b}.mlp", 1.0, self._written(layer.name))
+        middle, seen = self.moments[f"{b}.middle"], self.energies[layer.name]
         energies = (middle.source_energy, middle.target_energy)
-        polar = procrustes(middle.cross, null=recipe.null, floor=recipe.floor, energies=energies)
-        out.add(f"{b}.middle", polar, middle.count)
-        alive = [x > recipe.floor**2 * x.max() for x in energies]
-        reads = first if b == 0 and reads_embedding else f"{b}.attention"
-        for own, layer in pairs:
-            if layer.block != b:
-                continue
-            match layer.role:
-                case "query" | "key" | "value":
-                    rule = Rule(own.name, reads, f"{b}.{layer.role}", whitened)
-                case "output":
-                    rule = Rule(own.name, f"{b}.context", f"{b}.mlp", 1.0, written(layer.name))
-                case "expand":
-                    seen = e.energies[layer.name]
-                    scale = _scale(float(seen.source[alive[0]].sum()), float(seen.target[alive[1]].sum()), recipe)
-                    rule = Rule(own.name, f"{b}.mlp", f"{b}.middle", whitened, scale)
-                case _:
-                    inner = _scale(float(middle.source_energy.sum()), float(middle.target_energy.sum()), recipe)
-                    after = after_name(source, target, e.blocks, b)
-                    rule = Rule(own.name, f"{b}.middle", after, inner, written(layer.name))
-            out.rules[layer.name] = rule
-        _head_maps(e, out, b, recipe)
-        if recipe.scale != "regression":  # nothing asks for them again, and those of a wide MLP are the largest
-            del middle, e.moments[f"{b}.context"], e.moments[f"{b}.middle"]
-    for own, layer in pairs:
-        if layer.role == "head" and recipe.head == "move":
-            out.rules[layer.name] = Rule(own.name, "final", "identity", whitened)
-    if recipe.scale == "regression":
-        regressed(e, out, z)
-    token = target.family.embedding("token")
-    if token and target.tied and layer_norm:  # a head reads the mean too: mean goes to mean
-        polar_map = out.maps[embedding](torch.eye(source.width, dtype=torch.float64))
-        out.maps["token"] = maps.Dense(polar_map + 1 / math.sqrt(source.width * target.width))
-    for name, into in e.embeddings() if recipe.embeddings == "move" else ():
-        output = "token" if token and into == token.name and "token" in out.maps else embedding
-        out.vectors[into] = Rule(name, "identity", output, 1.0, written("embedding.output"))
-    _norm_vectors(e, out, first, whitened, written)
-    return out
+        if layer.role == "expand":
+            alive = [x > self.recipe.floor**2 * x.max() for x in energies]
+            scale = scale_of(float(seen.source[alive[0]].sum()), float(seen.target[alive[1]].sum()), self.recipe)
+            return Rule(own.name, f"{b}.mlp", f"{b}.middle", self._whitened, scale)
+        inner = scale_of(float(energies[0].sum()), float(energies[1].sum()), self.recipe)
+        after = after_name(self.pairs.source, self.pairs.target, self.pairs.blocks, b)
+        return Rule(own.name, f"{b}.middle", after, inner, self._written(layer.name))
 
+    def _fit(self, own: Layer, layer: Layer) -> None:
+        """Scales by regression in place of those by energies; at an input whose map is still to come, at the end."""
+        rule, link = self.plan.rules[layer.name], f"{layer.block}.{READS.get(layer.role, 'attention')}"
+        if rule.input in self.plan.maps:
+            read = self._z(link) if self.links[link].target.norm else self.moments[link]
+            rule = fit_input(rule, self.plan.maps[rule.input], read)
+        sides, seen = ((self.source, own), (self.target, layer)), self.energies[layer.name]
+        self.plan.rules[layer.name] = fit_output(rule, self.plan.maps[rule.output], self.moments[link], sides, seen)
 
-def _norm_vectors(e: Evidence, out: Plan, first: str, whitened: float, written: Callable[[str], float]) -> None:
-    """Gains and biases that no linear layer can take up: of the final norm (where no head moves), of a norm whose
-    output is the residual itself, and of norms inside the heads."""
-    for own, into, name in e.unread():
-        residual = name == "embedding"
-        output = first if residual else name
-        out.vectors[f"{into}.weight"] = Rule(f"{own}.weight", "identity", output, kind="gain")
-        out.vectors[f"{into}.bias"] = (
-            Rule(f"{own}.bias", "identity", output, 1.0, written("embedding.norm"))
+    def _finish(self) -> None:
+        recipe, source, target = self.recipe, self.pairs.source, self.pairs.target
+        first, behind = self._completed(self._first), self._completed(self._behind)
+        if self.wants_together:  # few token types: lean on deeper spaces where the first says nothing
+            self._complete()
+        self.together = None
+        for own, layer in self.pairs.layers(None):
+            if recipe.head == "move" and "final" in self.seen:
+                rule = Rule(own.name, "final", "identity", self._whitened)
+                if recipe.scale == "regression":
+                    rule = fit_input(rule, self.plan.maps["final"], self._z("final"))
+                self.plan.rules[layer.name] = rule
+        token = target.family.embedding("token")
+        if token and target.tied and self._layer_norm and behind in self.plan.maps:
+            # a head reads the mean too: mean goes to mean
+            polar_map = self.plan.maps[behind](torch.eye(source.width, dtype=torch.float64))
+            self.plan.put("token", maps.Dense(polar_map + 1 / math.sqrt(source.width * target.width)))
+        for name, into in self.pairs.embeddings() if recipe.embeddings == "move" else ():
+            if self.needs((), [into]) <= self.seen:
+                output = "token" if token and into == token.name and "token" in self.plan.maps else behind
+                self.plan.vectors[into] = Rule(name, "identity", output, 1.0, self._written("embedding.output"))
+        for own_norm, norm, name in self.pairs.unread(None):
+            self._norm_vectors(own_norm, norm, first if name == "embedding" else name, residual=name == "embedding")
+
+    def _complete(self) -> None:
+        """Complete the first maps, and fit the inputs that waited for them."""
+        behind_norms = {name for name, link in self.links.items() if link.target.norm}
+        if missing := behind_norms - self.seen:
+            raise ValueError(f"the first map is completed from all spaces behind norms, {min(missing)} did not arrive")
+        for name in sorted(self._starts()):
+            z = self._z(name)
+            polar = self.polar(z.cross, null="completed", toward=self.together)
+            self.plan.add(f"{name}.completed", polar, z.count)
+            for layer, rule in self.plan.rules.items():
+                if self.recipe.scale == "regression" and rule.input == f"{name}.completed":
+                    self.plan.rules[layer] = fit_input(rule, self.plan.maps[rule.input], z)
+
+    def _norm_vectors(self, own: str, into: str, output: str, *, residual: bool = False) -> None:
+        """Gain and bias that no linear layer can take up: of the final norm (where no head moves), of a norm whose
+        output is the residual itself, and of norms inside the heads."""
+        if not self.needs((), [f"{into}.weight"]) <= self.seen:
+            return
+        self.plan.vectors[f"{into}.weight"] = Rule(f"{own}.weight", "identity", output, kind="gain")
+        self.plan.vectors[f"{into}.bias"] = (
+            Rule(f"{own}.bias", "identity", output, 1.0, self._written("embedding.norm"))
             if residual
-            else Rule(f"{own}.bias", "identity", output, 1.0, whitened, kind="shift")
+            else Rule(f"{own}.bias", "identity", output, 1.0, self._whitened, kind="shift")
         )
 
 
-def _head_maps(e: Evidence, out: Plan, b: int, recipe: Recipe) -> None:
-    """Maps ``b.query``, ``b.key``, ``b.value`` (outputs) and ``b.context`` (read by the output projection)."""
-    source, target = e.source.layout, e.target.layout
-    names: dict[Role, tuple[str, str]] = {la.role: (own.name, la.name) for own, la in e.pairs() if la.block == b}
-    context = e.moments[f"{b}.context"]
-    heads, kv_heads = (source.heads, target.heads), (source.kv_heads, target.kv_heads)
-    pairing = out.pairings[b] = pair_heads(context, heads, kv_heads)
-    group = torch.arange(target.heads) // (target.heads // target.kv_heads)  # target kv head of each target query head
+def normalised(source: Base, target: Base, link: Link, moment: CrossMoment) -> CrossMoment:
+    """The moment of z, behind the norms' gains and biases; under LayerNorm with its exact null direction removed.
 
-    def energies(energy: tuple[Tensor, Tensor], counts: tuple[int, int], chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Per target kv head, (source, target) energy over its heads; a source head counts once per copy."""
-        per = [v.unflatten(0, (n, -1)).sum(1).cpu() for v, n in zip(energy, counts, strict=True)]
-        per[0] = per[0][chosen]
-        return tuple(_by_group(v, target.kv_heads) for v in per)  # type: ignore[return-value]
-
-    def cross_of(role: Role, counts: tuple[int, int], chosen: Tensor) -> Tensor:
-        """Cross of paired heads of q or k, before rotary embedding: [kv_heads_T, head_dim_S, head_dim_T]."""
-        moment = e.moments[f"{b}.attention"].augmented.cpu()
-        w_s, w_t = (base.augmented(n).cpu() for base, n in zip((e.source, e.target), names[role], strict=True))
-        left = (w_s @ moment).unflatten(0, (counts[0], -1))[chosen]
-        return _by_group(left @ w_t.unflatten(0, (counts[1], -1)).mT, target.kv_heads)
-
-    def blocks(polar: Polar, scale: Tensor, chosen: Tensor, of_group: Tensor, count: int) -> maps.Heads:
-        return maps.Heads(chosen, (polar.map.cpu() * scale[:, None, None])[of_group], count)
-
-    query, key, value = (e.energies[names[role][1]] for role in QKV)
-    e_query = energies((query.source, query.target), heads, pairing.query)
-    e_key = energies((key.source, key.target), kv_heads, pairing.kv)
-    e_value = energies((value.source, value.target), kv_heads, pairing.kv)
-    e_context = energies((context.source_energy, context.target_energy), heads, pairing.query)
-
-    cross = context.cross.cpu().unflatten(1, (target.heads, -1)).unflatten(0, (source.heads, -1)).transpose(1, 2)
-    paired = _by_group(cross[pairing.query, torch.arange(target.heads)], target.kv_heads)
-    t_context = procrustes(paired, null=recipe.null, floor=recipe.floor)
-    shared = sum(
-        cross_of(role, counts, chosen) / _positive((e_s * e_t).sqrt())[:, None, None]
-        for role, counts, chosen, (e_s, e_t) in (
-            (QKV[0], heads, pairing.query, e_query),
-            (QKV[1], kv_heads, pairing.kv, e_key),
-        )
-    )
-    t_shared = procrustes(shared, null=recipe.null, floor=recipe.floor)  # type: ignore[arg-type]
-
-    every = torch.arange(target.kv_heads)
-    copies = torch.bincount(pairing.query, minlength=source.heads)[pairing.query].double()
-    read = blocks(t_context, 1 / _ratios(e_context, recipe), pairing.query, group, source.heads)
-    read = replace(read, blocks=read.blocks / copies[:, None, None])
-    out.add(f"{b}.context", t_context, context.count, read)
-    out.maps[f"{b}.value"] = blocks(t_context, _ratios(e_value, recipe), pairing.kv, every, source.kv_heads)
-    out.add(
-        f"{b}.query",
-        t_shared,
-        context.count,
-        blocks(t_shared, _ratios(e_query, recipe), pairing.query, group, source.heads),
-    )
-    out.maps[f"{b}.key"] = blocks(t_shared, _ratios(e_key, recipe), pairing.kv, every, source.kv_heads)
-    if recipe.heads == "dense":
-        _dense_context(out, b, context, value, names, recipe)
-
-
-def _dense_context(
-    out: Plan, b: int, context: CrossMoment, value: Energy, names: dict[Role, tuple[str, str]], recipe: Recipe
-) -> None:
-    """One map and one scale for v's output and o's input, in place of those per head."""
-    polar = procrustes(context.cross, null=recipe.null, floor=recipe.floor)
-    out.add(f"{b}.context", polar, context.count)
-    out.maps[f"{b}.value"] = out.maps[f"{b}.context"]
-    sides = (context.source_energy, context.target_energy), (value.source, value.target)
-    read, written = (_scale(float(s.sum()), float(t.sum()), recipe) for s, t in sides)
-    value_layer, output_layer = names["value"][1], names["output"][1]
-    out.rules[value_layer] = replace(out.rules[value_layer], scale_out=written)
-    out.rules[output_layer] = replace(out.rules[output_layer], scale_in=read)
-
-
-def _normalised(e: Evidence, space: str) -> CrossMoment:
-    """The moment of z, behind the norms' gains and biases; under LayerNorm with its exact null direction removed."""
-    link = e.links[space]
-    source = e.source.norm(link.source.norm, link.source.width)
-    z = e.moments[space].unfold(source, e.target.norm(link.target.norm, link.target.width), link.target.norm)
-    if e.target.layout.family.norm == "layer":  # every row of z sums to 0
+    Raises:
+        InputRefused: a gain is zero.
+    """
+    own = source.norm(link.source.norm, link.source.width)
+    z = moment.unfold(own, target.norm(link.target.norm, link.target.width), link.target.norm)
+    if target.layout.family.norm == "layer":  # every row of z sums to 0
         cross = z.cross - z.cross.mean(0)
         z = replace(z, cross=cross - cross.mean(1, keepdim=True))
     return z
 
 
-def _full_rank(e: Evidence) -> int:
-    return min(e.source.layout.width, e.target.layout.width) - (e.target.layout.family.norm == "layer")
-
-
-def _rank(out: Plan, name: str) -> int:
-    return next(r.rank for r in out.reports if r.space == name)
-
-
-def _scale(source: float, target: float, recipe: Recipe) -> float:
-    """sqrt(E_T / E_S); 1 where a side has no energy (its map is then zero)."""
-    return math.sqrt(target / source) if recipe.scale != "none" and source > 0 and target > 0 else 1.0
-
-
-def _ratios(energies: tuple[Tensor, Tensor], recipe: Recipe) -> Tensor:
-    return torch.tensor(
-        [_scale(float(s), float(t), recipe) for s, t in zip(*energies, strict=True)], dtype=torch.float64
-    )
-
-
-def _by_group(per_head: Tensor, groups: int) -> Tensor:
-    grouped: Tensor = per_head.unflatten(0, (groups, -1))
-    return grouped.sum(1)
-
-
-def _positive(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x, 1.0)
+def together(
+    source: Base,
+    target: Base,
+    links: Mapping[str, Link],
+    moments: Mapping[str, CrossMoment],
+    so_far: Tensor | None = None,
+) -> Tensor | None:
+    """The sum of z's crosses [dS, dT] over depth, in the order of ``links``; portions may follow one another."""
+    for name in (n for n, link in links.items() if n in moments and link.target.norm):
+        cross = normalised(source, target, links[name], moments[name]).cross
+        so_far = cross if so_far is None else so_far + cross
+    return so_far

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .errors import InputRefused
 from .family import Family, Slot
-from .models import Tensors, tensors_of
+from .models import Tensors, dtype_of, part_of, shape_of, tensors_of
 
 PREFIX = "base_model.model."
 REFUSED_INIT = (
@@ -91,12 +92,12 @@ class Adapter:
         return cls.of(Checkpoint.open(folder))
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Adapter:
-        """The adapter in an opened PEFT folder; refuses as :meth:`open`."""
+    def of(cls, checkpoint: Checkpoint, tensors: Tensors | None = None) -> Adapter:
+        """The adapter in an opened PEFT folder, its tensors read through ``tensors``; refuses as :meth:`open`."""
         if not checkpoint.adapter_config:
             raise InputRefused(f"{checkpoint.folder} has no adapter_config.json; is it a PEFT adapter?")
         try:
-            return cls(checkpoint.adapter_config, checkpoint)
+            return cls(checkpoint.adapter_config, checkpoint if tensors is None else tensors)
         except InputRefused as error:
             raise InputRefused(f"{checkpoint.folder}: {error}") from error
 
@@ -199,6 +200,17 @@ class Renamed(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         slot = self.slots[name]
         return slot.view(self._tensors[slot.stored])
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """These rows of a tensor."""
+        return part_of(self._tensors, self.slots[name], rows)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        slot = self.slots[name]
+        return slot.shape(shape_of(self._tensors, slot.stored))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return dtype_of(self._tensors, self.slots[name].stored)
 
     def __contains__(self, name: object) -> bool:
         return name in self.slots

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from .capture import Batch, backbone, mixings, run_model
 from .errors import InputRefused, NumericalError
 from .spaces import Layout
+from .stream import alone
 from .tokens import RowMixing
+from .weights import Window
 
 TOKENS = 256  # rows compared, spread over all batches: 2 x depth x width x 1 KiB are kept
 
@@ -44,11 +46,38 @@ def pair_blocks(
     finally:
         for module, mode in training:
             module.training = mode
-    joined = [[torch.cat(parts) for parts in side] for side in updates]
+    return _paired(updates)
+
+
+def pair_streamed(
+    windows: Sequence[Window],
+    layouts: tuple[Layout, Layout],
+    batches: Sequence[tuple[Batch, Batch]],
+    device: torch.device,
+) -> list[int | None]:
+    """The same, of models that are read block by block; all of both is read once."""
+    rows, share = [mixings(layouts, *pair) for pair in batches], -(-TOKENS // len(batches))
+    updates: list[list[list[Tensor]]] = [[], []]
+    for k, (window, layout, found) in enumerate(zip(windows, layouts, updates, strict=True)):
+        side = alone(window, layout, [pair[k] for pair in batches], device)
+        for b in range(layout.depth):
+            found.append([])
+            window.hold(side.names(b))
+            window.prefetch(side.names(b + 1))
+            with torch.no_grad(), side.skeleton.filled(b) as block:
+                for i in range(len(batches)):
+                    before = side.hidden[i]
+                    side.step(block, b, i)
+                    found[b].append(_spread(rows[i][k], share, (side.hidden[i] - before).flatten(0, -2)))
+            window.release()
+    return _paired(updates)
+
+
+def _paired(updates: Sequence[Sequence[Sequence[Tensor]]]) -> list[int | None]:
+    joined = [[torch.cat(list(parts)) for parts in side] for side in updates]
     if not all(bool(u.isfinite().all()) for side in joined for u in side):
         raise NumericalError("blocks put NaN or Inf into the residual; check both bases and the calibration")
-    scores = similarities(*joined)
-    return increasing(scores)
+    return increasing(similarities(*joined))
 
 
 def block_updates(model: nn.Module, layout: Layout, batch: Batch, keep: Callable[[Tensor], Tensor]) -> list[Tensor]:

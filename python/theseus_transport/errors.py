@@ -19,7 +19,17 @@ class ResourceError(TheseusError):
     exit_code = 4
 
 
+class ReadFailed(ResourceError):
+    """An input cannot be read any more."""
+
+
 class NumericalError(TheseusError):
     """A result is not finite, or a decomposition failed its certificate."""
 
     exit_code = 5
+
+
+class AlreadyDone(TheseusError):
+    """What is asked for lies there, whole, from an earlier run."""
+
+    exit_code = 0

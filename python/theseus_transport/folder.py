@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import InputRefused, ResourceError
 from .headers import file_blake2b, inside, read_json
@@ -28,9 +28,7 @@ def check_writable(folder: str | Path, nbytes: int, *, overwrite: bool = False, 
     mount point, or holds the home or working directory; ResourceError, with numbers, if the disk has too little room.
     """
     target = Path(folder).expanduser().resolve()
-    for given in (Path(path).expanduser().resolve() for path in inputs):
-        if target == given or given in target.parents or target in given.parents:
-            raise InputRefused(f"output {target} overlaps the input {given}; name a folder outside every input")
+    refuse_overlap(target, inputs)
     if target.exists() and not target.is_dir():
         raise InputRefused(f"output {target} is a file; name a folder")
     if any(target == place or target in place.parents for place in (Path.home().resolve(), Path.cwd())):
@@ -49,6 +47,19 @@ def check_writable(folder: str | Path, nbytes: int, *, overwrite: bool = False, 
         raise ResourceError(
             f"output {target} needs {nbytes} bytes, {nearest} has {free} free; free some, or go elsewhere"
         )
+
+
+def refuse_overlap(target: Path, inputs: Sequence[Path]) -> None:
+    """Raise InputRefused if a resolved path is, holds or lies in one of `inputs`."""
+    for given in (Path(path).expanduser().resolve() for path in inputs):
+        if target == given or given in target.parents or target in given.parents:
+            raise InputRefused(f"output {target} overlaps the input {given}; name a folder outside every input")
+
+
+def warn_leftovers(target: Path) -> None:
+    """Name what a killed process left beside a folder."""
+    if leftovers := [path.name for kind in ("tmp", "old") for path in target.parent.glob(f".{target.name}.{kind}-*")]:
+        log.warning("%s holds %s from an interrupted run; remove it", target.parent, ", ".join(leftovers))
 
 
 @contextmanager
@@ -71,21 +82,13 @@ def new_folder(
     target = Path(folder).expanduser().resolve()
     created = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    if leftovers := [path.name for kind in ("tmp", "old") for path in target.parent.glob(f".{target.name}.{kind}-*")]:
-        log.warning("%s holds %s from an interrupted run; remove it", target.parent, ", ".join(leftovers))
+    warn_leftovers(target)
     staging = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
     try:
         staging.mkdir()
         yield staging
-        written = sorted(path for path in staging.iterdir())
-        manifest = {
-            "files": {path.name: {"size": path.stat().st_size, "blake2b": file_blake2b(path)} for path in written},
-            "metadata": dict(described()),
-        }
-        write_file(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        for path in (*written, staging):
-            _sync(path)
-        _put_in_place(staging, target, overwrite=overwrite)
+        seal(staging, described())
+        put_in_place(staging, target, overwrite=overwrite)
     except BaseException as error:  # KeyboardInterrupt too: nothing may be left behind
         shutil.rmtree(staging, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free
@@ -95,6 +98,15 @@ def new_folder(
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{target}: disk full, {nbytes} bytes of tensors and {free} left: {error}") from error
         raise
+
+
+def seal(staging: Path, metadata: Mapping[str, Any], **more: Any) -> None:
+    """Add the manifest of what a folder holds, `more` being further keys of it, and make all of it durable."""
+    written = sorted(path for path in staging.iterdir() if path.name != MANIFEST)
+    files = {path.name: {"size": path.stat().st_size, "blake2b": file_blake2b(path)} for path in written}
+    write_file(staging / MANIFEST, json.dumps({"files": files, "metadata": dict(metadata), **more}, indent=2) + "\n")
+    for path in (*written, staging):
+        sync(path)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -128,15 +140,11 @@ def write_file(path: Path, content: bytes | str | Path) -> None:
     data = content.read_bytes() if isinstance(content, Path) else content
     with path.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
-        sync_file(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def sync_file(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -145,7 +153,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(staging: Path, target: Path, *, overwrite: bool) -> None:
+def put_in_place(staging: Path, target: Path, *, overwrite: bool) -> None:
     """Rename; an old folder goes aside first, comes back if that fails, and is removed at the end."""
     aside = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
     try:
@@ -156,7 +164,7 @@ def _put_in_place(staging: Path, target: Path, *, overwrite: bool) -> None:
         if aside.exists() and not target.exists():
             os.rename(aside, target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
     if aside.exists():
         log.warning("%s is written; the folder it replaced could not be removed: %s", target, aside)

@@ -30,7 +30,7 @@ DEQUANTISE = "dequantise first, e.g. load with transformers in bf16 and save_pre
 
 
 class TensorRecord(NamedTuple):
-    """One entry of a safetensors header; `start` and `stop` are byte offsets within the data."""
+    """One entry of a safetensors header; `start` and `stop` are byte offsets within the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -159,7 +159,8 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
     for name in records:
         if name.endswith(QUANTISED_TENSORS):
             raise InputRefused(f"{path}: {name!r} is part of a quantised layer; {DEQUANTISE}")
-    return records
+    first = 8 + len(text)
+    return {name: r._replace(start=first + r.start, stop=first + r.stop) for name, r in records.items()}
 
 
 def digest(data: bytes) -> str:

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .alignment import Alignment, by_position, check_pair, outline
-from .bases import AlignJob, Bases, Progress, content_hash, quiet, recorded_base
+from .alignment import RECORD, Alignment, outline
+from .bases import AlignJob, Bases, Progress, check_room, content_hash, quiet, recorded_base
+from .changes import first_change
 from .checkpoint import Checkpoint
-from .checks import check_left, check_rows, check_tune, check_values
+from .checks import check_dtypes, check_left, check_rows, check_tune, check_values
 from .delta import Adapter, Delta
-from .errors import InputRefused
-from .folder import check_writable, differences
-from .links import moment_links
-from .outcome import Clock, Outcome, collected_warnings, describe
-from .output import Kind, Written, check_output, planned, write_updates
-from .predict import Prediction, move_flops
+from .errors import AlreadyDone, InputRefused
+from .folder import differences
+from .journal import Work
+from .outcome import Clock, Outcome, collected_warnings, describe, told_in_manifest
+from .output import Kind, Written, described_outputs, planned
+from .predict import move_flops, move_seconds
 from .recipes import Recipe
 from .report import model_card
+from .schedule import Visit
+from .sinks import Maps, Moves
+from .spaces import by_block
+from .stored import planned_maps
 from .strength import Alpha, chosen, folders
 from .transport import transport
 from .update import Update
+from .weights import Window
+from .writer import Output, planned_bytes
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = (
@@ -77,6 +90,10 @@ class Job:
     allow_pickle: bool = False
     maps: str | None = None
     verify_inputs: bool = False
+    max_ram: int | None = None
+    max_memory: int | None = None
+    offload_folder: Path | None = None
+    resume: bool = False
 
     @classmethod
     def of_maps(
@@ -103,39 +120,50 @@ class AlignSession:
 
     def __init__(self, job: AlignJob) -> None:
         self.job, self.bases = job, Bases(job)
-        check_pair(*self.bases.layouts, job.recipe)
-        check_values(*self.bases.checkpoints)
-        self.prediction = self.bases.prediction()
-        links = moment_links(*self.bases.layouts, by_position(*self.bases.layouts)).values()
-        self.bytes_out = sum(8 * link.source.width * link.target.width for link in links)
-        check_writable(job.out, self.bytes_out, overwrite=job.overwrite, inputs=self.bases.inputs)
-        self.bases.check_memory(self.prediction.nbytes)
+        draft = outline(*self.bases.layouts, job.recipe)
+        self.bytes_out = sum(dtype.itemsize * prod(shape) for _, shape, dtype in planned_maps(draft, job.recipe))
+        check_room([job.out], self.bytes_out, job, inputs=self.bases.inputs)
+        self.plan = self.bases.fitted()
+        self.seconds = self.bases.seconds()
 
     def outcome(self, **known: Any) -> Outcome:
         return _outcome(self, kind="alignment", job=describe(self.job, *self.bases.checkpoints), **known)
 
     def rehearse(self) -> Outcome:
-        """What :meth:`run` would do; nothing is computed or written."""
+        """What :meth:`run` would do; all weights are read once, nothing is computed or written."""
         with collected_warnings() as warnings:
             data = self.bases.calibration()
+            check_values(*self.bases.checkpoints)
         return self.outcome(calibration=data.description, tokens=data.tokens, warnings=warnings)
 
     def run(self, progress: Progress = quiet) -> Outcome:
         """Align and save, with fingerprints of both bases.
 
         Raises:
-            InputRefused, ResourceError, NumericalError: nothing is left behind.
+            InputRefused, NumericalError: nothing is left behind.
+            ResourceError: what was done is kept; the same job with ``resume`` goes on.
         """
         job, clock = self.job, Clock()
         with collected_warnings() as warnings:
-            alignment = self.bases.align(progress, clock.lap)
-            for side, checkpoint in zip(("source", "target"), self.bases.checkpoints, strict=True):
-                alignment.provenance[side]["content_hash"] = content_hash(checkpoint)
-            outcome = self.outcome(**_told(alignment), warnings=warnings)
-            outcome.job["recipe"] = asdict(alignment.recipe)
-            record = {"outcome": asdict(outcome)}
-            alignment.save(job.out, overwrite=job.overwrite, metadata=record, inputs=self.bases.inputs)
-            clock.lap("write")
+            data = self.bases.calibration()
+            draft = self.bases.draft(data)
+            clock.lap("calibration")
+            made: list[Alignment] = []
+            outcome = self.outcome(calibration=data.description, tokens=data.tokens, warnings=warnings)
+            sink = Maps(draft)
+            files = {RECORD: lambda: json.dumps(made[0].record(sink.kinds), indent=1)}
+            described = Output(job.out, sink.tensors, files, lambda: {"outcome": told_in_manifest(outcome)})
+            key = self.bases.key(data, recipe=asdict(draft.recipe), **options_of(job))
+            with Work.open(job.out, [described], **self.bases.writing(key, stem="maps", shard_size=2**62)) as work:
+                sink.work = work
+                alignment, passage = self.bases.align(data, draft, sink, work, partial(progress, "align"))
+                for side, checkpoint in zip(("source", "target"), self.bases.checkpoints, strict=True):
+                    alignment.provenance[side]["content_hash"] = content_hash(checkpoint)
+                made.append(alignment)
+                outcome = self.outcome(**_told(alignment), warnings=warnings)
+                outcome.job["recipe"] = asdict(alignment.recipe)
+                work.finish()
+            clock.stages(passage.seconds)
         return clock.finish(outcome, job.out)
 
 
@@ -147,93 +175,119 @@ class Session:
         self.bases = Bases(job.alignment)
         source, target = self.bases.checkpoints
         self.tuned = Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
+        self.window = Window(self.tuned)
         if self.tuned.kind == "adapter":
-            self.delta = Delta(source, adapter=Adapter.of(self.tuned))
+            self.delta = Delta(self.bases.windows[0], adapter=Adapter.of(self.tuned, self.window))
         else:
-            self.delta = Delta.between(source, self.tuned)
+            self.delta = Delta.between(self.bases.windows[0], self.window)
         self.kind: Kind = _kind(job, self.tuned)
         self.dtype = DTYPES[job.out_dtype]
         self.inputs = [*self.bases.inputs, self.tuned.folder, *([Path(job.maps)] if job.maps else [])]
-        check_values(source, target, self.tuned)
+        check_dtypes(source, target, self.tuned)
         if self.tuned.kind == "checkpoint":
             check_tune(source, self.tuned, self.bases.layouts[0])
         self.alignment = self._opened() if job.maps else None
         draft = self.transport(self.alignment or outline(*self.bases.layouts, job.recipe))
+        first_change(draft)
         self.coverage = draft.coverage
         check_left(job.leave, self.coverage, source, self.tuned)
-        self.places = folders(job.out, self.alphas, overwrite=job.overwrite)
-        self.bytes_out = check_output(
-            draft, self.places, self.kind, dtype=self.dtype, overwrite=job.overwrite, inputs=self.inputs
-        )
+        self.places = folders(job.out, self.alphas, overwrite=job.overwrite or job.resume)
+        self.bytes_out = len(self.places) * planned_bytes(planned(draft, self.kind, self.dtype))
+        check_room(self.places, self.bytes_out, job.alignment, inputs=self.inputs)
         self.steps, flops = len(planned(draft, self.kind)), move_flops(draft)
-        if self.alignment:
-            self.prediction = Prediction.of_moving(self.alignment, draft, flops)
-        else:
-            self.prediction = self.bases.prediction(move=flops)
-        self.bases.check_memory(self.prediction.nbytes)
+        full = self.tuned if self.tuned.kind == "checkpoint" else None
+        self.plan = self.bases.fitted(tuned=full, maps=not self.alignment)
+        self.seconds = move_seconds(flops) if self.alignment else self.bases.seconds(move=flops)
 
     def transport(self, alignment: Alignment) -> Update:
-        return transport(alignment, self.delta, self.bases.target, leave=self.job.leave)
+        return transport(alignment, self.delta, self.bases.windows[1], leave=self.job.leave, presumed=True)
 
     def outcome(self, **known: Any) -> Outcome:
         job = describe(self.job, *self.bases.checkpoints, self.tuned)
         return _outcome(self, kind=self.kind, job=job, coverage=[asdict(row) for row in self.coverage], **known)
 
     def rehearse(self) -> Outcome:
-        """What :meth:`run` would do, calibration data included; nothing is computed or written."""
+        """What :meth:`run` would do, calibration included; all weights are read, nothing is computed or written."""
         with collected_warnings() as warnings:
             told = _told(self.alignment) if self.alignment else {}
             if not self.alignment:
                 data = self.bases.calibration()
                 told = {"calibration": data.description, "tokens": data.tokens}
             check_rows(self.coverage, *self.bases.checkpoints)
+            check_values(*self.bases.checkpoints, self.tuned)
+            draft = self.transport(self.alignment or outline(*self.bases.layouts, self.job.recipe))
+            self.coverage = draft.settled()
         return self.outcome(**told, warnings=warnings)
 
     def run(self, progress: Progress = quiet) -> Outcome:
-        """Align unless an alignment is applied, move and write.
+        """Align unless an alignment is applied, move and write, block by block.
 
         Raises:
-            InputRefused, ResourceError, NumericalError: nothing is left behind.
+            InputRefused, NumericalError: nothing is left behind.
+            ResourceError: what was done is kept; the same job with ``resume`` goes on.
         """
-        clock = Clock()
+        if not self.alignment and any(a.asked == "match" for a in self.alphas):
+            return self._aligned_first(progress)
+        job, clock = self.job, Clock()
         with collected_warnings() as warnings:
             check_rows(self.coverage, *self.bases.checkpoints)
-            alignment = self.alignment or self.bases.align(progress, clock.lap)
-            update = self.transport(alignment)
-            self.coverage = update.coverage  # a draft may have guessed
+            data = None if self.alignment else self.bases.calibration()
+            draft = self.alignment if data is None else self.bases.draft(data)
+            assert draft is not None
+            update = self.transport(draft)
+            self.coverage = update.coverage
+            clock.lap("calibration")
+            told = _told(draft) if data is None else {"calibration": data.description, "tokens": data.tokens}
+            outcome = self.outcome(**told, warnings=warnings)
+            outcome.job["recipe"] = asdict(draft.recipe)  # its floor follows the models' precision
             alphas = [a.resolved(update) for a in self.alphas]
-            outcome = self.outcome(**_told(alignment), warnings=warnings)
-            outcome.job["recipe"] = asdict(alignment.recipe)  # its floor follows the models' precision
             outcome.alphas = [
                 {"asked": a.asked, "alpha": value, "written": str(place)}
                 for a, value, place in zip(self.alphas, alphas, self.places, strict=True)
             ]
             outputs = [self._written(place, alpha) for place, alpha in zip(self.places, alphas, strict=True)]
+            provenance: dict[str, Any] = {}
 
             def known(i: int) -> Outcome:
                 """The outcome as one folder tells it, once its tensors are written."""
                 outcome.alphas[i]["rounding"] = outputs[i].rounding.as_dict()
                 said = [*warnings, *update.warnings, *outputs[i].rounding.warnings()]
-                job = {**outcome.job, "alpha": alphas[i]}
-                return replace(outcome, job=job, alphas=[outcome.alphas[i]], warnings=said)
+                one = {**outcome.job, "alpha": alphas[i]}
+                return replace(outcome, job=one, alphas=[outcome.alphas[i]], warnings=said)
 
             for i, out in enumerate(outputs):
                 out.files = {**(out.files or {}), "README.md": lambda i=i: model_card(known(i))}  # type: ignore[misc]
-                out.metadata = lambda i=i: {"outcome": asdict(known(i)), "provenance": alignment.provenance}
-            write_updates(
-                update,
-                outputs,
-                self.kind,
-                dtype=self.dtype,
-                base_name=self.job.target,
-                overwrite=self.job.overwrite,
-                inputs=self.inputs,
-                progress=progress("write", self.steps),
-            )
-            clock.lap("move and write")
+                out.metadata = lambda i=i: {"outcome": told_in_manifest(known(i)), "provenance": provenance}
+            stem, described = described_outputs(update, outputs, self.kind, dtype=self.dtype, base_name=job.target)
+            key = self.bases.key(data, self.tuned, whole=job.verify_inputs, alphas=alphas, **options_of(job))
+            with Work.open(job.out, described, **self.bases.writing(key, stem=stem, inputs=self.inputs)) as work:
+                written = progress("write", len(described[0].tensors))
+                sink = Moves(draft, update, outputs, described[0].tensors, work, self.window, progress=written)
+                if data is None:
+                    alignment, seconds = draft, apply(sink, self.bases, work)
+                else:
+                    alignment, passage = self.bases.align(data, draft, sink, work, partial(progress, "align"))
+                    seconds = passage.seconds
+                self.coverage = update.settled()
+                provenance |= alignment.provenance
+                outcome = replace(outcome, coverage=[asdict(row) for row in self.coverage], **_told(alignment))
+                work.finish()
+            clock.stages(seconds)
             rounded = [text for out in outputs for text in out.rounding.warnings()]
             outcome.warnings = [*warnings, *dict.fromkeys(update.warnings), *rounded]
-        return clock.finish(outcome, self.job.out)
+        return clock.finish(outcome, job.out, *self.bases.windows, self.window)
+
+    def _aligned_first(self, progress: Progress) -> Outcome:
+        """A strength that follows from all of the update needs all maps first: they lie beside the output meanwhile."""
+        maps = self.job.out.with_name(f".{self.job.out.name}.maps")
+        aligned = replace(self.job.alignment, out=maps)
+        try:
+            AlignSession(aligned).run(progress)
+        except AlreadyDone:
+            log.info("going on with the maps in %s", maps)
+        outcome = Session(replace(self.job, maps=str(maps))).run(progress)
+        shutil.rmtree(maps)
+        return outcome
 
     def _opened(self) -> Alignment:
         assert self.job.maps
@@ -256,6 +310,33 @@ class Session:
         return Written(place, alpha, files)
 
 
+def apply(sink: Moves, bases: Bases, work: Work) -> dict[str, float]:
+    """Write all of an update whose maps are there, block by block; returns seconds by stage."""
+    clock, windows, blocks = Clock(), bases.windows, sink.alignment.blocks
+    full = sink.update.delta.tuned is not None
+    stored = [by_block(layout, window) if full else {} for layout, window in zip(bases.layouts, windows, strict=True)]
+    visits = [Visit(source=own, target=b) for b, own in enumerate(blocks)]
+    visits += [Visit(source=own) for own in sorted(set(range(bases.layouts[0].depth)) - set(blocks))]
+    if work.state:
+        sink.restore(work.state["sink"])
+    for visit in visits[work.step :]:
+        for window, names, b in zip(windows, stored, visit.blocks, strict=True):
+            window.hold([] if b is None else names.get(b, []))
+        sink.step(visit)
+        for window, kept in zip(windows, sink.held(), strict=True):
+            window.release(keep=kept)
+        work.commit({"sink": sink.state()}, {})
+    sink.step(None)
+    clock.lap("move and write")
+    return clock.seconds
+
+
+def options_of(job: Job | AlignJob) -> dict[str, Any]:
+    """The choices that decide what is written, beside the inputs and the recipe."""
+    names = ("tokens", "seed", "held_out", "skip_bad_inputs", "device", "leave", "output", "out_dtype")
+    return {name: getattr(job, name) for name in names if hasattr(job, name)}
+
+
 def _outcome(session: Session | AlignSession, **known: Any) -> Outcome:
     start: dict[str, Any] = {
         "coverage": [],
@@ -263,8 +344,9 @@ def _outcome(session: Session | AlignSession, **known: Any) -> Outcome:
         "calibration": session.job.calibration,
         "tokens": session.bases.tokens_wanted,
         "bytes_out": session.bytes_out,
-        "predicted_bytes": session.prediction.nbytes,
-        "predicted_seconds": session.prediction.seconds,
+        "plan": session.plan.choice.words,
+        "predicted_bytes": session.plan.peak,
+        "predicted_seconds": session.seconds,
     }
     return Outcome(**{**start, **known})
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -72,11 +72,31 @@ class Heads:
     heads: int
 
     def __call__(self, rows: Tensor) -> Tensor:
-        per_head = rows.unflatten(-1, (self.heads, -1))[..., self.source_head.to(rows.device), :]
-        return torch.einsum("...hs,hst->...ht", per_head, self.blocks.to(rows)).flatten(-2)
+        if rows.ndim == 1:
+            return self(rows[None])[0]
+        per_head, out = rows.unflatten(-1, (self.heads, -1)), rows.new_empty(*rows.shape[:-1], *self.blocks.shape[::2])
+        for head, (own, block) in enumerate(zip(self.source_head.tolist(), self.blocks.to(rows), strict=True)):
+            torch.matmul(per_head[..., own, :], block, out=out[..., head, :])  # one by one: no copy of all rows
+        moved: Tensor = out.flatten(-2)
+        return moved
 
     def tensors(self) -> dict[str, Tensor]:
         return {"source_head": self.source_head, "blocks": self.blocks, "heads": torch.tensor(self.heads)}
+
+    def unscaled(self) -> Heads:
+        """The same with every block at spectral norm 1."""
+        size = torch.linalg.matrix_norm(self.blocks, 2).clamp(min=torch.finfo(torch.float64).tiny)
+        return replace(self, blocks=self.blocks / size[:, None, None])
+
+    def by_head(self, features: Tensor) -> Tensor:
+        """Of source features [heads * head_dim_S] those each target head reads, [heads_T, head_dim_S]."""
+        per_head: Tensor = features.unflatten(0, (self.heads, -1))
+        return per_head[self.source_head.to(features.device)]
+
+
+def parts(kind: str) -> list[str]:
+    """Names of the tensors that maps of class ``kind`` store; KeyError where the kind is unknown."""
+    return [f.name for f in fields(KINDS[kind])]
 
 
 def from_tensors(kind: str, tensors: dict[str, Tensor]) -> Map:
@@ -87,5 +107,7 @@ def from_tensors(kind: str, tensors: dict[str, Tensor]) -> Map:
     """
     if kind == "Heads":
         return Heads(tensors["source_head"], tensors["blocks"], int(tensors["heads"]))
-    classes: dict[str, type[Identity | Dense | Factored]] = {"Identity": Identity, "Dense": Dense, "Factored": Factored}
-    return classes[kind](**tensors)
+    return KINDS[kind](**tensors)  # type: ignore[no-any-return]
+
+
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Identity, Dense, Factored, Heads)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .family import Slot
 from .spaces import Layout
 
 Tensors = Mapping[str, Tensor]
+TILE = 64 << 20  # bytes in float64: a larger matrix whose rows are independent is read, moved and written by row tiles
+PIECE = 1 << 20  # elements an elementwise step works on at once, so that its temporaries stay small
 BELONG = "do config.json and the tensors belong together?"
 
 
@@ -40,6 +43,61 @@ def dtype_of(tensors: Tensors, name: str) -> torch.dtype:
 def double(tensor: Tensor) -> Tensor:
     """Detached, in float64 on the CPU, where updates are computed."""
     return tensor.detach().to("cpu", torch.float64)
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """As :func:`double`, never the tensor itself: to be changed in place."""
+    return tensor.detach().to("cpu", torch.float64, copy=True)
+
+
+def rows_of(tensors: Tensors, name: str, rows: slice | None) -> Tensor:
+    """A tensor, or these of its rows; no others are read where the mapping can read rows."""
+    if rows is None:
+        return tensors[name]
+    read = getattr(tensors, "rows", None)
+    found: Tensor = tensors[name][rows] if read is None else read(name, rows)
+    return found
+
+
+def part_of(tensors: Tensors, slot: Slot, rows: slice | None) -> Tensor:
+    """A canonical tensor from where it is kept, or these of its rows."""
+    if rows is None or slot.transposed:
+        whole = slot.view(tensors[slot.stored].detach())
+        return whole if rows is None else whole[rows]
+    first = slot.part * slot.shape(shape_of(tensors, slot.stored))[0]
+    return rows_of(tensors, slot.stored, slice(first + rows.start, first + rows.stop)).detach()
+
+
+def row_tiles(shape: Sequence[int]) -> tuple[slice, ...]:
+    """Row tiles, each of at most ``TILE`` bytes in float64 (or one row), of a matrix that is larger; else none."""
+    if len(shape) != 2 or 8 * prod(shape) <= TILE:
+        return ()
+    step = max(1, TILE // (8 * shape[1]))
+    return tuple(slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step))
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of consecutive rows, each of at most ``PIECE`` elements (or one row)."""
+    if not tensor.ndim:
+        return (tensor,)
+    parts: tuple[Tensor, ...] = tensor.split(max(1, PIECE * len(tensor) // max(1, tensor.numel())))
+    return parts
+
+
+def growing(shape: Sequence[int]) -> Iterator[slice | None]:
+    """All rows of a tensor, a few at first, then twice as many each time up to ``PIECE`` elements; None: no rows."""
+    if not shape:
+        yield None
+        return
+    start, step, most = 0, 1, max(1, PIECE * shape[0] // max(1, prod(shape)))
+    while start < shape[0]:
+        yield slice(start, min(start + step, shape[0]))
+        start, step = start + step, min(2 * step, most)
+
+
+def squares(tensor: Tensor) -> float:
+    """Sum of squares, in float64."""
+    return sum(float(double(piece).square().sum()) for piece in pieces(tensor))
 
 
 def canonical_shapes(layout: Layout, tensors: Tensors) -> dict[str, tuple[int, ...]]:
@@ -79,28 +137,28 @@ class Base:
         slot = self.slots[name]
         return slot.shape(shape_of(self.tensors, slot.stored))
 
-    def get(self, name: str) -> Tensor | None:
-        """The tensor in its own dtype, or None."""
+    def get(self, name: str, rows: slice | None = None) -> Tensor | None:
+        """The tensor, or these of its rows, in its own dtype; None where there is none."""
         slot = self.slots.get(name)
-        return None if slot is None else slot.view(self.tensors[slot.stored].detach())
+        return None if slot is None else part_of(self.tensors, slot, rows)
 
-    def need(self, name: str) -> Tensor:
-        """The tensor in float64 on the CPU.
+    def need(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor, or these of its rows, in float64 on the CPU.
 
         Raises:
             InputRefused: the model has no such tensor.
         """
-        tensor = self.get(name)
+        tensor = self.get(name, rows)
         if tensor is None:
             raise InputRefused(f"the model has no tensor {name}; is the checkpoint complete?")
         return double(tensor)
 
-    def vector(self, name: str, size: int, default: float) -> Tensor:
+    def vector(self, name: str, size: int, default: float, rows: slice | None = None) -> Tensor:
         """A gain or bias [size] in float64, or ``default`` everywhere where the model has none."""
-        tensor = self.get(name)
+        tensor = self.get(name, rows)
         if tensor is None:
             return torch.full((size,), default, dtype=torch.float64)
-        return double(tensor).clone()  # an update may be added to the model while others are still computed
+        return fresh(tensor)  # an update may be added to the model while others are still computed
 
     def norm(self, name: str | None, size: int) -> tuple[Tensor, Tensor]:
         """(gain, bias) of a norm, both [size]; (1, 0) where there is none."""

@@ -7,8 +7,10 @@ it where a family has one; updates of these move, then unfold at the target.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod, sqrt
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,49 +18,108 @@ from torch import Tensor
 from .delta import Factors
 from .errors import InputRefused
 from .maps import Heads, Map
-from .models import Base, Tensors, double
+from .models import Base, Tensors, double, fresh, rows_of, squares
 from .recipes import Rule
 from .spaces import Layer
+
+if TYPE_CHECKING:
+    from .alignment import Alignment  # which is made with what imports this
 
 AMPLIFIED = 1.0  # a bias correction larger than the update that carries it is worth a warning
 
 
+def move_bytes(source: Sequence[int], target: Sequence[int]) -> int:
+    """Peak bytes of :meth:`Move.dense` between weights of these shapes [out, in], the result included, float64.
+
+    At most two large matrices are alive at once: tuned and base [out_S, in_S]; their difference and the half product
+    [out_S, in_T]; the half product and the result [out_T, in_T], with the inner product [in_T, in_S + 1] of a factored
+    map where the layer expands. The tensors as stored and the maps are not counted.
+    """
+    change, half, inner = prod(source), source[0] * target[1], target[1] * (source[1] + 1)
+    return 8 * max(2 * change, change + half, half + prod(target) + (inner if source[0] > source[1] + 1 else 0))
+
+
+@dataclass
+class Carried:
+    """What became of bias changes that no bias of the target takes, told once a layer however often it is computed.
+
+    Attributes:
+        sums: layer of the target -> first row of a tile -> sums of squares of the change, of the weight that carries
+            it and of the layer's own update, and the sum of bias / gain of the norm, 0 where it is lost. JSON.
+    """
+
+    sums: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def add(self, layer: str, rows: slice | None, *sums: float) -> None:
+        self.sums.setdefault(layer, {})[str(rows.start if rows else 0)] = list(sums)
+
+    def warnings(self) -> list[str]:
+        return [text for layer, tiles in self.sums.items() for text in self._told(layer, list(tiles.values()))]
+
+    def _told(self, layer: str, tiles: list[list[float]]) -> list[str]:
+        (rest, added, weight), total = (sum(part) for part in list(zip(*tiles, strict=True))[:3]), tiles[0][3]
+        if total == 0:
+            return [f"{layer}: a bias change of norm {sqrt(rest):.3g} is lost, the target has no bias to take it"]
+        if added <= AMPLIFIED**2 * weight:
+            return []
+        return [
+            f"{layer}: the norm's bias hardly reaches the mean (sum {total:.3g}), so carrying a bias change through it "
+            f"makes the update {sqrt(added / max(weight, 1e-300)):.1f} times larger than its own norm; float32 output "
+            "keeps it"
+        ]
+
+
 @dataclass(frozen=True)
 class Move:
-    """One target layer, the source layer that feeds it, and the rule between them."""
+    """One target layer, the source layer that feeds it, and the rule between them.
+
+    Rule and maps are looked up when they are used: an outline's rule names the source, the rest comes later.
+    """
 
     own: Layer
     into: Layer
-    rule: Rule
-    maps: Mapping[str, Map]
+    alignment: Alignment
     source: Base
     target: Base
-    warnings: list[str]
+    carried: Carried
+
+    @property
+    def rule(self) -> Rule:
+        return self.alignment.rules[self.into.name]
 
     def read(self, rows: Tensor) -> Tensor:
         """``rows @ T_in``; a layer that reads the norm's output several times over reads each by the same map."""
-        width = self.source.layout.width
+        width, t = self.source.layout.width, self.alignment.maps[self.rule.input]
         if self.into.norm is None or rows.shape[-1] == width:
-            return self.maps[self.rule.input](rows)
-        return self.maps[self.rule.input](rows.unflatten(-1, (-1, width))).flatten(-2)
+            return t(rows)
+        return t(rows.unflatten(-1, (-1, width))).flatten(-2)
 
     def write(self, rows: Tensor) -> Tensor:
         """``rows @ T_out``."""
-        return self.maps[self.rule.output](rows)
+        return self.alignment.maps[self.rule.output](rows)
 
-    def dense(self, tuned: Tensors) -> dict[str, Tensor]:
-        """Update of the layer: ``weight`` [out_T, in_T] and, where the target has one, ``bias`` [out_T], float64."""
-        (w1, b1), (w0, b0) = self._effective(tuned), self._effective({})
-        d_weight = self.rule.scale_out / self.rule.scale_in * self.write(self.read(w1 - w0).T).T
-        d_bias = self.rule.scale_out * self.write(b1 - b0)
+    def dense(self, tuned: Tensors, rows: slice | None = None) -> dict[str, Tensor]:
+        """Update of the layer: ``weight`` [out_T, in_T] and, where the target has one, ``bias`` [out_T], float64.
+
+        Of a head, whose outputs both sides share, also of ``rows`` alone. :func:`move_bytes` says what it takes.
+        """
+        change, before = self._effective(tuned, rows), self._effective({}, rows)
+        change[0].sub_(before[0])
+        d_bias = self.rule.scale_out * self.write(change[1] - before[1])
+        del before
+        half = self.read(change[0])
+        del change
+        d_weight = self.write(half.T).T
+        del half
+        d_weight *= self.rule.scale_out / self.rule.scale_in
         gain, shift, scale = self._unfolding(*d_weight.shape)
         if f"{self.into.name}.bias" in self.target:
-            moved = d_weight / gain / scale[:, None]
-            return {"weight": moved, "bias": d_bias / scale - moved @ shift}
+            d_weight.div_(gain).div_(scale[:, None])
+            return {"weight": d_weight, "bias": d_bias / scale - d_weight @ shift}
         rest = d_bias - d_weight @ (shift / gain)
         if bool(rest.any()):
-            d_weight = d_weight + self._into_mean(rest, d_weight, shift / gain)
-        return {"weight": d_weight / gain / scale[:, None]}
+            self._into_mean(rest, d_weight, shift / gain, rows)
+        return {"weight": d_weight.div_(gain).div_(scale[:, None])}
 
     def factors(self, factors: Factors) -> Factors:
         """LoRA update of the layer, of the same rank: A' [r, in_T], B' [out_T, r], in float64.
@@ -74,26 +135,29 @@ class Move:
         gain, shift, scale = self._unfolding(len(moved_b), moved_a.shape[1])
         rest = self.rule.scale_in * (a @ shift_s) - moved_a @ (shift / gain)
         if self.rule.fold and bool(rest.any()):
-            moved_a = moved_a + self._into_mean(rest, moved_a, shift / gain)
+            self._into_mean(rest, moved_a, shift / gain)
         return Factors(moved_a / gain, moved_b / scale[:, None], factors.scaling)
 
-    def _effective(self, tuned: Tensors) -> tuple[Tensor, Tensor]:
-        """Effective weight [out, in] and bias [out] of the source's layer, from ``tuned`` where that has it."""
+    def _effective(self, tuned: Tensors, rows: slice | None) -> tuple[Tensor, Tensor]:
+        """Effective weight [out, in] and bias [out] of the source's layer, from ``tuned`` where that has it; both new.
 
-        def part(name: str, default: Tensor) -> Tensor:
-            return double(tuned[name]) if name in tuned else default
+        Args:
+            rows: of the output features, only these.
+        """
 
-        name, norm, factor = self.own.name, self.own.norm if self.rule.fold else None, self.own.scale
-        w = part(f"{name}.weight", self.source.vector(f"{name}.weight", 0, 0.0))
-        b = part(f"{name}.bias", self.source.vector(f"{name}.bias", len(w), 0.0))
-        gain, shift = self._norm(self.source, self.own, w.shape[1])
-        copies = w.shape[1] // self.source.layout.width if norm else 1
-        gain = part(f"{norm}.weight", gain).repeat(copies) if f"{norm}.weight" in tuned else gain
-        shift = part(f"{norm}.bias", shift).repeat(copies) if f"{norm}.bias" in tuned else shift
-        scale = self._scale(self.source, self.own, len(w))
-        if self.rule.fold and factor is not None:
-            scale = part(factor, scale)
-        return scale[:, None] * w * gain, scale * (b + w @ shift)
+        def part(name: str, size: int, default: float, rows: slice | None = None) -> Tensor:
+            return fresh(rows_of(tuned, name, rows)) if name in tuned else source.vector(name, size, default, rows)
+
+        source, fold = self.source, self.rule.fold
+        name, norm, factor = self.own.name, self.own.norm if fold else None, self.own.scale if fold else None
+        w = part(f"{name}.weight", 0, 0.0, rows)
+        b = part(f"{name}.bias", len(w), 0.0, rows)
+        width = source.layout.width if norm else w.shape[1]
+        gain, shift = part(f"{norm}.weight", width, 1.0), part(f"{norm}.bias", width, 0.0)
+        gain, shift = (v.repeat(w.shape[1] // width) for v in (gain, shift))
+        scale = part(f"{factor}", len(w), 1.0)
+        b = scale * (b + w @ shift)
+        return w.mul_(scale[:, None]).mul_(gain), b
 
     def _norm(self, base: Base, layer: Layer, width: int) -> tuple[Tensor, Tensor]:
         """(gain, bias) [width] of the norm in front, repeated where the layer reads its output several times over."""
@@ -117,26 +181,19 @@ class Move:
                 raise InputRefused(f"{name} of the target has gain 0 at feature {feature}; nothing passes there")
         return gain, shift, scale
 
-    def _into_mean(self, rest: Tensor, weight: Tensor, zeta: Tensor) -> Tensor:
-        """A bias change ``rest`` [rows] as a weight [rows, width] along the ones direction, 0 in z of a LayerNorm.
+    def _into_mean(self, rest: Tensor, weight: Tensor, zeta: Tensor, rows: slice | None = None) -> None:
+        """Add a bias change ``rest`` [rows] to a weight [rows, width] along the ones direction, 0 in z of a LayerNorm.
 
         ``zeta = bias / gain`` of the norm is what that direction then reads; where it reads nothing, the change is
         lost, and a warning says so.
         """
-        total, name = float(zeta.sum()), self.into.name
-        if self.target.layout.family.norm != "layer" or self.into.norm is None or total == 0:
-            self.warnings.append(
-                f"{name}: a bias change of norm {float(rest.norm()):.3g} is lost, the target has no bias to take it"
-            )
-            return torch.zeros_like(weight)
-        added = (rest / total)[:, None].expand_as(weight)
-        if float(added.norm()) > AMPLIFIED * float(weight.norm()):
-            factor = float(added.norm() / weight.norm().clamp(min=1e-300))
-            self.warnings.append(
-                f"{name}: the norm's bias hardly reaches the mean (sum {total:.3g}), so carrying a bias change "
-                f"through it makes the update {factor:.1f} times larger than its own norm; float32 output keeps it"
-            )
-        return added
+        reads = self.target.layout.family.norm == "layer" and self.into.norm is not None
+        total, change = float(zeta.sum()) if reads else 0.0, squares(rest)
+        if total == 0:
+            return self.carried.add(self.into.name, rows, change, 0.0, 0.0, total)
+        added = weight.shape[1] * change / total**2
+        self.carried.add(self.into.name, rows, change, added, squares(weight), total)
+        weight += (rest / total)[:, None]
 
 
 def move_gain(weight: Tensor, source: Tensor, target: Tensor, delta: Tensor) -> Tensor:

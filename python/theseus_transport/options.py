@@ -118,6 +118,19 @@ def parse_alpha(text: str) -> tuple[float | Literal["match"], ...]:
     return tuple(found)
 
 
+def parse_size(text: str | None, option: str) -> int | None:
+    """Bytes of a size like 8GiB, 8GB, 500MiB or 1.5g; a unit without i counts in thousands, a bare letter in 1024."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)(b?)\s*", str(text).lower())
+    nbytes = 0
+    if match and not (match[3] and not match[4]):
+        nbytes = int(float(match[1]) * (1000 if match[4] and not match[3] else 1024) ** " kmgt".index(match[2] or " "))
+    if nbytes <= 0:
+        raise InputRefused(f"{option} is {text!r}; give a size like 8GiB or 500MiB")
+    return nbytes
+
+
 def _key(spelling: str) -> str:
     return spelling.lstrip("-").replace("-", "_").lower()
 
@@ -190,6 +203,16 @@ ALL: dict[str, tuple[Any, Any]] = {
     "overwrite": _flag("overwrite", "Replace the folder if it is not empty."),
     "allow_pickle": _flag("allow-pickle", "Read .bin files (weights only)."),
     "verify_inputs": _flag("verify-inputs", "Compare the whole content of both bases and MAPS, not headers only."),
+    "max_ram": _option(
+        str | None, None, help="Host memory the run may take, as 16GiB.", show_default="what is available"
+    ),
+    "max_memory": _option(
+        str | None, None, help="Device memory the run may take, as 8GiB.", show_default="what the device has free"
+    ),
+    "offload_folder": _option(
+        Path | None, None, help="Keep hidden states in files there.", show_default="they stay in memory"
+    ),
+    "resume": _flag("resume", "Go on with the run into the same folder that was interrupted."),
     "dry_run": _flag("dry-run", "Check everything, print coverage and predictions, write nothing."),
     "as_json": _option(
         bool, False, "--json", callback=_refuse, is_eager=True, help="Print one JSON object instead of tables."

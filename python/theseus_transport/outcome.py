@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +13,9 @@ from typing import Any
 
 from .bases import versions
 from .checkpoint import Checkpoint
+from .weights import Window
+
+RUNS = ("overwrite", "resume", "max_ram", "max_memory", "offload_folder")  # of a job, what its result does not show
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Outcome:
     calibration: str
     tokens: int
     bytes_out: int
+    plan: str
     predicted_bytes: int
     predicted_seconds: dict[str, float]
     kind: str
@@ -34,6 +38,7 @@ class Outcome:
     lost_heads: dict[int, list[int]] = field(default_factory=dict)
     alphas: list[dict[str, Any]] = field(default_factory=list)
     used_bytes: int | None = None
+    bytes_read: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     written: str | None = None
 
@@ -49,10 +54,22 @@ class Clock:
         now = time.perf_counter()
         self.seconds[stage], self._last = now - self._last, now
 
-    def finish(self, outcome: Outcome, out: Path) -> Outcome:
+    def stages(self, seconds: Mapping[str, float]) -> None:
+        """Stages that were timed elsewhere, up to now."""
+        self.seconds |= seconds
+        self._last = time.perf_counter()
+
+    def finish(self, outcome: Outcome, out: Path, *windows: Window) -> Outcome:
+        """The outcome with time, memory and what was read of the weights."""
         outcome.seconds, outcome.written = self.seconds, str(out)
+        outcome.bytes_read = sum(window.bytes_read for window in windows)
         outcome.used_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return outcome
+
+
+def told_in_manifest(outcome: Outcome) -> dict[str, Any]:
+    """What a manifest records: nothing that another run of the same job would measure otherwise."""
+    return {**asdict(outcome), "predicted_seconds": {}, "seconds": {}, "used_bytes": None, "bytes_read": None}
 
 
 def describe(job: Any, *checkpoints: Checkpoint) -> dict[str, Any]:
@@ -60,7 +77,7 @@ def describe(job: Any, *checkpoints: Checkpoint) -> dict[str, Any]:
     classes = checkpoints[1].config.get("architectures")
     hashes = {name: c.header_hash() for name, c in zip(("source", "target", "tuned"), checkpoints, strict=False)}
     return {
-        **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(job).items()},
+        **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(job).items() if k not in RUNS},
         "fingerprints": hashes,
         "target_class": str(classes[0]) if isinstance(classes, list) and classes else "AutoModel",
         "versions": versions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,12 +17,11 @@ from torch import Tensor
 from .delta import PREFIX, Factors
 from .errors import InputRefused
 from .folder import check_writable
-from .models import dtype_of, shape_of
+from .models import dtype_of, pieces, rows_of, shape_of
 from .update import Update
-from .writer import Output, write_checkpoints
+from .writer import Output, Planned, planned_bytes, write_checkpoints
 
 Kind = Literal["adapter", "checkpoint", "delta"]
-Planned = tuple[str, Sequence[int], torch.dtype, Callable[[], Tensor]]
 Files = Mapping[str, bytes | str | Path | Callable[[], str]]
 LOST = 0.1  # share of an update that rounding may swallow before it is worth a warning
 NAMED = 3  # tensors a warning names
@@ -29,32 +29,41 @@ NAMED = 3  # tensors a warning names
 
 @dataclass
 class Rounding:
-    """What writing base plus update in the output's dtype loses: |round(W + d) - W - d| / |d|, by tensor."""
+    """What writing base plus update in the output's dtype loses: |round(W + d) - W - d| / |d|, by tensor.
 
-    shares: dict[str, float] = field(default_factory=dict)
-    lost: float = 0.0  # sum of squares of what rounding changed
-    moved: float = 0.0  # sum of squares of the update
+    Attributes:
+        sums: tensor -> sum of squares of what rounding changed, and of the update; JSON, to go on from.
+    """
+
+    sums: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, base: Tensor, change: Tensor, rounded: Tensor) -> None:
+        """One piece of a tensor more."""
         lost = float((rounded.double() - base.double() - change.double()).square().sum())
-        if moved := float(change.double().square().sum()):
-            self.shares[name] = (lost / moved) ** 0.5
-            self.lost, self.moved = self.lost + lost, self.moved + moved
+        before = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = [before[0] + lost, before[1] + float(change.double().square().sum())]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """|round(W + d) - W - d| / |d| by tensor, of those that moved."""
+        return {name: (lost / moved) ** 0.5 for name, (lost, moved) in sorted(self.sums.items()) if moved}
 
     @property
     def total(self) -> float:
         """|round(W + d) - W - d| / |d| over all tensors; 0 where nothing was added."""
-        return (self.lost / self.moved) ** 0.5 if self.moved else 0.0
+        lost, moved = (math.fsum(part) for part in zip(*self.sums.values(), strict=True)) if self.sums else (0.0, 0.0)
+        return (lost / moved) ** 0.5 if moved else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return {"total": self.total, "tensors": self.shares}
 
     def warnings(self) -> list[str]:
         """One sentence that names the worst tensors, if rounding swallows more than a tenth of any."""
-        worst = sorted((n for n, share in self.shares.items() if share > LOST), key=lambda n: -self.shares[n])
+        shares = self.shares
+        worst = sorted((n for n, share in shares.items() if share > LOST), key=lambda n: -shares[n])
         if not worst:
             return []
-        named = ", ".join(f"{name} {self.shares[name]:.0%}" for name in worst[:NAMED])
+        named = ", ".join(f"{name} {shares[name]:.0%}" for name in worst[:NAMED])
         return [
             f"rounding swallows more than {LOST:.0%} of the update of {len(worst)} tensors ({self.total:.0%} of all), "
             f"worst {named}; --out-dtype float32 or --output delta keeps it"
@@ -103,33 +112,47 @@ def write_updates(
     Returns:
         The manifests.
     """
+    stem, made = described_outputs(update, outputs, kind, dtype=dtype, base_name=base_name)
+    told = [tensor._replace(make=partial(_then, tensor, progress)) for tensor in made[0].tensors]
+    return write_checkpoints([made[0]._replace(tensors=told), *made[1:]], stem=stem, overwrite=overwrite, inputs=inputs)
+
+
+def described_outputs(
+    update: Update,
+    outputs: Sequence[Written],
+    kind: Kind,
+    *,
+    dtype: torch.dtype | None = None,
+    base_name: str | None = None,
+) -> tuple[str, list[Output]]:
+    """The stem of the files, and what is planned for each folder; arguments as for :func:`write_updates`."""
     if kind == "adapter" and update.delta.adapter is None:
         raise InputRefused("a full fine-tune has no low-rank factors; write it as a checkpoint or a delta")
     if kind == "adapter" and not update.family.adapters:
         raise InputRefused(f"PEFT cannot wrap the layers of {update.family.model_type}; write a checkpoint or a delta")
     made = []
-    for i, (view, out) in enumerate(zip(at_alphas(update, [o.alpha for o in outputs]), outputs, strict=True)):
+    for view, out in zip(at_alphas(update, [o.alpha for o in outputs]), outputs, strict=True):
         files: dict[str, Any] = dict(out.files or {})
         if kind == "adapter":
             files["adapter_config.json"] = adapter_config(view, base_name)
-        step = (lambda: None) if i else progress
-        tensors = [(n, s, d, partial(_then, make, step)) for n, s, d, make in planned(view, kind, dtype, out.rounding)]
-        made.append(Output(out.folder, tensors, files, out.metadata))
-    stem = {"adapter": "adapter_model", "checkpoint": "model", "delta": "delta"}[kind]
-    return write_checkpoints(made, stem=stem, overwrite=overwrite, inputs=inputs)
+        made.append(Output(out.folder, planned(view, kind, dtype, out.rounding), files, out.metadata))
+    return {"adapter": "adapter_model", "checkpoint": "model", "delta": "delta"}[kind], made
 
 
 def at_alphas(update: Update, alphas: Sequence[float]) -> list[Update]:
     """The update at several strengths; the last tensor moved is kept, so that asking each in turn moves it once."""
     last: Any = lru_cache(maxsize=1)(lambda compute: compute())
     factors = {n: replace(moved, compute=partial(last, moved.compute)) for n, moved in update.factors.items()}
-    return [replace(update, alpha=alpha, factors=factors, _kept={}) for alpha in alphas]
+    return [replace(update, alpha=alpha, factors=factors) for alpha in alphas]
 
 
 def planned(
     update: Update, kind: Kind, dtype: torch.dtype | None = None, rounding: Rounding | None = None
 ) -> list[Planned]:
-    """Name, shape, dtype and computation of every tensor the output will hold; ``rounding`` learns while writing."""
+    """Every tensor the output will hold, in order; ``rounding`` learns while they are made.
+
+    Of presumed changes, a tensor that turns out not to move is made as the base's; in a ``delta`` it has no place.
+    """
     rounding = rounding or Rounding()
     if kind == "delta":
         return list(_delta(update, dtype))
@@ -146,8 +169,7 @@ def check_output(
     inputs: Sequence[Path] = (),
 ) -> int:
     """Bytes the outputs will take; refuses folders that cannot be written, before anything heavy runs."""
-    sizes = [torch.Size(shape).numel() * d.itemsize for _, shape, d, _ in planned(update, kind, dtype)]
-    nbytes = len(folders) * sum(sizes)
+    nbytes = len(folders) * planned_bytes(planned(update, kind, dtype))
     for folder in folders:
         check_writable(folder, nbytes, overwrite=overwrite, inputs=inputs)
     return nbytes
@@ -185,19 +207,16 @@ def adapter_config(update: Update, base_name: str | None) -> str:
 
 
 def _adapter(update: Update, dtype: torch.dtype | None, rounding: Rounding) -> Iterator[Planned]:
-    adapter = update.delta.adapter
-    assert adapter is not None
+    last: Any = lru_cache(maxsize=1)(lambda compute: compute())  # A and B come one after another
     for layer, moved in update.factors.items():
-        once = lru_cache(maxsize=1)(moved.compute)
         out_features, in_features = moved.shape
         own = dtype or moved.dtype
         for part, size in {"a": (moved.rank, in_features), "b": (out_features, moved.rank)}.items():
-            make = partial(_factor, once, part, own, 1.0 if part == "a" else update.alpha)
-            yield f"{PREFIX}{layer}.lora_{part.upper()}.weight", size, own, make
+            once, alpha = partial(last, moved.compute), 1.0 if part == "a" else update.alpha
+            name = f"{PREFIX}{layer}.lora_{part.upper()}.weight"
+            yield Planned(name, size, own, partial(_factor, once, part, own, alpha), needs=moved.needs)
     for into in whole_tensors(update).values():
-        stored = update.target.slots[into].stored
-        shape, own = shape_of(update.target.tensors, stored), _own(update, stored, dtype)
-        yield f"{PREFIX}{stored}", shape, own, partial(_tuned, update, stored, own, rounding)
+        yield _whole(update, update.target.slots[into].stored, dtype, rounding, prefix=PREFIX)
 
 
 def whole_tensors(update: Update) -> dict[str, str]:
@@ -216,18 +235,25 @@ def whole_tensors(update: Update) -> dict[str, str]:
 
 def _checkpoint(update: Update, dtype: torch.dtype | None, rounding: Rounding) -> Iterator[Planned]:
     for name in dict.fromkeys(slot.stored for slot in update.target.slots.values()):
-        own = _own(update, name, dtype)
-        yield name, shape_of(update.target.tensors, name), own, partial(_tuned, update, name, own, rounding)
+        yield _whole(update, name, dtype, rounding)
+
+
+def _whole(update: Update, name: str, dtype: torch.dtype | None, rounding: Rounding, *, prefix: str = "") -> Planned:
+    """A tensor of the target, update included."""
+    shape, own = shape_of(update.target.tensors, name), _own(update, name, dtype)
+    make = partial(_tuned, update, name, own, rounding)
+    return Planned(f"{prefix}{name}", shape, own, make, update.tiles(name), update.needs(name))
 
 
 def _delta(update: Update, dtype: torch.dtype | None) -> Iterator[Planned]:
-    for name in update:
-        own = dtype or update.dtype(name)
-        yield name, shape_of(update.target.tensors, name), own, partial(_cast, update, name, own)
+    for name in update.planned:
+        shape, own = shape_of(update.target.tensors, name), dtype or update.dtype(name)
+        make = partial(_cast, update, name, own)
+        yield Planned(name, shape, own, make, update.tiles(name), update.needs(name))
 
 
-def _cast(update: Update, name: str, dtype: torch.dtype) -> Tensor:
-    return update[name].to(dtype)
+def _cast(update: Update, name: str, dtype: torch.dtype, rows: slice | None) -> Tensor:
+    return rows_of(update, name, rows).to(dtype)
 
 
 def _own(update: Update, name: str, dtype: torch.dtype | None) -> torch.dtype:
@@ -236,23 +262,26 @@ def _own(update: Update, name: str, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and own.is_floating_point else own
 
 
-def _tuned(update: Update, name: str, dtype: torch.dtype, rounding: Rounding) -> Tensor:
-    """Base plus update."""
-    base = update.target.tensors[name].detach().cpu()
+def _tuned(update: Update, name: str, dtype: torch.dtype, rounding: Rounding, rows: slice | None) -> Tensor:
+    """Base plus update, or these rows of it; the base's own bits where nothing moves."""
+    base = rows_of(update.target.tensors, name, rows).detach().cpu()
     if name not in update:
         return base.to(dtype)
-    change = update[name].cpu()
-    rounded = (base.to(change.dtype) + change).to(dtype)
-    rounding.add(name, base, change, rounded)
+    change, rounded = rows_of(update, name, rows), torch.empty(base.shape, dtype=dtype)
+    for into, old, by in zip(*(pieces(tensor) for tensor in (rounded, base, change)), strict=True):
+        wide = old.to(by.dtype)
+        into.copy_(torch.where(by == 0, wide, wide + by))  # a part of a fused tensor that stays keeps its -0.0
+        rounding.add(name, old, by, into)
     return rounded
 
 
-def _factor(once: Callable[[], Factors], part: str, dtype: torch.dtype, alpha: float) -> Tensor:
+def _factor(once: Callable[[], Factors], part: str, dtype: torch.dtype, alpha: float, rows: slice | None) -> Tensor:
     factor: Tensor = getattr(once(), part)
     return (factor * alpha).to(dtype).contiguous()
 
 
-def _then(make: Callable[[], Tensor], progress: Callable[[], object]) -> Tensor:
-    tensor = make()
-    progress()
+def _then(planned: Planned, progress: Callable[[], object], rows: slice | None) -> Tensor:
+    tensor = planned.make(rows)
+    if rows is None or rows.stop == planned.shape[0]:
+        progress()
     return tensor

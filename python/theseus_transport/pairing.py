@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -28,6 +30,16 @@ class HeadPairing:
     kv: Tensor
     similarity: Tensor
     lost: list[int]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON, to the bit; :meth:`restored` reads it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in values.items()}
+
+    @classmethod
+    def restored(cls, values: Mapping[str, Any]) -> HeadPairing:
+        similarity = torch.tensor(values["similarity"], dtype=torch.float64)
+        return cls(torch.tensor(values["query"]), torch.tensor(values["kv"]), similarity, values["lost"])
 
 
 def pair_heads(context: CrossMoment, heads: tuple[int, int], kv_heads: tuple[int, int]) -> HeadPairing:

@@ -2,38 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
+
 import torch
 from torch import Tensor
 
 from . import maps
+from .links import block_of
 from .maps import Map
 from .moments import CrossMoment, Grams
+from .planner import Planner
 from .procrustes import Polar, procrustes
-from .recipes import Evidence, Plan, Recipe, Rule
+from .recipes import Recipe, Rule
+from .spaces import Layer
 from .whitening import whiten
 
+READS = {"output": "context", "expand": "mlp", "contract": "middle"}  # part a layer reads; others the attention's
 
-def plan(e: Evidence, recipe: Recipe) -> Plan:
-    """Maps and rules from the evidence; no scales."""
-    out = Plan()
-    for name, moment in e.moments.items():
-        cross = comparable(moment, e.grams.get(name), recipe)
-        out.add(name, procrustes(cross, null=recipe.null, floor=recipe.floor), moment.count)
-    reads = {"output": "context", "expand": "mlp", "contract": "middle"}
-    for own, layer in e.pairs():
-        if layer.role == "head":
-            if recipe.head == "move":
-                out.rules[layer.name] = Rule(own.name, "final", "identity", fold=False)
-            continue
-        space = f"{layer.block}.{reads.get(layer.role, 'attention')}"
-        weights = e.source.augmented(own.name), e.target.augmented(layer.name)
-        polar, built = output_map(e.moments[space], *weights, recipe=recipe, grams=e.grams.get(space))
-        out.add(layer.name, polar, e.moments[space].count, built)
-        out.rules[layer.name] = Rule(own.name, space, layer.name, fold=False)
-    for own_norm, norm, name in e.norms():
-        for part in ("weight", "bias"):
-            out.vectors[f"{norm}.{part}"] = Rule(f"{own_norm}.{part}", "identity", name, fold=False)
-    return out
+
+class Paper(Planner):
+    """The recipe at work; the maps of a block come from its own links only."""
+
+    def needs(self, layers: Iterable[Layer], vectors: Iterable[str]) -> set[str]:
+        fed = (la for la in layers if la.role == "head" or self.pairs.blocks[la.block] is not None)
+        return {_read(la) for la in fed} | {self._norms[n] for n in vectors if n in self._norms}
+
+    @cached_property
+    def _norms(self) -> dict[str, str]:
+        """The link of every norm's own vectors."""
+        every = [norm for place in self.pairs.places for norm in self.pairs.norms(place)]
+        return {f"{into}.{part}": name for _, into, name in every for part in ("weight", "bias")}
+
+    def _held(self, name: str) -> bool:
+        b = block_of(name)
+        return b is not None and b >= self.ahead and not name.endswith(".after")
+
+    def _arrived(self, name: str) -> None:
+        moment, recipe = self.moments[name], self.recipe
+        cross = comparable(moment, self.grams.get(name), recipe)
+        self.plan.add(name, self.polar(cross), moment.count)
+
+    def _block(self, b: int) -> None:
+        for own, layer in self.pairs.layers(b):
+            if (space := _read(layer)) not in self.moments:
+                continue
+            moment, weights = self.moments[space], (self.source.augmented(own.name), self.target.augmented(layer.name))
+            grams = self.grams.get(space)
+            polar, built = output_map(moment, *weights, recipe=self.recipe, grams=grams, polar=self.polar)
+            self.plan.add(layer.name, polar, moment.count, built)
+            self.plan.rules[layer.name] = Rule(own.name, space, layer.name, fold=False)
+        self._norm_vectors(b)
+
+    def _finish(self) -> None:
+        for own, layer in self.pairs.layers(None):
+            if self.recipe.head == "move" and "final" in self.seen:
+                self.plan.rules[layer.name] = Rule(own.name, "final", "identity", fold=False)
+        self._norm_vectors(None)
+
+    def _norm_vectors(self, place: int | None) -> None:
+        for own, norm, name in self.pairs.norms(place):
+            for part in ("weight", "bias") if name in self.seen else ():
+                self.plan.vectors[f"{norm}.{part}"] = Rule(f"{own}.{part}", "identity", name, fold=False)
+
+
+def _read(layer: Layer) -> str:
+    return "final" if layer.role == "head" else f"{layer.block}.{READS.get(layer.role, 'attention')}"
 
 
 def comparable(moment: CrossMoment, grams: Grams | None, recipe: Recipe) -> Tensor:
@@ -50,7 +84,13 @@ def comparable(moment: CrossMoment, grams: Grams | None, recipe: Recipe) -> Tens
 
 
 def output_map(
-    moment: CrossMoment, source: Tensor, target: Tensor, *, recipe: Recipe, grams: Grams | None = None
+    moment: CrossMoment,
+    source: Tensor,
+    target: Tensor,
+    *,
+    recipe: Recipe,
+    grams: Grams | None = None,
+    polar: Callable[[Tensor], Polar] | None = None,
 ) -> tuple[Polar, Map]:
     """Map between two layers' outputs, from the moment of their inputs.
 
@@ -60,6 +100,7 @@ def output_map(
     Args:
         moment: of the layers' inputs, uncentred (the recipe says whether to centre); grams: likewise, of both sides.
         source: augmented weight [W b] [out_S, in_S + 1]; target: likewise.
+        polar: makes the polar factor; by default :func:`procrustes` as the recipe says.
 
     Returns:
         The polar factor that was computed (the small one where factored), and the map.
@@ -69,5 +110,6 @@ def output_map(
     if expands:
         (q_s, s), (q_t, t) = torch.linalg.qr(s), torch.linalg.qr(t)
     own = grams and (grams[0].derive(s, s), grams[1].derive(t, t))
-    polar = procrustes(comparable(moment.derive(s, t), own, recipe), null=recipe.null, floor=recipe.floor)
-    return polar, maps.Factored(q_s @ polar.map, q_t.T.contiguous()) if expands else maps.Dense(polar.map)
+    polar = polar or partial(procrustes, null=recipe.null, floor=recipe.floor)
+    made = polar(comparable(moment.derive(s, t), own, recipe))
+    return made, maps.Factored(q_s @ made.map, q_t.T.contiguous()) if expands else maps.Dense(made.map)

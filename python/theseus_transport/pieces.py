@@ -22,6 +22,7 @@ class Piece:
         rank, dtype, scaling: of the adapter's factors.
         shape: [out, in] of the target's layer.
         compute: the moved factors.
+        needs: the rule they move by.
     """
 
     spelled: str
@@ -31,6 +32,7 @@ class Piece:
     shape: tuple[int, ...]
     scaling: float
     compute: Callable[[], Factors]
+    needs: str = ""
 
 
 def fused(pieces: Sequence[Piece]) -> MovedFactors:
@@ -57,4 +59,5 @@ def fused(pieces: Sequence[Piece]) -> MovedFactors:
             start = span.stop
         return Factors(a, b, first.scaling)
 
-    return MovedFactors(rank, (rows * parts, columns), first.dtype, first.scaling, compute)
+    needs = frozenset(piece.needs for piece in pieces)
+    return MovedFactors(rank, (rows * parts, columns), first.dtype, first.scaling, compute, needs)

@@ -1,54 +1,36 @@
-"""What a job will take, before it runs: memory from sizes, time from flops and this machine's own rate."""
+"""The time a job will take, from its flops and this machine's own rate."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 
 import torch
 
-from .alignment import Alignment, by_position
+from .alignment import by_position
 from .checkpoint import Checkpoint
 from .links import moment_links
-from .models import canonical_shapes, shape_of
+from .models import canonical_shapes
 from .recipes import Recipe
 from .spaces import Layout
 from .update import Update
 
-RUNTIME = 500 << 20  # bytes: the interpreter with torch and transformers
 TRIAL = 768  # edge of the square matrices whose product measures the rate
 Sides = Sequence[Checkpoint]
 Layouts = tuple[Layout, Layout]
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Peak host memory in bytes, and seconds by stage; reading, writing and starting up are not in them."""
-
-    nbytes: int
-    seconds: dict[str, float]
-
-    @classmethod
-    def of_alignment(
-        cls, sides: Sides, layouts: Layouts, recipe: Recipe, tokens: int, device: torch.device, move: int = 0
-    ) -> Prediction:
-        """Of aligning two bases on so many tokens, and of moving an update with ``move`` flops."""
-        single, double = rate(torch.float32, device), rate(torch.float64, device)
-        stages = {
-            "forward": sum(forward(*side, tokens) for side in zip(sides, layouts, strict=True)) / single,
-            "cross-moments": sum(2 * tokens * s * t for s, t in _widths(layouts)) / single,
-            "decompositions": decompositions(layouts, recipe) / double,
-        }
-        return cls(alignment_bytes(sides, layouts, recipe), stages | move_seconds(move))
-
-    @classmethod
-    def of_moving(cls, alignment: Alignment, update: Update, move: int) -> Prediction:
-        """Of moving an update through an alignment that is there."""
-        maps = sum(t.numel() * t.element_size() for m in alignment.maps.values() for t in m.tensors().values())
-        widest = max(prod(shape_of(update.target.tensors, name)) for name in update)
-        return cls(RUNTIME + maps + 6 * 8 * widest, move_seconds(move))
+def alignment_seconds(
+    sides: Sides, layouts: Layouts, recipe: Recipe, tokens: int, device: torch.device
+) -> dict[str, float]:
+    """Of aligning two bases on so many tokens, by stage; reading, writing and starting up are not in them."""
+    single, double = rate(torch.float32, device), rate(torch.float64, device)
+    return {
+        "forward": sum(forward(*side, tokens) for side in zip(sides, layouts, strict=True)) / single,
+        "cross-moments": sum(2 * tokens * s * t for s, t in _widths(layouts)) / single,
+        "decompositions": decompositions(layouts, recipe) / double,
+    }
 
 
 def rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
@@ -112,14 +94,6 @@ def move_flops(update: Update) -> int:
 def move_seconds(flops: int) -> dict[str, float]:
     """Updates move in float64 on the CPU."""
     return {"move": flops / rate(torch.float64)} if flops else {}
-
-
-def alignment_bytes(sides: Sides, layouts: Layouts, recipe: Recipe) -> int:
-    """Peak host memory: float32 weights, float64 moments, Grams and maps, workspace of the widest decomposition."""
-    elements = sum(prod(shape) for checkpoint in sides for shape in checkpoint.shapes.values())
-    spaces = [s * t for s, t in _widths(layouts)]
-    grams = sum(s * s + t * t for s, t in _widths(layouts)) if recipe.whiten_power else 0
-    return RUNTIME + 4 * elements + 3 * 8 * sum(spaces) + 8 * grams + 5 * 8 * max(spaces)
 
 
 def _named_widths(layouts: Layouts) -> dict[str, tuple[int, int]]:

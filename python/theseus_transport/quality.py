@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from .alignment import Alignment
-from .capture import Batch, capture
+from .capture import Batch, capture, samples_of
 from .links import Link
-from .maps import Map
+from .maps import Heads, Map
 from .models import Base
-from .moments import CrossMoment
-from .regression import cosine
-from .tokens import RowMixing
+from .recipes import Recipe
 
 log = logging.getLogger(__name__)
-Moments = Mapping[str, CrossMoment]
+Rows = tuple[Tensor, Tensor]
+CHUNK = 512  # rows taken to float64 at a time
 CHANCE = 0.1  # share of what is left between chance and 1 below which a map says next to nothing
 
 
@@ -40,14 +39,31 @@ class Quality:
         return {**dataclasses.asdict(self), "near_chance": self.near_chance}
 
 
-def quality(maps: Mapping[str, Map], held: Moments, shifted: Moments) -> list[Quality]:
-    """A row for every space of both moments that has a map; warns of those near chance.
+def quality(t: Map, rows: Rows, samples: int) -> tuple[float, float]:
+    """(held, shifted) of one map: how well ``x_S @ T`` matches ``x_T``, and the rows of another sample.
 
     Args:
-        maps: by space; ``x_S @ T``.
-        held: moments of rows the maps were not made from. shifted: of the same, source row i with target row i + n.
+        rows: [rows, dS] and [rows, dT] the map was not made from, of so many samples one after the other; the shift is
+            a sample, or half of the rows where there is one sample.
     """
-    rows = [Quality(s, matched(maps[s], held[s]), matched(maps[s], shifted[s])) for s in held if s in maps]
+    own, other = rows
+    step = len(own) // samples if samples > 1 else (len(own) + 1) // 2
+    return matched(t, own, other), matched(t, own, other.roll(-step, 0))
+
+
+def matched(t: Map, source: Tensor, target: Tensor) -> float:
+    """tr(T^T C) / sqrt(E_S E_T), the cosine of ``x_S @ T`` and ``x_T``, scales inside T taken out; 0 without energy."""
+    own, other = (sum(part.double().square().sum(0) for part in x.split(CHUNK)) for x in (source, target))
+    if isinstance(t, Heads):  # a source head counts once per copy
+        t, own = t.unscaled(), t.by_head(own)
+    pairs = zip(source.split(CHUNK), target.split(CHUNK), strict=True)
+    trace = sum(float((t(x.double()) * y.double()).sum()) for x, y in pairs)
+    energy = float(own.sum() * other.sum())
+    return trace / energy**0.5 if energy > 0 else 0.0
+
+
+def warn(rows: Sequence[Quality]) -> None:
+    """Say which maps are near chance."""
     if poor := [row for row in rows if row.near_chance]:
         first = poor[0]
         log.warning(
@@ -55,63 +71,30 @@ def quality(maps: Mapping[str, Map], held: Moments, shifted: Moments) -> list[Qu
             "calibration, or the two bases have little in common",
             len(poor), len(rows), first.space, first.held, first.shifted,
         )  # fmt: skip
-    return rows
 
 
-def matched(t: Map, moment: CrossMoment) -> float:
-    """The cosine of ``x_S @ T`` and ``x_T`` over a moment's rows."""
-    return cosine(t, moment.cross, (moment.source_energy, moment.target_energy))
-
-
-class Twin:
-    """Stands for a space's moment during capture: adds rows as they pair, and shifted against each other."""
-
-    def __init__(self, held: CrossMoment, samples: int) -> None:
-        self.held, self.samples = held, samples
-        self.shifted = CrossMoment.zeros(len(held.source_sum), len(held.target_sum), held.cross.device)
-
-    def update(
-        self,
-        source: Tensor,
-        target: Tensor,
-        source_mixing: RowMixing | None = None,
-        target_mixing: RowMixing | None = None,
-    ) -> None:
-        """As :meth:`CrossMoment.update`; the shift is a sample's tokens, or half of them where there is one sample."""
-        self.held.update(source, target, source_mixing, target_mixing)
-        pairs = ((source, source_mixing), (target, target_mixing))
-        own, other = (rows if mixing is None else mixing(rows) for rows, mixing in pairs)
-        step = len(own) // self.samples if self.samples > 1 else (len(own) + 1) // 2
-        self.shifted.update(own, other.roll(-step, 0))
+def as_mapped(rows: Rows, link: Link, bases: tuple[Base, Base], recipe: Recipe) -> Rows:
+    """Rows as the maps map them: centred if the recipe does, or without the norm's gain and bias if it folds them."""
+    if recipe.center:
+        return rows[0] - rows[0].mean(0), rows[1] - rows[1].mean(0)
+    if recipe.name == "paper" or not (link.source.norm and link.target.norm):
+        return rows
+    norms = (base.norm(space.norm, space.width) for base, space in zip(bases, (link.source, link.target), strict=True))
+    own, other = ((x - shift.to(x)) / gain.to(x) for x, (gain, shift) in zip(rows, norms, strict=True))
+    return own, other
 
 
 def measure(alignment: Alignment, source: nn.Module, target: nn.Module, batch: tuple[Batch, Batch]) -> list[Quality]:
-    """Rows of :func:`quality` from one pair of batches that was held out; the models stay as they are."""
+    """A row for every space that has a map, from one pair of batches that was held out; the models stay as they are."""
     layouts = (alignment.source, alignment.target)
-    samples = len(next(v for k, v in batch[0].items() if k in ("input_ids", "pixel_values")))
-    with capture(source, target, layouts, energies=False, blocks=alignment.blocks) as seen:
-        twins = {name: Twin(moment, samples) for name, moment in seen.moments.items()}
-        seen.moments = twins  # type: ignore[assignment]
-        seen.run(*batch)
     bases = Base.of(source, layouts[0]), Base.of(target, layouts[1])
-    held, shifted = (
-        _as_mapped(alignment, bases, seen.links, {n: getattr(t, kind) for n, t in twins.items()})
-        for kind in ("held", "shifted")
-    )
-    return quality(alignment.maps, held, shifted)
-
-
-def _as_mapped(
-    alignment: Alignment, bases: tuple[Base, Base], links: Mapping[str, Link], moments: Moments
-) -> dict[str, CrossMoment]:
-    """Moments of what the maps map: behind a norm's gain and bias where the recipe folds them, centred if it does."""
-    found = {}
-    for name, moment in moments.items():
-        norms = links[name].source.norm, links[name].target.norm
-        if alignment.recipe.center:
-            moment = moment.centred()
-        elif alignment.recipe.name == "coherent" and all(norms):
-            own, other = (base.norm(norm, base.layout.width) for base, norm in zip(bases, norms, strict=True))
-            moment = moment.unfold(own, other, norms[1])
-        found[name] = moment
+    with capture(source, target, layouts, energies=False, blocks=alignment.blocks) as seen:
+        seen.kept = {}
+        seen.run(*batch)
+    found = []
+    for name, rows in seen.kept.items():
+        if name in alignment.maps:
+            mapped = as_mapped(rows, seen.links[name], bases, alignment.recipe)
+            found.append(Quality(name, *quality(alignment.maps[name], mapped, samples_of(batch[0]))))
+    warn(found)
     return found

@@ -8,21 +8,17 @@ two bases are re-parametrisations of each other. ``paper``: every layer's own in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
+from torch import Tensor
 
 from . import maps
-from .errors import InputRefused, NumericalError
-from .links import Blocks, Link
+from .errors import InputRefused
 from .maps import Map
-from .models import Base
-from .moments import CrossMoment, Energy, Grams
 from .pairing import HeadPairing
 from .procrustes import FLOOR, Null, Polar
-from .spaces import Layer
 
 
 @dataclass(frozen=True)
@@ -124,87 +120,52 @@ class MapReport:
 
 @dataclass
 class Plan:
-    """What a recipe decides: maps by name, a rule per layer, maps of norms' own vectors, and what to report."""
+    """What a recipe decides: maps by name, a rule per layer, maps of norms' own vectors, and what to report.
+
+    Attributes:
+        kinds: name -> class of every map that was made; a map itself may be deleted once nothing needs it.
+    """
 
     maps: dict[str, Map] = field(default_factory=lambda: {"identity": maps.Identity()})
     rules: dict[str, Rule] = field(default_factory=dict)
     vectors: dict[str, Rule] = field(default_factory=dict)
     reports: list[MapReport] = field(default_factory=list)
     pairings: dict[int, HeadPairing] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=lambda: {"identity": "Identity"})
+
+    def put(self, name: str, built: Map) -> None:
+        self.maps[name], self.kinds[name] = built, type(built).__name__
 
     def add(self, name: str, polar: Polar, tokens: int, built: Map | None = None) -> None:
-        self.maps[name] = built or maps.Dense(polar.map)
+        """Put a map and report it."""
+        self.put(name, built or maps.Dense(polar.map))
         size = polar.map.shape[-2:]
         batch = max(polar.rank.numel(), 1)  # per-head maps are reported as one block-diagonal map
         self.reports.append(
             MapReport(name, batch * size[0], batch * size[1], int(polar.rank.sum()), float(polar.gap.min()), tokens)
         )
 
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As JSON and tensors; :meth:`restored` reads them."""
+        tensors = {f"maps/{name}/{part}": t for name, m in self.maps.items() for part, t in m.tensors().items()}
+        plain = {kind: {k: asdict(r) for k, r in getattr(self, kind).items()} for kind in ("rules", "vectors")}
+        pairings = {str(b): p.plain() for b, p in self.pairings.items()}
+        reports = [asdict(r) for r in self.reports]
+        return {
+            "maps": list(self.maps),
+            "kinds": self.kinds,
+            "reports": reports,
+            "pairings": pairings,
+            **plain,
+        }, tensors
 
-@dataclass(frozen=True)
-class Evidence:
-    """All a recipe may look at.
-
-    Attributes:
-        source, target: the two bases.
-        blocks: for every target block the source block that feeds it, or None.
-        links: name -> the two spaces compared.
-        moments, energies: by link; a recipe may drop a moment it has done with.
-        grams: by link, the moments of each side with itself; where the recipe whitens.
-    """
-
-    source: Base
-    target: Base
-    blocks: Blocks
-    links: Mapping[str, Link]
-    moments: dict[str, CrossMoment]
-    energies: Mapping[str, Energy]
-    grams: Mapping[str, Grams] = field(default_factory=dict)
-
-    def check(self) -> None:
-        """Raise NumericalError, naming the space, where activations were not finite."""
-        for name, moment in self.moments.items():
-            if not bool(torch.isfinite(moment.augmented).all()):
-                raise NumericalError(
-                    f"activations of space {name} held NaN or Inf; check both bases and the calibration"
-                )
-
-    def pairs(self) -> Iterator[tuple[Layer, Layer]]:
-        """(source, target) of every linear layer that is fed, heads last."""
-        for layer in self.target.layout.layers():
-            block = None if layer.role == "head" else self.blocks[layer.block]
-            if own := self.source.layout.counterpart(layer, block):
-                yield own, layer
-
-    def embeddings(self) -> Iterator[tuple[str, str]]:
-        """(source, target) canonical names of the embeddings both families have."""
-        for e in self.target.layout.family.embeddings:
-            if own := self.source.layout.family.embedding(e.slot):
-                yield own.name, e.name
-
-    def norms(self) -> Iterator[tuple[str, str, str]]:
-        """(source, target, link) of the norms of the residual: canonical names, and the link that compares outputs."""
-        source, target = self.source.layout, self.target.layout
-        for b, own in enumerate(self.blocks):
-            if own is not None:
-                for part in ("attention", "mlp"):
-                    names = (getattr(la.family, f"{part}_norm") for la in (source, target))
-                    yield source.block(own, next(names)), target.block(b, next(names)), f"{b}.{part}"
-        if source.family.embedding_norm and target.family.embedding_norm:
-            yield source.family.embedding_norm, target.family.embedding_norm, "embedding"
-        yield source.family.final_norm, target.family.final_norm, "final"
-
-    def unread(self) -> Iterator[tuple[str, str, str]]:
-        """(source, target, map) of norms whose output is more, or other, than what linear layers read.
-
-        The final norm, of which no head may move; the norm whose output is the residual; the norms inside heads.
-        """
-        source, target = self.source.layout, self.target.layout
-        yield source.family.final_norm, target.family.final_norm, "final"
-        if source.family.embedding_norm and target.family.embedding_norm:
-            yield source.family.embedding_norm, target.family.embedding_norm, "embedding"
-        for b, own in enumerate(self.blocks):
-            for role in ("query", "key") if own is not None else ():
-                names = [getattr(la.family, f"{role}_norm") for la in (source, target)]
-                if own is not None and all(names):
-                    yield source.block(own, names[0]), target.block(b, names[1]), f"{b}.{role}"
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+        found = {}
+        for name in state["maps"]:
+            parts = maps.parts(kind := state["kinds"][name])
+            found[name] = maps.from_tensors(kind, {part: tensors[f"maps/{name}/{part}"] for part in parts})
+        rules, vectors = ({k: Rule(**r) for k, r in state[kind].items()} for kind in ("rules", "vectors"))
+        reports = [MapReport(**r) for r in state["reports"]]
+        pairings = {int(b): HeadPairing.restored(p) for b, p in state["pairings"].items()}
+        return cls(found, rules, vectors, reports, pairings, dict(state["kinds"]))

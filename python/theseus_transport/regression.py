@@ -6,44 +6,47 @@ output is c sqrt(E_T / E_S), and the one that best predicts the source's input f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .maps import Heads, Map
-from .moments import CrossMoment
-from .recipes import Evidence, Plan
+from .models import Base
+from .moments import CrossMoment, Energy
+from .recipes import Rule
+from .spaces import Layer
 
 LEAST = 1e-6  # a cosine below it says nothing; the update through it vanishes
-READS = {"output": "context", "expand": "mlp", "contract": "middle"}
+Side = tuple[Base, Layer]
 
 
-def regressed(e: Evidence, out: Plan, z: Mapping[str, CrossMoment]) -> None:
-    """Turn the scales of a plan's rules, made from energies, into those of the two regressions.
+def fit_input(rule: Rule, t: Map, read: CrossMoment) -> Rule:
+    """The rule with the input's scale, made from energies, by regression.
 
     Args:
-        z: by link, the moments behind norms; other inputs are as captured.
+        t: map of the input. read: moment of what it maps, energies included.
     """
-    layer_norm = e.target.layout.family.norm == "layer"
-    for own, layer in ((own, layer) for own, layer in e.pairs() if layer.name in out.rules):
-        rule = out.rules[layer.name]
-        link = "final" if layer.role == "head" else f"{layer.block}.{READS.get(layer.role, 'attention')}"
-        read = z.get(link, e.moments[link])
-        inner = max(LEAST, cosine(out.maps[rule.input], read.cross, (read.source_energy, read.target_energy)))
-        outer = 1.0
-        if layer.role != "head":
-            seen = e.energies[layer.name]
-            writes = layer_norm and layer.role in ("output", "contract")
-            totals = torch.tensor(seen.centred, dtype=torch.float64)
-            energies = (totals[0], totals[1]) if writes else (seen.source, seen.target)
-            sides = ((e.source, own), (e.target, layer))
-            weights = [base.augmented(la.name).to(read.cross) for base, la in sides]
-            behind = [base.vector(la.scale or "", len(w), 1.0) for (base, la), w in zip(sides, weights, strict=True)]
-            cross = e.moments[link].derive(*(v.to(w)[:, None] * w for v, w in zip(behind, weights, strict=True))).cross
-            outer = max(LEAST, cosine(out.maps[rule.output], cross, energies))
-        out.rules[layer.name] = replace(rule, scale_in=rule.scale_in / inner, scale_out=rule.scale_out * outer)
+    inner = max(LEAST, cosine(t, read.cross, (read.source_energy, read.target_energy)))
+    return replace(rule, scale_in=rule.scale_in / inner)
+
+
+def fit_output(rule: Rule, t: Map, read: CrossMoment, sides: tuple[Side, Side], seen: Energy) -> Rule:
+    """The rule with the output's scale, made from energies, by regression.
+
+    Args:
+        t: map of the output. read: moment of the layers' inputs, as captured. sides: both layers, source first.
+        seen: energies of their outputs.
+    """
+    (_, _), (target, layer) = sides
+    writes = target.layout.family.norm == "layer" and layer.role in ("output", "contract")
+    totals = torch.tensor(seen.centred, dtype=torch.float64)
+    energies = (totals[0], totals[1]) if writes else (seen.source, seen.target)
+    weights = [base.augmented(la.name).to(read.cross) for base, la in sides]
+    behind = [base.vector(la.scale or "", len(w), 1.0) for (base, la), w in zip(sides, weights, strict=True)]
+    cross = read.derive(*(v.to(w)[:, None] * w for v, w in zip(behind, weights, strict=True))).cross
+    outer = max(LEAST, cosine(t, cross, energies))
+    return replace(rule, scale_out=rule.scale_out * outer)
 
 
 def cosine(t: Map, cross: Tensor, energies: tuple[Tensor, Tensor]) -> float:
@@ -53,9 +56,7 @@ def cosine(t: Map, cross: Tensor, energies: tuple[Tensor, Tensor]) -> float:
         cross: [dS, dT]; energies: per feature, or in total, of source and target.
     """
     own, other = energies
-    if isinstance(t, Heads):  # block by block, without scales; a source head counts once per copy
-        size = torch.linalg.matrix_norm(t.blocks, 2).clamp(min=torch.finfo(torch.float64).tiny)
-        t = replace(t, blocks=t.blocks / size[:, None, None])
-        own = own.unflatten(0, (t.heads, -1))[t.source_head.to(own.device)]
+    if isinstance(t, Heads):  # a source head counts once per copy
+        t, own = t.unscaled(), t.by_head(own)
     energy = float(own.sum() * other.sum())
     return float(t(cross.T).trace()) / energy**0.5 if energy > 0 else 0.0

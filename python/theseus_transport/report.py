@@ -17,6 +17,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .outcome import Outcome
+    from .plan import Plan
 
 MATCH = "alpha |delta_T| / |W_T| = |delta_S| / |W_S|, norms over the weight matrices that move"
 CARD = jinja2.Template(
@@ -148,7 +149,9 @@ def report(outcome: Outcome) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("calibration", escape(outcome.calibration))
     used = "" if outcome.used_bytes is None else f", {size(outcome.used_bytes)} used"
-    facts.add_row("memory", f"{size(outcome.predicted_bytes)} predicted{used}")
+    facts.add_row("memory", f"{size(outcome.predicted_bytes)} predicted{used} ({outcome.plan})")
+    if outcome.bytes_read is not None:
+        facts.add_row("weights read", size(outcome.bytes_read))
     facts.add_row("output", f"{outcome.kind}, {size(outcome.bytes_out)}")
     facts.add_row("time predicted", _stages(outcome.predicted_seconds) + ", by flops and this machine's rate")
     if outcome.seconds:
@@ -165,6 +168,20 @@ def report(outcome: Outcome) -> RenderableType:
     parts += ["", facts, *warnings(outcome.warnings), "", "[bold]next[/]"]
     parts += [Text(f"  {line}", no_wrap=True, overflow="ignore") for line in next_steps(outcome)]  # to be copied whole
     return Group(*parts)
+
+
+def plan_table(plan: Plan, seconds: dict[str, float]) -> RenderableType:
+    """How a run would fit its memory."""
+    table = Table("stage", "host memory", *["device memory"] * bool(plan.device), title="Plan", title_justify="left",
+                  box=SIMPLE_HEAD)  # fmt: skip
+    for stage, nbytes in plan.host.items():
+        device = [size(plan.device[stage]) if stage in plan.device else ""] * bool(plan.device)
+        table.add_row(stage, size(nbytes), *device)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("how", plan.choice.words)
+    facts.add_row("peak", size(plan.peak) + (f", {size(plan.device_peak)} on the device" if plan.device else ""))
+    facts.add_row("time", _stages(seconds) + ", by flops and this machine's rate")
+    return Group(table, facts)
 
 
 def pairing(blocks: Sequence[int | None]) -> str:

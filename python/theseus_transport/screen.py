@@ -28,8 +28,8 @@ def errors(as_json: bool) -> Iterator[None]:
         _fail(f"out of memory: {error}; free some, lower --batch-size, or use smaller models", 4, as_json)
     except OSError as error:
         _fail(f"{error}; check the path, its permissions and the disk", 4, as_json)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130, as_json)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "interrupted; nothing was written", 130, as_json)
 
 
 def _fail(message: str, code: int, as_json: bool) -> NoReturn:

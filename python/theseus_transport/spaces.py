@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -235,6 +236,15 @@ class Layout:
 
     def _normed(self, norm: str) -> Space:
         return Space(norm, "output", self.width, norm)
+
+
+def by_block(layout: Layout, names: Iterable[str]) -> dict[int, list[str]]:
+    """Stored tensors of a model by the block they belong to; those outside blocks are not among them."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        if inside := re.match(rf"{re.escape(layout.family.blocks)}\.(\d+)\.", layout.family.canonical(name)):
+            found.setdefault(int(inside[1]), []).append(name)
+    return found
 
 
 def _recognised(model: nn.Module) -> Mapping[str, Any]:

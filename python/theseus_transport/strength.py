@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import InputRefused
 from .folder import check_writable
-from .models import double
+from .models import double, fresh, row_tiles, rows_of, squares
 from .update import Update
 
 Alpha = float | Literal["match"]
@@ -61,34 +61,40 @@ def matched(update: Update) -> float:
     """
     sums = [0.0] * 4
     for name, of in _source_weights(update):
-        before, change = of()
-        into = update.target.slots[update.moved[name]]
-        here = (change, before, into.view(update[into.stored]) / update.alpha, update.target.need(update.moved[name]))
-        sums = [total + float(double(t).square().sum()) for total, t in zip(sums, here, strict=True)]
+        into, alpha = update.target.slots[update.moved[name]], update.alpha
+        for rows in row_tiles(update.source.shape(name)) or (None,):
+            sums[:2] = (total + squares(t) for total, t in zip(sums[:2], of(rows), strict=True))
+        for rows in update.tiles(into.stored) or (None,):
+            moved = rows_of(update, into.stored, rows)
+            sums[2] += squares(moved if rows else into.view(moved)) / alpha**2
+            sums[3] += squares(update.target.need(update.moved[name], rows))
     if not all(sums):
         raise InputRefused("alpha match needs weight matrices that change on both sides; give a number")
     delta_s, weight_s, delta_t, weight_t = sums
     return math.sqrt(delta_s / weight_s * weight_t / delta_t)
 
 
-def _source_weights(update: Update) -> Iterator[tuple[str, Callable[[], tuple[Tensor, Tensor]]]]:
-    """Canonical name -> (base, delta) in float64, of every weight matrix of the source that is transported."""
+def _source_weights(update: Update) -> Iterator[tuple[str, Callable[[slice | None], tuple[Tensor, Tensor]]]]:
+    """Canonical name -> (delta, base) in float64, or rows of them, of every weight matrix that is transported."""
     adapter, source, family = update.delta.adapter, update.source, update.source_family
     layers = adapter.layers() if adapter else ()
     spelled = {part: (la, slot) for la in layers for part, slot in family.parts(family.canonical(la)).items()}
     tuned = update.delta.tuned_tensors(family)
 
-    def product(name: str) -> tuple[Tensor, Tensor]:
+    def product(name: str, rows: slice | None) -> tuple[Tensor, Tensor]:
         assert adapter is not None
         layer, slot = spelled[name.removesuffix(".weight")]
         f = adapter.factors(layer)
-        return source.need(name), f.scaling * double(f.b).chunk(slot.parts)[slot.part] @ double(f.a)
+        b = double(f.b).chunk(slot.parts)[slot.part]
+        return f.scaling * (b if rows is None else b[rows]) @ double(f.a), source.need(name, rows)
 
-    def difference(name: str) -> tuple[Tensor, Tensor]:
-        before = source.need(name)
-        return before, double(tuned[name]) - before
+    def difference(name: str, rows: slice | None) -> tuple[Tensor, Tensor]:
+        before = source.need(name, rows)
+        return fresh(rows_of(tuned, name, rows)).sub_(before), before
 
-    for name in update.moved:
+    for name, into in update.moved.items():
+        if into not in update.jobs(update.target.slots[into].stored):
+            continue  # presumed to have changed, and did not
         factored = name.removesuffix(".weight") in spelled
         matrix = name in source and len(source.shape(name)) > 1  # no bias, which may be the target's alone
         if matrix and (factored or name in tuned):  # a tied head is its embedding, counted once

@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from .alignment import Alignment
+from .changes import changes, leaving
 from .delta import Adapter, Delta, Factors, Renamed
 from .errors import InputRefused
 from .family import Slot
-from .models import Base, Tensors, check_shapes
+from .models import Base, Tensors, check_shapes, row_tiles
 from .moves import Move
 from .pieces import Piece, fused
 from .recipes import Rule
 from .stays import Stays
-from .update import Fate, Row, Update
+from .update import Fate, Job, Row, Update
 from .vectors import VectorMove
 
 
@@ -29,29 +29,39 @@ def transport(
     *,
     alpha: float = 1.0,
     leave: Sequence[str] = (),
+    presumed: bool = False,
 ) -> Update:
     """Move an update of the source to the target.
 
     Args:
-        alignment: of the two bases.
+        alignment: of the two bases; its rules and maps are looked up when a value is computed, and may come till then.
         delta: the update, with the source base it belongs to.
         target: the target base.
         alpha: strength of the update.
         leave: glob patterns of canonical tensor names to leave behind.
+        presumed: count every tensor of a full tune as changed, unread, until :meth:`Update.compare` finds otherwise;
+            only what has no rule is compared at once.
 
     Raises:
         InputRefused: a changed tensor has no rule, nothing changed at all, or shapes do not fit the alignment.
 
     Source: arXiv 2602.12952 (the map of an update), and RECIPE fields of :class:`Recipe` for gains, biases and scales.
     """
-    return _Planner(alignment, delta, target, alpha, leave).plan()
+    return _Planner(alignment, delta, target, alpha, leave, presumed=presumed).plan()
 
 
 class _Planner:
     """Decides the fate of every tensor; the arithmetic is in :mod:`moves`."""
 
     def __init__(
-        self, alignment: Alignment, delta: Delta, target: nn.Module | Tensors, alpha: float, leave: Sequence[str]
+        self,
+        alignment: Alignment,
+        delta: Delta,
+        target: nn.Module | Tensors,
+        alpha: float,
+        leave: Sequence[str],
+        *,
+        presumed: bool,
     ) -> None:
         self.alignment, self.delta, self.stays = alignment, delta, Stays(alignment, leave)
         self.family = alignment.source.family
@@ -65,16 +75,17 @@ class _Planner:
         for name in [n for n in tuned.slots if self.stays.asked(n)]:
             del tuned.slots[name]  # as if the tuned model had not changed it
             self._row(name, "left", "left on request")
-        self.tuned = tuned
-        self.changed = {name for name in self.tuned if self._is_changed(name)}
+        self.tuned = self.update.tuned = tuned
+        self.presumed = presumed and delta.adapter is None
+        self.changed = changes(self.update, self.stays, presumed=self.presumed)
 
     def _paired_layers(self) -> dict[str, Move]:
         """Source layer name -> its move."""
         a = self.alignment
         own = {layer.name: layer for layer in a.source.layers()}
-        rest = (a.maps, self.source, self.target, self.update.warnings)
-        fed = [(into, a.rules[into.name]) for into in a.target.layers() if into.name in a.rules]
-        return {rule.source: Move(own[rule.source], into, rule, *rest) for into, rule in fed}
+        rest = (a, self.source, self.target, self.update.carried)
+        fed = [(into, a.rules[into.name].source) for into in a.target.layers() if into.name in a.rules]
+        return {name: Move(own[name], into, *rest) for into, name in fed}
 
     def _untie(self, tuned: Renamed) -> None:
         """A tied head is no tensor of its own, but an untied target's head takes its update."""
@@ -100,31 +111,9 @@ class _Planner:
         self.update.coverage = sorted(
             self.rows.values(), key=lambda row: order.get(self.family.canonical(row.tensor), -1)
         )
-        if not self.update and not self.alignment.draft:
-            reasons = sorted({row.note for row in self.rows.values() if row.fate == "left"})
-            what = (
-                f"every changed tensor was left behind ({'; '.join(reasons)})"
-                if reasons
-                else "no tensor differs from the base"
-            )
-            raise InputRefused(f"nothing to transport: {what}; was the right base given?")
+        if not (self.update or self.presumed or self.alignment.draft):
+            self.update.settled()
         return self.update
-
-    def _is_changed(self, name: str) -> bool:
-        before, after = self.source.get(name), self.tuned[name]
-        if before is None:
-            return True
-        if before.shape != after.shape:
-            if self.stays.by_rule(name):
-                return True
-            raise InputRefused(
-                f"{name} is {list(after.shape)} in the tuned model and {list(before.shape)} in the base; "
-                f"was the right base given? ({_leaving(name)})"
-            )
-        if before.dtype != after.dtype and not self.update.warnings:
-            kinds = (str(t.dtype).removeprefix("torch.") for t in (after, before))
-            self.update.warnings.append("the tuned model is {}, the base {}: their rounding moves along".format(*kinds))
-        return not torch.equal(before.to(after), after)
 
     def _check_bases(self) -> None:
         for side, base in (("source", self.source), ("target", self.target)):
@@ -144,7 +133,7 @@ class _Planner:
     def _plan_layer(self, move: Move) -> None:
         own, into, rule = move.own, move.into, move.rule
         weight, bias, its_bias = f"{own.name}.weight", f"{own.name}.bias", f"{into.name}.bias"
-        around = {f"{own.norm}.weight", f"{own.norm}.bias", own.scale} & self.changed if rule.fold else set()
+        around = {f"{own.norm}.weight", f"{own.norm}.bias", f"{own.scale}"} & self.changed if rule.fold else set()
         if not ({weight, bias} | around) & self.changed:
             return
         if reason := self._unfit(move):
@@ -152,9 +141,7 @@ class _Planner:
                 self._row(name, "left", reason)
             return
         if around and self.delta.adapter is not None:
-            raise InputRefused(
-                f"the adapter saves {sorted(filter(None, around))[0]} whole; a moved adapter cannot carry its change"
-            )
+            raise InputRefused(f"the adapter saves {sorted(around)[0]} whole; a moved adapter cannot carry its change")
         norm = self.alignment.target.family.norm
         takes_bias = its_bias in self.target or (norm == "layer" and rule.fold and into.norm is not None)
         if bias in self.changed and not takes_bias:
@@ -165,14 +152,16 @@ class _Planner:
         moving = [n for n in ("weight", "bias") if f"{into.name}.{n}" in self.target and n not in kept]
         if not moving:
             return
-        job = partial(self._dense, move)
+        deciding = ({weight, bias} if takes_bias else {weight}) | around
+        tiles = self._tiles(f"{into.name}.weight") if into.role == "head" else ()  # whose outputs both sides share
+        job = Job(partial(self._dense, move), into.name, frozenset(deciding & self.changed), tiles)
         for part in moving:
             self.update.plan(f"{into.name}.{part}", job)
             if f"{own.name}.{part}" in self.source:
                 self.update.moved[f"{own.name}.{part}"] = f"{into.name}.{part}"
         for name in ({weight, bias} & self.changed) - self.rows.keys():
             self._row(name, "transported")
-        for name in filter(None, around):
+        for name in around:
             self._row(name, "folded", "into the layer in front" if name == own.scale else "into its readers")
 
     def _unfit(self, move: Move) -> str | None:
@@ -192,8 +181,13 @@ class _Planner:
             return f"the source has {rows[0]} outputs, the target {rows[1]}"
         return None
 
-    def _dense(self, move: Move) -> dict[str, Tensor]:
-        return {f"{move.into.name}.{part}": value for part, value in move.dense(self.tuned).items()}
+    def _dense(self, move: Move, rows: slice | None) -> dict[str, Tensor]:
+        return {f"{move.into.name}.{part}": value for part, value in move.dense(self.tuned, rows).items()}
+
+    def _tiles(self, into: str) -> tuple[slice, ...]:
+        """Row tiles of a tensor of the target, where its rows are kept as rows of a tensor of its own."""
+        slot = self.target.slots[into]
+        return () if slot.transposed or slot.parts > 1 else row_tiles(self.target.shape(into))
 
     def _plan_vector(self, rule: Rule, into: str) -> None:
         """An embedding, or a norm's own gain or bias where no linear layer took it up."""
@@ -205,10 +199,11 @@ class _Planner:
         if name not in self.source or into not in self.target:
             side = "target" if name in self.source else "source base"
             return self._row(name, "left", f"the {side} has no such tensor")
-        move = VectorMove(into, rule, self.alignment.maps[rule.output], self.source, self.target)
+        move = VectorMove(into, self.alignment, self.source, self.target)
         if why := move.unfit():
             return self._row(name, "left", why)
-        self.update.plan(into, lambda: {into: move(self.tuned[name])})
+        job = Job(lambda rows: {into: move(self.tuned, rows)}, into, frozenset({name}), move.tiles)
+        self.update.plan(into, job)
         self.update.moved[name] = into
         self._row(name, "transported", move.note)
 
@@ -236,7 +231,7 @@ class _Planner:
         if move is None:
             if why := self.stays.by_rule(f"{part}.weight"):
                 return self._row(part, "left", why)
-            raise InputRefused(f"the adapter changes {spelled}, which has no rule; {_leaving(part)}")
+            raise InputRefused(f"the adapter changes {spelled}, which has no rule; {leaving(part)}")
         weight, into = f"{part}.weight", f"{move.into.name}.weight"
         if weight in self.changed:
             raise InputRefused(f"the adapter both factors {spelled} and saves it whole")
@@ -252,9 +247,10 @@ class _Planner:
         compute = partial(self._moved_factors, move, spelled, slot)
         module, place = self.target.layout.family.home(move.into.name)
         scale = self.target.shape(into), factors.scaling
-        piece = Piece(spelled, place, len(factors.a), factors.a.dtype, *scale, compute)
+        piece = Piece(spelled, place, len(factors.a), factors.a.dtype, *scale, compute, move.into.name)
         found.setdefault(self._adapter_name(module, move), []).append(piece)
-        self.update.plan(into, partial(self._product, into, compute))
+        product = partial(self._product, into, compute)
+        self.update.plan(into, Job(product, move.into.name, frozenset({weight}), self._tiles(into)))
         self.update.moved[weight] = into
         self._row(part, "transported", "as factors")
 
@@ -269,23 +265,21 @@ class _Planner:
         factors = self.delta.adapter.factors(spelled)
         return move.factors(replace(factors, b=factors.b.chunk(slot.parts)[slot.part]))
 
-    def _product(self, into: str, compute: Callable[[], Factors]) -> dict[str, Tensor]:
+    def _product(self, into: str, compute: Callable[[], Factors], rows: slice | None) -> dict[str, Tensor]:
         f = compute()
-        return {into: f.scaling * (f.b.double() @ f.a.double())}
+        return {into: ((f.b if rows is None else f.b[rows]) @ f.a).mul_(f.scaling)}
 
     def _settle(self) -> None:
         """Every tensor has a fate; a changed one without a rule is an error."""
         for name in {**self.source.slots, **dict.fromkeys(self.tuned)}:
             if name in self.rows or (self.delta.adapter is not None and name not in self.tuned):
                 continue
-            if name not in self.changed:
+            why = self.stays.by_rule(name) or self.stays.unmoved(name, is_new=name not in self.source)
+            if not why:
+                self.update.compare([name])
+            if name not in self.changed - self.update.unchanged:
                 self._row(name, "unchanged")
-            elif why := self.stays.by_rule(name) or self.stays.unmoved(name, is_new=name not in self.source):
+            elif why:
                 self._row(name, "left", why)
             else:
-                raise InputRefused(f"{name} changed but has no rule; {_leaving(name)}")
-
-
-def _leaving(name: str) -> str:
-    """The option that leaves a tensor's layer behind, for messages."""
-    return f"--leave '{name.removesuffix('.weight').removesuffix('.bias')}*' leaves it behind"
+                raise InputRefused(f"{name} changed but has no rule; {leaving(name)}")

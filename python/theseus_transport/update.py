@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .delta import Delta, Factors
+from .checkpoint import count_nonfinite
+from .delta import PREFIX, Delta, Factors, Renamed
 from .errors import InputRefused, NumericalError
 from .family import Family
-from .models import Base, dtype_of, shape_of
+from .models import Base, dtype_of, growing, pieces, row_tiles, rows_of, shape_of
+from .moves import Carried
 
-Job = Callable[[], dict[str, Tensor]]  # canonical name -> update, float64
 Fate = Literal["transported", "folded", "unchanged", "left"]
 
 
@@ -30,26 +32,47 @@ class Row:
 
 @dataclass(frozen=True)
 class MovedFactors:
-    """A moved LoRA of one layer of the target: its rank, [out, in], dtype of A and B, and computation."""
+    """A moved LoRA of one layer of the target: rank, [out, in], dtype of A and B, computation, the rules it needs."""
 
     rank: int
     shape: tuple[int, int]
     dtype: torch.dtype
     scaling: float
     compute: Callable[[], Factors]
+    needs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """How tensors of the target get their update.
+
+    Attributes:
+        compute: canonical name -> update in float64, of all rows (None) or of one tile's.
+        needs: key of the alignment's rules or vectors that has to be there.
+        sources: canonical names of the source; while none of them changed, nothing moves.
+        tiles: the rows to compute at a time, where rows are independent and the matrix is large.
+    """
+
+    compute: Callable[[slice | None], dict[str, Tensor]]
+    needs: str
+    sources: frozenset[str]
+    tiles: tuple[slice, ...] = ()
 
 
 @dataclass
 class Update(Mapping[str, Tensor]):
     """The update of the target, as a lazy mapping: the target's parameter name -> dense delta, alpha included.
 
-    Values are computed when asked for, in float64, and handed out in float32 (float64 where the target is float64).
+    Values are computed when asked for, in float64, and handed out in float32 (float64 where the target is float64);
+    large tables tile by tile of rows. Where changes are presumed, names are those not yet known to stay.
 
     Attributes:
-        coverage: fate of every tensor of the source's update.
-        warnings: what the user should know about single tensors; complete once every value was read.
-        moved: canonical name of every tensor of the source that moves -> that of the target's it becomes.
+        coverage: fate of every tensor of the source's update; of presumed changes final once :meth:`settled`.
         factors: for a LoRA, the layer as an adapter of the target spells it -> its moved factors, alpha not included.
+        moved: canonical name of every tensor of the source that moves -> that of the target's it becomes.
+        tuned: the tuned tensors that may move, by canonical name.
+        presumed: of these, what counts as changed without having been compared.
+        unchanged: what was presumed to have changed, and turned out to be the base's.
     """
 
     source: Base
@@ -57,59 +80,161 @@ class Update(Mapping[str, Tensor]):
     delta: Delta
     alpha: float
     coverage: list[Row] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     factors: dict[str, MovedFactors] = field(default_factory=dict)
     moved: dict[str, str] = field(default_factory=dict)
+    tuned: Renamed = field(default_factory=lambda: Renamed({}, {}))
+    presumed: set[str] = field(default_factory=set)
+    unchanged: set[str] = field(default_factory=set)
+    said: list[str] = field(default_factory=list)
+    carried: Carried = field(default_factory=Carried)
     _jobs: dict[str, dict[str, Job]] = field(default_factory=dict)  # stored name -> canonical name -> job
-    _last: dict[Job, dict[str, Tensor]] = field(default_factory=dict)
-    _kept: dict[str, list[str]] = field(default_factory=dict)  # stored name -> canonical names
+    _last: dict[tuple[Job, int | None], dict[str, Tensor]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for canonical, slot in self.target.slots.items():
-            self._kept.setdefault(slot.stored, []).append(canonical)
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know about single tensors; complete once every value was read."""
+        return [*self.said, *self.carried.warnings()]
+
+    @property
+    def planned(self) -> list[str]:
+        """Stored names of all that was planned to move, whatever comparing finds."""
+        return list(self._jobs)
 
     def plan(self, name: str, job: Job) -> None:
         """Have ``job`` compute the canonical tensor ``name`` (and maybe others)."""
         self._jobs.setdefault(self.target.slots[name].stored, {})[name] = job
 
+    def jobs(self, name: str) -> dict[str, Job]:
+        """Canonical name -> job of what moves in a stored tensor, or (under PEFT's name) in one an adapter saves."""
+        jobs = self._jobs.get(name.removeprefix(PREFIX), {})
+        return {part: job for part, job in jobs.items() if not job.sources <= self.unchanged}
+
+    def needs(self, name: str) -> frozenset[str]:
+        """Keys of the alignment's rules and vectors that a stored tensor, or a factor of an adapter, waits for."""
+        factor = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", name)
+        if factor and factor[1] in self.factors:
+            return self.factors[factor[1]].needs
+        return frozenset(job.needs for job in self.jobs(name).values())
+
+    def sources(self, name: str) -> frozenset[str]:
+        """Canonical names of the source that decide whether a stored tensor moves."""
+        return frozenset().union(*(job.sources for job in self.jobs(name).values()))
+
+    def tiles(self, name: str) -> tuple[slice, ...]:
+        """The rows in which a stored tensor of the target is computed, or copied; none: in one piece."""
+        shape = shape_of(self.target.tensors, name)
+        if jobs := self._jobs.get(name):
+            return next(iter(jobs.values())).tiles if len(shape) > 1 else ()
+        return row_tiles(shape)
+
     def __getitem__(self, name: str) -> Tensor:
-        value = self._stored(name) * self.alpha
-        if tuple(value.shape) != (shape := shape_of(self.target.tensors, name)):
-            raise InputRefused(f"the update of {name} is {list(value.shape)}, the target's is {list(shape)}")
-        if not bool(torch.isfinite(value).all()):
-            raise NumericalError(f"the update of {name} holds NaN or Inf; check the tuned model and the alignment")
-        return value.to(self.dtype(name))
+        if name not in self:
+            raise KeyError(name)
+        if not (tiles := self.tiles(name)):
+            return self._value(name, None)
+        value = torch.empty(shape_of(self.target.tensors, name), dtype=self.dtype(name))
+        for rows in tiles:
+            value[rows] = self._value(name, rows)
+        return value
 
-    def _stored(self, name: str) -> Tensor:
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """One of a value's :meth:`tiles`."""
+        if rows not in self.tiles(name):
+            raise ValueError(f"{rows} is no tile of {name}; tiles gives them")
+        return self._value(name, rows)
+
+    def forget(self) -> None:
+        """Free the layer computed last, which is kept for its bias and for other strengths."""
+        self._last.clear()
+
+    def _value(self, name: str, rows: slice | None) -> Tensor:
         """The update of a stored tensor; parts of a fused one that do not move are zero."""
-        jobs, parts, turned = self._jobs[name], {}, False
-        for canonical in self._kept[name]:
-            slot = self.target.slots[canonical]
-            zero = None if canonical in jobs else torch.zeros(self.target.shape(canonical), dtype=torch.float64)
-            parts[slot.part] = self._value(canonical, jobs[canonical]) if zero is None else zero
-            turned = slot.transposed
-        fused = torch.cat([parts[i] for i in range(len(parts))]) if len(parts) > 1 else parts[0]
-        return fused.mT.contiguous() if turned and fused.ndim == 2 else fused
+        jobs, (length, *width) = self.jobs(name), shape_of(self.target.tensors, name)
+        value = torch.zeros(rows.stop - rows.start if rows else length, *width, dtype=self.dtype(name))
+        wanted = {(job, rows and rows.start) for job in jobs.values()}
+        for key in self._last.keys() - wanted:  # weight and bias of a layer, and all strengths, come one after another
+            del self._last[key]
+        for part, job in jobs.items():
+            place, moved = self.target.slots[part].view(value), self._moved(part, job, rows)
+            if moved.shape != place.shape:
+                raise InputRefused(f"the update of {name} is {list(moved.shape)}, the target's is {list(place.shape)}")
+            for into, piece in zip(pieces(place), pieces(moved), strict=True):
+                into.copy_(piece * self.alpha)
+        if any(count_nonfinite(value)):
+            raise NumericalError(f"the update of {name} holds NaN or Inf; check the tuned model and the alignment")
+        return value
 
-    def _value(self, canonical: str, job: Job) -> Tensor:
-        if job not in self._last:  # weight and bias of a layer, and the parts of a fused one, come one after another
-            while len(self._last) >= 3:
-                del self._last[next(iter(self._last))]
-            self._last[job] = job()
-        return self._last[job][canonical]
+    def _moved(self, part: str, job: Job, rows: slice | None) -> Tensor:
+        if rows is None and job.tiles:  # the bias of a layer whose weight is made by tiles
+            return torch.cat([job.compute(tile)[part] for tile in job.tiles])
+        key = job, rows and rows.start
+        if key not in self._last:
+            self._last[key] = job.compute(rows)
+        return self._last[key][part]
+
+    def compare(self, names: Iterable[str]) -> None:
+        """Compare those of the presumed changes with their base; a large table up to its first rows that differ."""
+        for name in sorted(self.presumed.intersection(names)):
+            if self.same(name):
+                self.unchanged.add(name)
+            self.presumed.discard(name)
+
+    def same(self, name: str) -> bool:
+        """Whether a tuned tensor is its base; of what differs early, little is read."""
+        turned = self.source.slots[name].transposed or self.tuned.slots[name].transposed
+        for rows in [None] if turned else growing(self.source.shape(name)):
+            before, after = self.source.get(name, rows), rows_of(self.tuned, name, rows)
+            if before is None or not torch.equal(before.to(after), after):
+                return False
+        return True
+
+    def settled(self) -> list[Row]:
+        """The final coverage, once all is compared; what was not is compared now.
+
+        Raises:
+            InputRefused: nothing moves.
+        """
+        self.compare(set(self.presumed))
+        for name in list(self._jobs):
+            self._jobs[name] = self.jobs(name)
+            if not self._jobs[name]:
+                del self._jobs[name]
+        into = {part for jobs in self._jobs.values() for part in jobs}
+        for name in [name for name, part in self.moved.items() if part not in into]:
+            del self.moved[name]
+        rows = [Row(row.tensor, "unchanged") if row.tensor in self.unchanged else row for row in self.coverage]
+        self.coverage[:] = rows
+        if not self._jobs:
+            reasons = sorted({row.note for row in rows if row.fate == "left"})
+            left = f"every changed tensor was left behind ({'; '.join(reasons)})"
+            what = left if reasons else "no tensor differs from the base"
+            raise InputRefused(f"nothing to transport: {what}; was the right base given?")
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        """What was found out so far, as JSON; :meth:`restore` takes it up in another process."""
+        known = {"presumed": sorted(self.presumed), "unchanged": sorted(self.unchanged)}
+        return {**known, "carried": {layer: dict(sums) for layer, sums in self.carried.sums.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for known, names in ((self.presumed, state["presumed"]), (self.unchanged, state["unchanged"])):
+            known.clear()
+            known.update(names)
+        self.carried.sums.clear()
+        self.carried.sums.update(state["carried"])
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the update's value: float64 where the target is, else float32."""
         return torch.float64 if dtype_of(self.target.tensors, name) == torch.float64 else torch.float32
 
     def __contains__(self, name: object) -> bool:
-        return name in self._jobs
+        return isinstance(name, str) and name in self._jobs and bool(self.jobs(name))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._jobs)
+        return iter([name for name in self._jobs if self.jobs(name)])
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(list(iter(self)))
 
     def add_to(self, model: nn.Module) -> None:
         """Add the update to the target's parameters in place; all is computed before anything is added."""

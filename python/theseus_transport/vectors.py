@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from . import tokens
+from .alignment import Alignment
 from .family import Embedding
 from .maps import Map
-from .models import Base, double
+from .models import Base, Tensors, fresh, row_tiles, rows_of
 from .moves import move_gain, shared_map
 from .recipes import Rule
 
 
 @dataclass
 class VectorMove:
-    """One embedding, gain or bias of the target, and the source's that feeds it."""
+    """One embedding, gain or bias of the target, and the source's that feeds it.
+
+    Rule and map are looked up when they are used: an outline's rule names the source and kind, the scales come later.
+    """
 
     into: str
-    rule: Rule
-    map: Map
+    alignment: Alignment
     source: Base
     target: Base
     note: str = field(init=False, default="")
@@ -42,6 +45,20 @@ class VectorMove:
             self.note = f"{self._counts[0]} positions onto {self._counts[1]}"
 
     @property
+    def rule(self) -> Rule:
+        return self.alignment.vectors[self.into]
+
+    @property
+    def map(self) -> Map:
+        return self.alignment.maps[self.rule.output]
+
+    @property
+    def tiles(self) -> tuple[slice, ...]:
+        """The target's row tiles where each row comes from the source's of the same index; else none."""
+        tables = self._axes == (1, 1) and len(self._shapes[0]) == 2 and not self._mixed
+        return row_tiles(self._shapes[1]) if tables else ()
+
+    @property
     def _slot(self) -> str | None:
         return self._kinds[0].slot if self._kinds[0] else None
 
@@ -57,13 +74,16 @@ class VectorMove:
         shapes = [list(shape) for shape in self._shapes]
         return f"the source's is {shapes[0]}, the target's {shapes[1]}: rows do not correspond"
 
-    def __call__(self, tuned: Tensor) -> Tensor:
-        """The target's update, float64, given the tuned source's tensor."""
-        delta = (double(tuned) - self.source.need(self.rule.source)).movedim(self._axes[0], -1)
+    def __call__(self, tuned: Tensors, rows: slice | None = None) -> Tensor:
+        """The target's update, or one of its :attr:`tiles`, float64, given the tuned source's tensors."""
+        name = self.rule.source
+        delta = fresh(rows_of(tuned, name, rows)).sub_(self.source.need(name, rows)).movedim(self._axes[0], -1)
+        if rows is not None:
+            return self.map(delta).mul_(self.rule.scale_out)
         if self.rule.kind != "linear":
             return self._norm(delta)
-        rows = delta.reshape(self._counts[0], -1)
-        moved = self.rule.scale_out * self.map(self._positions() @ rows if self._mixed else rows)
+        flat = delta.reshape(self._counts[0], -1)
+        moved = self.map(self._positions() @ flat if self._mixed else flat).mul_(self.rule.scale_out)
         return moved.reshape(*self._rows[1], -1).movedim(-1, self._axes[1])
 
     def _norm(self, delta: Tensor) -> Tensor:

@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import safe_open
 
 from .checkpoint import count_nonfinite
 from .errors import InputRefused, NumericalError, ResourceError
-from .folder import MANIFEST, new_folder, sync_file, write_file
+from .folder import MANIFEST, new_folder, write_file
 from .headers import DTYPES, read_header, read_json
 
+Files = Mapping[str, bytes | str | Path | Callable[[], str]]
+Metadata = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+
+PIECE = 1 << 22  # bytes copied at once
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Planned(NamedTuple):
-    """A tensor to write, its shape and dtype known before `make` computes it."""
+    """A tensor to write, its shape and dtype known before `make` computes it.
+
+    Attributes:
+        make: the tensor for None, or the rows it is asked for.
+        tiles: slices of rows, in order and together all of them, made and written one by one; empty: in one piece.
+        needs: what has to be known before `make` can answer; the writer does not read it.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    make: Callable[[slice | None], torch.Tensor]
+    tiles: tuple[slice, ...] = ()
+    needs: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -34,43 +47,92 @@ class Planned(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def planned_bytes(tensors: Iterable[tuple[Any, ...]]) -> int:
-    """Bytes that (name, shape, dtype, make) tuples take on disk, without computing any."""
-    return sum(Planned(*entry).nbytes for entry in tensors)
-
-
 class Output(NamedTuple):
-    """A folder to write: (name, shape, dtype, make) tuples in order, and what `write_checkpoint` says of the rest."""
+    """A folder to write: what is planned for it, in order, and what `write_checkpoint` says of the rest."""
 
     folder: str | Path
-    tensors: Iterable[tuple[str, Sequence[int], torch.dtype, Callable[[], torch.Tensor]]]
-    files: Mapping[str, bytes | str | Path | Callable[[], str]] | None = None
-    metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None
+    tensors: Sequence[Planned]
+    files: Files | None = None
+    metadata: Metadata | None = None
+
+
+def planned_bytes(tensors: Iterable[Planned]) -> int:
+    """Bytes that tensors take on disk, without computing any."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+class Layout:
+    """Where each tensor of a plan lies: consecutive shards of at most `shard_size` bytes, or a single larger tensor.
+
+    Attributes: `index`, the name of the index; `shards`, file name -> what it holds; `headers` and `sizes` in bytes of
+    these files; `places`, tensor name -> (file name, byte in it); `nbytes` of all tensors.
+    """
+
+    def __init__(self, plan: Sequence[Planned], stem: str, shard_size: int | None) -> None:
+        self._made_of = plan, stem, shard_size
+        self.index, self.nbytes = f"{stem}.safetensors.index.json", planned_bytes(plan)
+        parts = _split(plan, None if stem == "adapter_model" else shard_size)
+        names = [f"{stem}-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+        self.shards = dict(zip(names if len(parts) > 1 else [f"{stem}.safetensors"], parts, strict=True))
+        self.headers: dict[str, bytes] = {}
+        self.sizes: dict[str, int] = {}
+        self.places: dict[str, tuple[str, int]] = {}
+        for file, shard in self.shards.items():
+            self.headers[file], starts, self.sizes[file] = _header(shard)
+            self.places |= {name: (file, start) for name, start in starts.items()}
+
+    def without(self, names: set[str]) -> Layout:
+        """The layout that the same plan has if it lacks some tensors."""
+        plan, stem, shard_size = self._made_of
+        return Layout([tensor for tensor in plan if tensor.name not in names], stem, shard_size)
+
+    def create(self, folder: Path) -> None:
+        """Files of their final size that hold their headers; the rest is sparse."""
+        for name, header in self.headers.items():
+            with (folder / name).open("wb") as file:
+                file.write(header)
+                file.truncate(self.sizes[name])
+
+    def complete(self, folder: Path, files: Files) -> None:
+        """Check that the shards read back, then add the index and `files`."""
+        for name, shard in self.shards.items():
+            found = {tensor: record.shape for tensor, record in read_header(folder / name).items()}
+            if found != {tensor.name: tensor.shape for tensor in shard}:
+                raise ResourceError(f"{folder / name} does not read back as it was written; is the disk failing?")
+            with safe_open(folder / name, framework="pt"):  # the library's own opinion
+                pass
+        if len(self.shards) > 1:
+            weight_map = {tensor.name: file for file, shard in self.shards.items() for tensor in shard}
+            listing = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+            write_file(folder / self.index, json.dumps(listing, indent=2) + "\n")
+        for name in sorted(files, key=lambda name: name == "config.json"):  # what makes it a model comes last
+            content = files[name]
+            write_file(folder / name, content() if callable(content) else content)
 
 
 def write_checkpoint(
     folder: str | Path,
-    tensors: Iterable[tuple[str, Sequence[int], torch.dtype, Callable[[], torch.Tensor]]],
+    tensors: Iterable[Planned],
     *,
     stem: str = "model",
     shard_size: int = 5_000_000_000,
-    files: Mapping[str, bytes | str | Path | Callable[[], str]] | None = None,
-    metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+    files: Files | None = None,
+    metadata: Metadata | None = None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Write (name, shape, dtype, make) tuples, in order, as the folder `from_pretrained` loads; returns the manifest.
+    """Write what is planned, in order, as the folder `from_pretrained` loads; returns the manifest.
 
-    `make` is called once per tensor, on writing it; no more than one result is held. Shards hold at most `shard_size`
-    bytes, or one tensor; an adapter (`stem="adapter_model"`) is never split, since PEFT reads one file. `files` maps
-    a name (config.json, README.md, ...) to bytes, text, or a Path to copy. `metadata` (JSON, or a
-    function that makes it once all tensors are written) goes to the manifest.
+    `make` is called once per tensor or tile, on writing it; no more than one result is held. Shards hold at most
+    `shard_size` bytes, or one tensor; an adapter (`stem="adapter_model"`) is never split, since PEFT reads one file.
+    `files` maps a name (config.json, README.md, ...) to bytes, text, a Path to copy or a function that makes the text
+    once all tensors are written. `metadata` (JSON, or a function that makes it as late) goes to the manifest.
     The folder appears by one rename when all is on disk; after any error nothing is left, an old folder is untouched.
 
     Raises InputRefused and ResourceError as `check_writable`; NumericalError for a NaN or Inf; ValueError if a tensor
     is not as planned; and whatever `make` raises.
     """
-    output = Output(folder, tensors, files, metadata)
+    output = Output(folder, list(tensors), files, metadata)
     return write_checkpoints([output], stem=stem, shard_size=shard_size, overwrite=overwrite, inputs=inputs)[0]
 
 
@@ -86,40 +148,68 @@ def write_checkpoints(
 
     A tensor is made for every folder before the next one is, so that what their `make` share is computed once.
     """
-    plans = [[Planned(name, tuple(shape), dtype, make) for name, shape, dtype, make in o.tensors] for o in outputs]
-    if any([t[:3] for t in plan] != [t[:3] for t in plans[0]] for plan in plans):
-        raise ValueError("the folders to write side by side hold different tensors")
-    shards = [_split(plan, None if stem == "adapter_model" else shard_size) for plan in plans]
-    count = len(shards[0])
-    names = [f"{stem}.safetensors"]
-    if count > 1:
-        names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    index = f"{stem}.safetensors.index.json"
-    for plan, output in zip(plans, outputs, strict=True):
-        _check_plan(plan, output.files or {}, {*names, index, MANIFEST})
-    total = sum(tensor.nbytes for tensor in plans[0])
+    plans, layout = laid_out(outputs, stem, shard_size)
+    options: dict[str, Any] = {"nbytes": layout.nbytes, "overwrite": overwrite, "inputs": inputs}
     with ExitStack() as stack:
-        stagings = [
-            stack.enter_context(
-                new_folder(o.folder, nbytes=total, metadata=o.metadata, overwrite=overwrite, inputs=inputs)
-            )
-            for o in outputs
-        ]
-        for i, name in enumerate(names):
-            _write_shards([staging / name for staging in stagings], [shard[i] for shard in shards])
+        stagings = [stack.enter_context(new_folder(o.folder, metadata=o.metadata, **options)) for o in outputs]
+        for staging in stagings:
+            layout.create(staging)
+        for name, shard in layout.shards.items():
+            with ExitStack() as opened:
+                files = [opened.enter_context((staging / name).open("r+b")) for staging in stagings]
+                for tensor in shard:
+                    write_tensor(files, layout.places[tensor.name][1], [plan[tensor.name] for plan in plans])
         for staging, output in zip(stagings, outputs, strict=True):
-            files = output.files or {}
-            for name in sorted(files, key=lambda name: name == "config.json"):  # what makes it a model comes late
-                content = files[name]
-                write_file(staging / name, content() if callable(content) else content)
-            if count > 1:
-                weight_map = {t.name: name for name, shard in zip(names, shards[0], strict=True) for t in shard}
-                listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                write_file(staging / index, json.dumps(listing, indent=2) + "\n")
+            layout.complete(staging, output.files or {})
     return [read_json(Path(o.folder).expanduser() / MANIFEST) for o in outputs]
 
 
-def _split(plan: list[Planned], shard_size: int | None) -> list[list[Planned]]:
+def laid_out(outputs: Sequence[Output], stem: str, shard_size: int) -> tuple[list[dict[str, Planned]], Layout]:
+    """What each output holds by name, and the one layout of all; ValueError for a plan that cannot be written."""
+    listed = [[t._replace(shape=tuple(t.shape)) for t in output.tensors] for output in outputs]
+    if any([(*t[:3], t.tiles) for t in plan] != [(*t[:3], t.tiles) for t in listed[0]] for plan in listed):
+        raise ValueError("the folders to write side by side hold different tensors")
+    layout = Layout(listed[0], stem, shard_size)
+    for plan, output in zip(listed, outputs, strict=True):
+        _check_plan(plan, output.files or {}, {*layout.shards, layout.index, MANIFEST})
+    return [{tensor.name: tensor for tensor in plan} for plan in listed], layout
+
+
+def write_tensor(files: Sequence[BinaryIO], start: int, same: Sequence[Planned]) -> None:
+    """Make a tensor for every file, tile by tile, and write it from byte `start` of each."""
+    for rows in same[0].tiles or (None,):
+        for file, tensor in zip(files, same, strict=True):
+            row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+            file.seek(start + (rows.start * row if rows else 0))
+            file.write(_bytes_of(tensor, rows))
+            file.flush()  # a full disk shows here
+
+
+def write_plain(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Tensors as they are, NaN included, as one durable file."""
+    header, starts, _ = _header([Planned(name, tuple(t.shape), t.dtype, t.__getitem__) for name, t in tensors.items()])
+    with path.open("wb") as file:
+        file.write(header)
+        for name in starts:  # in the order of the file
+            file.write(raw(tensors[name]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_tensors(layout: Layout, old: Path, kept: Layout, new: Path) -> None:
+    """Copy from the folder `old`, which is laid out as `layout`, what `kept` places into the folder `new`."""
+    for shard, tensors in kept.shards.items():
+        with (new / shard).open("wb") as into:
+            into.write(kept.headers[shard])
+            for tensor in sorted(tensors, key=lambda tensor: kept.places[tensor.name][1]):
+                file, start = layout.places[tensor.name]
+                with (old / file).open("rb") as origin:
+                    origin.seek(start)
+                    for left in range(tensor.nbytes, 0, -PIECE):
+                        into.write(origin.read(min(left, PIECE)))
+
+
+def _split(plan: Sequence[Planned], shard_size: int | None) -> list[list[Planned]]:
     """Consecutive shards of at most `shard_size` bytes, or a single larger tensor."""
     shards: list[list[Planned]] = [[]]
     filled = 0
@@ -132,7 +222,22 @@ def _split(plan: list[Planned], shard_size: int | None) -> list[list[Planned]]:
     return shards
 
 
-def _check_plan(plan: list[Planned], files: Mapping[str, object], reserved: set[str]) -> None:
+def _header(shard: Sequence[Planned]) -> tuple[bytes, dict[str, int], int]:
+    """Header, start of each tensor and size of a file. Wide dtypes lie first, so that all are aligned."""
+    entries: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    starts, offset = {}, 0
+    for tensor in sorted(shard, key=lambda tensor: -tensor.dtype.itemsize):
+        span = [offset, offset + tensor.nbytes]
+        code = CODES.get(tensor.dtype)  # None is refused with the plan
+        entries[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": span}
+        starts[tensor.name], offset = offset, offset + tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}, len(header) + offset
+
+
+def _check_plan(plan: Sequence[Planned], files: Mapping[str, object], reserved: set[str]) -> None:
     if not plan:
         raise ValueError("no tensor to write")
     seen: set[str] = set()
@@ -141,6 +246,10 @@ def _check_plan(plan: list[Planned], files: Mapping[str, object], reserved: set[
             raise ValueError(f"tensor name {tensor.name!r} is planned twice or reserved")
         if tensor.dtype not in CODES:
             raise ValueError(f"{tensor.name}: safetensors files of this writer hold no {tensor.dtype}")
+        ends = [0, *(tile.stop for tile in tensor.tiles)]
+        whole = tensor.shape[:1] == (ends[-1],) and [tile.start for tile in tensor.tiles] == ends[:-1]
+        if tensor.tiles and not (whole and sorted(ends) == ends and all(tile.step is None for tile in tensor.tiles)):
+            raise ValueError(f"{tensor.name} {list(tensor.shape)}: {tensor.tiles} are not all its rows, in order")
         seen.add(tensor.name)
     for name, content in files.items():
         if name in reserved or Path(name).name != name or name in ("", ".", ".."):
@@ -149,46 +258,24 @@ def _check_plan(plan: list[Planned], files: Mapping[str, object], reserved: set[
             raise InputRefused(f"extra file {name!r}: {content} is missing or not a regular file")
 
 
-def _write_shards(paths: list[Path], shards: list[list[Planned]]) -> None:
-    """Header first, from the plan; then each tensor at its offset. Wide dtypes lie first, so that all are aligned."""
-    entries: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in sorted(shards[0], key=lambda tensor: -tensor.dtype.itemsize):
-        span = [offset, offset + tensor.nbytes]
-        entries[tensor.name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-        offset += tensor.nbytes
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    with ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb")) for path in paths]
-        for file in files:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + offset)
-        for same in zip(*shards, strict=True):
-            for file, tensor in zip(files, same, strict=True):
-                file.seek(8 + len(header) + entries[tensor.name]["data_offsets"][0])
-                file.write(_bytes_of(tensor))
-        for file in files:
-            sync_file(file)
-    for path in paths:
-        if {name: record.shape for name, record in read_header(path).items()} != {t.name: t.shape for t in shards[0]}:
-            raise ResourceError(f"{path} does not read back as it was written; is the disk failing?")
-        with safe_open(path, framework="pt"):  # the library's own opinion
-            pass
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor as they stand in a file."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
 
 
-def _bytes_of(planned: Planned) -> memoryview:
-    tensor = planned.make()
-    if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:
+def _bytes_of(planned: Planned, rows: slice | None) -> memoryview:
+    tensor = planned.make(rows)
+    shape = (rows.stop - rows.start, *planned.shape[1:]) if rows else planned.shape
+    where = f"{planned.name} {list(planned.shape)}" + (f", rows {rows.start} to {rows.stop - 1}," if rows else "")
+    if tuple(tensor.shape) != shape or tensor.dtype != planned.dtype:
         raise ValueError(
-            f"{planned.name} came out as {list(tensor.shape)} {tensor.dtype}, "
-            f"planned were {list(planned.shape)} {planned.dtype}"
+            f"{where} came out as {list(tensor.shape)} {tensor.dtype}, planned were {list(shape)} {planned.dtype}"
         )
     nans, infs = count_nonfinite(tensor)
     if nans or infs:
         raise NumericalError(
-            f"{planned.name} {list(planned.shape)} came out with {nans} NaN and {infs} Inf in {planned.dtype}; "
+            f"{where} came out with {nans} NaN and {infs} Inf in {planned.dtype}; "
             "nothing was written; a smaller --alpha or a wider dtype avoids overflow"
         )
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+    return raw(tensor)

@@ -1,5 +1,5 @@
-// What the emulated tests share: named tests, checks that fail on NaN, buffers of exactly their size, numbers that
-// repeat.
+// What the tests of the kernels share: named tests, checks that fail on NaN, buffers of exactly their size, numbers that
+// repeat. The same tests run on the twin, and on a GPU where nvcc compiles them (make gpu-check).
 #pragma once
 
 #include <cmath>
@@ -46,15 +46,46 @@ inline int& failures() {
     }                                                               \
   } while (0)
 
-// Exactly `count` elements on the heap, aligned to 16 + `offset` bytes: AddressSanitizer guards both ends.
+#ifdef __CUDACC__
+// Memory that the host and the GPU address alike.
+inline void* take_memory(int64_t bytes) {
+  void* memory = nullptr;
+  return cudaMallocHost(&memory, bytes) == cudaSuccess ? memory : nullptr;
+}
+inline void give_memory_back(void* memory) { cudaFreeHost(memory); }
+// Waits for the kernels. Returns null or what went wrong in one.
+inline const char* finish() {
+  const cudaError_t error = cudaDeviceSynchronize();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#else
+inline void* take_memory(int64_t bytes) {
+  void* memory = nullptr;
+  return posix_memalign(&memory, 64, bytes) ? nullptr : memory;
+}
+inline void give_memory_back(void* memory) { std::free(memory); }
+inline const char* finish() { return nullptr; }
+#endif
+
+// finish(), unless the launch already failed.
+inline const char* finish(const char* error) { return error ? error : finish(); }
+
+// Launches a kernel and waits for it.
+template <class... P, class... A>
+void run_kernel(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, const A&... arguments) {
+  const char* error = finish(launch(kernel, blocks, threads, shared_bytes, nullptr, arguments...));
+  CHECK(!error, "%s", error);
+}
+
+// Exactly `count` elements on the heap, `offset` elements behind a boundary of 64 bytes: AddressSanitizer guards both
+// ends.
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count, int offset = 0)
       : count_(count), bytes_(count * static_cast<int64_t>(sizeof(T)) + offset) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 64, bytes_ ? bytes_ : 1)) std::abort();
-    memory_.reset(static_cast<char*>(memory));
+    memory_.reset(static_cast<char*>(take_memory(bytes_ ? bytes_ : 1)));
+    if (!memory_) std::printf("no memory for %lld bytes\n", static_cast<long long>(bytes_)), std::exit(2);
     data_ = reinterpret_cast<T*>(memory_.get() + offset);
     for (int64_t i = 0; i < count; ++i) data_[i] = T{};
   }
@@ -66,7 +97,7 @@ class Buffer {
 
  private:
   struct Free {
-    void operator()(char* memory) const { std::free(memory); }
+    void operator()(char* memory) const { give_memory_back(memory); }
   };
   int64_t count_, bytes_;
   std::unique_ptr<char, Free> memory_;

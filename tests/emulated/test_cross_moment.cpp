@@ -10,8 +10,8 @@ void run(Problem<S, T>& problem, bool in_float64, bool in_place) {
   const int64_t rows = problem.rows < kChunk ? problem.rows : kChunk, bytes = in_float64 ? 8 : 4;
   Buffer<char> source(in_place ? 0 : rows * problem.source.columns * bytes),
       target(in_place ? 0 : rows * problem.target.columns * bytes);
-  const char* error = cross_moment(problem.args(), in_float64, in_place ? nullptr : source.data(),
-                                   in_place ? nullptr : target.data(), nullptr);
+  const char* error = finish(cross_moment(problem.args(), in_float64, in_place ? nullptr : source.data(),
+                                          in_place ? nullptr : target.data(), nullptr));
   CHECK(!error, "%s", error);
 }
 
@@ -59,7 +59,7 @@ TEST(tensor_cores_agree_with_plain) {
   run(plain, false, false);
   const MomentGroup group = tensor.group();
   Buffer<char> workspace(static_cast<int64_t>(grouped_moment_workspace(&group, 1, 8)));
-  CHECK(!grouped_moment(&group, 1, 8, workspace.data(), nullptr), "launch");
+  CHECK(!finish(grouped_moment(&group, 1, 8, workspace.data(), nullptr)), "launch");
   const double error = relative_error(tensor.cross.data(), plain.cross.data(), plain.cross.size());
   CHECK(error <= 0x1p-20, "cross differs by %.2e: both add 80 products in float32", error);
 }

@@ -11,7 +11,7 @@ const char* run(const std::vector<MomentGroup>& groups, int processors) {
   const int count = static_cast<int>(groups.size());
   Buffer<unsigned char> workspace(static_cast<int64_t>(grouped_moment_workspace(groups.data(), count, processors)));
   for (int64_t i = 0; i < workspace.size(); ++i) workspace[i] = 0xff;
-  return grouped_moment(groups.data(), count, processors, workspace.data(), nullptr);
+  return finish(grouped_moment(groups.data(), count, processors, workspace.data(), nullptr));
 }
 
 template <class S, class T = S>
@@ -182,6 +182,44 @@ TEST(an_entry_out_of_range_is_nan) {
   problem.source.row_ptr[10] += 1;
   CHECK(!run({problem.group()}, kOne), "launch");
   for (int64_t i = 0; i < 64; ++i) CHECK(std::isnan(problem.cross[i]), "cross[%d] is %f", int(i), problem.cross[i]);
+}
+
+// The largest numbers would round to Inf in bfloat16.
+TEST(large_float32_stays_finite) {
+  Problem<float> problem(1, {8}, {8});
+  for (int64_t i = 0; i < 8; ++i) problem.source.tokens[i] = i % 2 ? 0x1.fffffep127f : -0x1.ff8p127f;
+  for (int64_t i = 0; i < 8; ++i) problem.target.tokens[i] = static_cast<float>(std::ldexp(1.0, -static_cast<int>(i)));
+  problem.source.compute(), problem.target.compute();
+  CHECK(!run({problem.group()}, kOne), "launch");
+  for (int64_t i = 0; i < 64; ++i) {
+    const double exact = problem.source.x[i / 8] * problem.target.x[i % 8];
+    CHECK(std::fabs(problem.cross[i] - exact) <= 0x1p-22 * std::fabs(exact), "cross[%d] is %g, not %g", int(i),
+          problem.cross[i], exact);
+  }
+}
+
+TEST(who_takes_tensor_cores) {
+  Problem<bfloat16> half(4, {8}, {8}), mixed(4, {8, Mixing::weights}, {8});
+  Problem<float> whole(4, {8}, {8});
+  Problem<bfloat16, double> wide(4, {8}, {8});
+  Device device{};
+  CHECK(!find_device(0, device) && device.processors > 0 && device.shared_limit >= 99 * 1024 && device.major >= 8,
+        "%d processors, %d bytes, %d.%d", device.processors, device.shared_limit, device.major, device.minor);
+  constexpr int data_centre[][2] = {{8, 0}, {9, 0}, {10, 0}, {10, 3}}, others[][2] = {{8, 6}, {8, 9}, {12, 0}, {12, 1}};
+  for (const bool strong : {true, false})
+    for (const auto& capability : strong ? data_centre : others) {
+      const Device asked{132, 99 * 1024, capability[0], capability[1]};
+      CHECK(takes_tensor_cores(half.group(), asked) && !takes_tensor_cores(wide.group(), asked), "half or float64");
+      CHECK(takes_tensor_cores(whole.group(), asked) == strong && takes_tensor_cores(mixed.group(), asked) == strong,
+            "float32 on %d.%d", capability[0], capability[1]);
+    }
+}
+
+// A head of a group is a space: what the plain kernels and the CPU run of it.
+TEST(heads_one_by_one) {
+  Problem<bfloat16> problem(20, {12}, {7}, 3);
+  for (int64_t head = 0; head < 3; ++head) CHECK(!run({{head_of(problem.group(), head)}}, kOne), "launch");
+  problem.check("heads");
 }
 
 TEST(nan_and_inf_come_through) {

@@ -1,8 +1,11 @@
-// Every primitive against what its comment in primitives.cuh says, and what the twin says to misuse.
+// Every primitive, on a GPU or on its twin, against what its comment in primitives.cuh says; and what the twin says to
+// misuse.
+#ifndef __CUDACC__
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <functional>
+#endif
 
 #include "check.h"
 #include "primitive_kernels.cuh"
@@ -13,7 +16,7 @@ namespace {
 TEST(shared_memory_and_sync_block) {
   constexpr int n = kRotateThreads;
   Buffer<int> out(3 * n);
-  launch(rotate_kernel, 3, n, 16 + n * 4, nullptr, out.data());
+  run_kernel(rotate_kernel, 3, n, 16 + n * 4, out.data());
   for (int i = 0; i < 3 * n; ++i) {
     const int block = i / n, from = (i % n + n - 1) % n;
     CHECK(out[i] == block * n + n - 1 - from, "out[%d] is %d", i, out[i]);
@@ -24,7 +27,7 @@ template <class T>
 void check_shuffle() {
   Buffer<T> in(64), out(64), far(64);
   for (int i = 0; i < 64; ++i) in[i] = static_cast<T>(i * i + 0.5);
-  launch(shuffle_kernel<T>, 1, 64, 0, nullptr, in.data(), out.data(), far.data());
+  run_kernel(shuffle_kernel<T>, 1, 64, 0, in.data(), out.data(), far.data());
   for (int i = 0; i < 64; ++i) {
     T sum = 0;
     for (int lane = 0; lane < 32; ++lane) sum += in[i / 32 * 32 + lane];
@@ -37,7 +40,7 @@ TEST(shuffles) { check_shuffle<float>(), check_shuffle<double>(), check_shuffle<
 TEST(sync_warp_orders_memory) {
   Buffer<int> in(64), out(64);
   for (int i = 0; i < 64; ++i) in[i] = 7 * i;
-  launch(sync_warp_kernel, 1, 64, 256, nullptr, in.data(), out.data());
+  run_kernel(sync_warp_kernel, 1, 64, 256, in.data(), out.data());
   for (int i = 0; i < 64; ++i) CHECK(out[i] == in[i ^ 1], "out[%d] is %d", i, out[i]);
 }
 
@@ -45,7 +48,7 @@ TEST(matrices_are_transposed) {
   Buffer<uint16_t> in(32 * 8);
   Buffer<uint32_t> out(32 * 4);
   for (int i = 0; i < 32 * 8; ++i) in[i] = static_cast<uint16_t>(1000 + i);
-  launch(load_matrices_kernel, 1, 32, 512, nullptr, in.data(), out.data());
+  run_kernel(load_matrices_kernel, 1, 32, 512, in.data(), out.data());
   for (int lane = 0; lane < 32; ++lane)
     for (int matrix = 0; matrix < 4; ++matrix)
       for (int half = 0; half < 2; ++half) {
@@ -67,7 +70,7 @@ void check_mma() {
     c[i] = static_cast<float>(exact[i] = random.bits() % 100);
     for (int k = 0; k < 16; ++k) exact[i] += number(a[i / 8 * 16 + k]) * number(b[k * 8 + i % 8]);
   }
-  launch(mma_kernel<T>, 1, 32, 0, nullptr, a.data(), b.data(), c.data());
+  run_kernel(mma_kernel<T>, 1, 32, 0, a.data(), b.data(), c.data());
   const double error = relative_error(c.data(), exact.data(), c.size());
   CHECK(error <= 0x1p-22, "off by %.2e: 17 terms added in float32", error);
 }
@@ -81,7 +84,7 @@ TEST(copies) {
       Buffer<unsigned char> in(16 * vectors - 16 + last);
       Buffer<Vector> out(vectors);
       for (int i = 0; i < in.size(); ++i) in[i] = static_cast<unsigned char>(i * 7 + i / 256);
-      launch(copy_kernel, 1, 32, kCopyShared, nullptr, in.data(), stages, last, out.data());
+      run_kernel(copy_kernel, 1, 32, kCopyShared, in.data(), stages, last, out.data());
       for (int i = 0; i < 16 * vectors; ++i) {
         const int from = (i / 16 ^ 7) * 16 + i % 16;
         const int expected = from < in.size() ? in[from] : 0;
@@ -94,8 +97,8 @@ TEST(copies) {
 
 TEST(conversions) {
   Buffer<float> brain(65536), half(65536);
-  launch(widen_kernel<bfloat16>, 4, 256, 0, nullptr, brain.data());
-  launch(widen_kernel<float16>, 4, 256, 0, nullptr, half.data());
+  run_kernel(widen_kernel<bfloat16>, 4, 256, 0, brain.data());
+  run_kernel(widen_kernel<float16>, 4, 256, 0, half.data());
   const auto check = [](int i, float found, int exponent_bits, int fraction_bits) {
     const int exponent = i >> fraction_bits & ((1 << exponent_bits) - 1), fraction = i & ((1 << fraction_bits) - 1);
     const int bias = (1 << (exponent_bits - 1)) - 1;
@@ -120,7 +123,7 @@ void check_arithmetic(double tiny) {
     z[i] = static_cast<T>(-1 - tiny * i);
   }
   x[31] = static_cast<T>(0x1.8p-20);
-  launch(arithmetic_kernel<T>, 1, 32, 0, nullptr, x.data(), y.data(), z.data(), out.data());
+  run_kernel(arithmetic_kernel<T>, 1, 32, 0, x.data(), y.data(), z.data(), out.data());
   for (int i = 0; i < 32; ++i) {
     const double exact = static_cast<double>(x[i]);
     CHECK(out[4 * i] == std::sqrt(x[i]), "sqrt(%g) is %g", exact, double(out[4 * i]));
@@ -133,6 +136,7 @@ void check_arithmetic(double tiny) {
 }
 TEST(arithmetic) { check_arithmetic<float>(0x1p-20), check_arithmetic<double>(0x1p-45); }
 
+#ifndef __CUDACC__
 // --- misuse: the twin ends the process and says where
 // ------------------------------------------------------------------------
 
@@ -216,6 +220,8 @@ TEST(an_early_read_is_nan) {
   launch(early_read, 1, 32, 512, nullptr, static_cast<const Vector*>(from.data()), out.data());
   for (int i = 0; i < 32; ++i) CHECK(std::isnan(out[i]), "out[%d] is %f", i, out[i]);
 }
+
+#endif  // __CUDACC__
 
 }  // namespace
 }  // namespace theseus::cuda

@@ -18,7 +18,7 @@ struct Batch {
   int64_t count;
   int rows, columns, k;
   int64_t row_stride, matrix_stride;
-  Buffer<T> a, s, u, v, polar;
+  Buffer<T> a, s, u, vh, polar;
   Buffer<int32_t> sweeps;
   double floor = 1e-6;
 
@@ -32,7 +32,7 @@ struct Batch {
         a((count - 1) * matrix_stride + (rows - 1) * row_stride + columns),
         s(count * k),
         u(count * rows * k),
-        v(count * columns * k),
+        vh(count * columns * k),
         polar(count * rows * columns),
         sweeps(count) {}
 
@@ -45,19 +45,25 @@ struct Batch {
 
   const char* run(int shared_limit = kSmallestGpu) {
     const SmallSvdArgs args{a.data(), kDtype<T>, count,    rows,     columns,      matrix_stride, row_stride,
-                            floor,    s.data(),  u.data(), v.data(), polar.data(), sweeps.data()};
+                            floor,    s.data(),  u.data(), vh.data(), polar.data(), sweeps.data()};
     Buffer<char> workspace(static_cast<int64_t>(small_svd_workspace(args, shared_limit)));
-    return small_svd(args, shared_limit, workspace.data(), nullptr);
+    return finish(small_svd(args, shared_limit, workspace.data(), nullptr));
   }
 
-  // Columns of x [size, k] orthonormal where s > 0, zero elsewhere; in units of size * epsilon.
-  double orthogonality(const T* x, int size, const T* values) const {
+  const char* run_for_values() {
+    const SmallSvdArgs args{a.data(), kDtype<T>, count,   rows,    columns, matrix_stride, row_stride,
+                            floor,    s.data(),  nullptr, nullptr, nullptr, nullptr};
+    return finish(small_svd(args, kSmallestGpu, nullptr, nullptr));
+  }
+
+  // Vectors p = 0..k-1, whose i-th number is x[i * step + p * apart], orthonormal; in units of size * epsilon.
+  double orthogonality(const T* x, int size, int step, int apart) const {
     double worst = 0;
     for (int p = 0; p < k; ++p)
       for (int q = 0; q < k; ++q) {
         double dot = 0;
-        for (int i = 0; i < size; ++i) dot += number(x[i * k + p]) * number(x[i * k + q]);
-        const double error = std::fabs(dot - (p == q && values[p] > 0));
+        for (int i = 0; i < size; ++i) dot += number(x[i * step + p * apart]) * number(x[i * step + q * apart]);
+        const double error = std::fabs(dot - (p == q));
         worst = error <= worst ? worst : error;
       }
     return worst / (size * kEpsilon<T>);
@@ -65,7 +71,7 @@ struct Batch {
 
   void check(const char* what) {
     for (int64_t m = 0; m < count; ++m) {
-      const T *values = &s[m * k], *left = &u[m * rows * k], *right = &v[m * columns * k],
+      const T *values = &s[m * k], *left = &u[m * rows * k], *right = &vh[m * columns * k],
               *t = &polar[m * rows * columns];
       const int largest = std::max(rows, columns);
       CHECK(sweeps[m] <= kMostSweeps, "%s: matrix %d did not converge", what, int(m));
@@ -74,8 +80,8 @@ struct Batch {
         for (int j = 0; j < columns; ++j) {
           double product = 0, direction = 0;
           for (int p = 0; p < k; ++p) {
-            product += number(left[i * k + p]) * number(values[p]) * number(right[j * k + p]);
-            if (values[p] > floor * values[0]) direction += number(left[i * k + p]) * number(right[j * k + p]);
+            product += number(left[i * k + p]) * number(values[p]) * number(right[p * columns + j]);
+            if (values[p] > floor * values[0]) direction += number(left[i * k + p]) * number(right[p * columns + j]);
           }
           residual = std::max(residual, std::fabs(product - number(at(m, i, j))));
           size = std::max(size, std::fabs(number(at(m, i, j))));
@@ -86,12 +92,9 @@ struct Batch {
       const double ratio = residual / ((size > 0 ? size : 1) * largest * kEpsilon<T>);
       CHECK(ratio < kRatio, "%s: |A - U S V^T| is %.1f units", what, ratio);
       CHECK(polar_error / (largest * kEpsilon<T>) < kRatio, "%s: the polar factor is off by %.1e", what, polar_error);
-      // The side with more rows gets zero columns where s is zero; the other side is orthogonal always.
-      std::vector<T> ones(k, T(1));
-      const double u_ratio = orthogonality(left, rows, rows >= columns ? values : ones.data());
-      const double v_ratio = orthogonality(right, columns, rows >= columns ? ones.data() : values);
+      const double u_ratio = orthogonality(left, rows, k, 1), v_ratio = orthogonality(right, columns, 1, columns);
       CHECK(u_ratio < kRatio, "%s: |U^T U - 1| is %.1f units", what, u_ratio);
-      CHECK(v_ratio < kRatio, "%s: |V^T V - 1| is %.1f units", what, v_ratio);
+      CHECK(v_ratio < kRatio, "%s: |Vh Vh^T - 1| is %.1f units", what, v_ratio);
       for (int p = 0; p < k; ++p)
         CHECK(values[p] >= 0 && (p == 0 || values[p - 1] >= values[p]), "%s: s[%d] is %g after %g", what, p,
               double(values[p]), double(values[p ? p - 1 : 0]));
@@ -199,13 +202,37 @@ TEST(svd_of_scaled_columns) {
 }
 
 TEST(svd_of_nothing) {
-  Batch<float> zero(2, 6, 4);
-  CHECK(!zero.run(), "launch");
-  zero.check("zero");
-  for (int64_t i = 0; i < zero.polar.size(); ++i) CHECK(zero.polar[i] == 0, "polar[%d] of zero", int(i));
+  for (const int rows : {6, 3}) {
+    Batch<float> zero(2, rows, 4);
+    CHECK(!zero.run(), "launch");
+    zero.check("zero");
+    for (int64_t i = 0; i < zero.polar.size(); ++i) CHECK(zero.polar[i] == 0, "polar[%d] of zero", int(i));
+  }
   Batch<double> none(1, 3, 3);
   none.count = 0;
   CHECK(!none.run(), "no matrices");
+}
+
+// Columns that are exactly zero, or become so, beside others: the vectors are completed, also where few rows are left.
+TEST(vectors_of_what_is_rank_deficient) {
+  for (const bool wide : {false, true}) {
+    Batch<double> batch(1, wide ? 9 : 40, wide ? 40 : 9), square(1, 10, 10), diagonal(1, 4, 4);
+    for (int i = 0; i < 40; ++i)
+      for (int j = 0; j < 9; ++j) batch.at(0, wide ? j : i, wide ? i : j) = j % 3 == 1 ? 0 : (i + 1) * (j % 2 + 1) % 7;
+    square.fill(5);
+    for (int i = 0; i < 10; ++i) square.at(0, i, 3) = square.at(0, 6, i) = 0, square.at(0, i, 8) = square.at(0, i, 2);
+    for (const int i : {0, 1, 3}) diagonal.at(0, i, i) = 1 + wide;
+    CHECK(!batch.run() && !square.run() && !diagonal.run(), "launch");
+    batch.check("few columns"), square.check("square"), diagonal.check("diagonal");
+  }
+}
+
+// What is not asked for is not touched, and values are the same bytes without vectors.
+TEST(values_alone) {
+  Batch<float> whole(2, 9, 14), values(2, 9, 14);
+  whole.fill(3), values.fill(3);
+  CHECK(!whole.run() && !values.run_for_values(), "launch");
+  CHECK(!std::memcmp(whole.s.data(), values.s.data(), values.s.size() * 4), "s differs");
 }
 
 TEST(polar_leaves_out_what_is_below_the_floor) {

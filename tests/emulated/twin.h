@@ -140,6 +140,13 @@ void run_body(int64_t blocks, int threads, int shared_bytes, Body body) {
 }
 }  // namespace twin
 
+// As a small GPU of compute capability 9.0 would answer.
+inline const char* ask(Fact fact, int, int& value) {
+  constexpr int answers[] = {4, 99 * 1024, 9, 0};
+  value = answers[static_cast<int>(fact)];
+  return nullptr;
+}
+
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void*, const A&... arguments) {
   twin::run_body(blocks, threads, shared_bytes, [&] { kernel(arguments...); });

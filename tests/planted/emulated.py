@@ -29,6 +29,7 @@ PLAIN, GROUPED, STAGE, PLAN, ROWS, SVD = (
         "small_svd.cu",
     )
 )
+CONTRACT = "csrc/cross_moment.h"
 KERNELS, TWIN, TWIN_PRIMITIVES = (
     f"tests/emulated/{name}" for name in ("primitive_kernels.cuh", "twin.h", "twin_primitives.cpp")
 )
@@ -65,13 +66,15 @@ BUGS = [
     EmulatedBug("products with the low part left out", "plain", "float32_is_as_accurate_as_float32", GROUPED,
         "int order = S::kParts - 1;", "int order = S::kParts == 3 ? 1 : 0;"),
     EmulatedBug("accumulators never flushed", "plain", "accumulators_are_flushed", GROUPED,
-        "if ((stage + 1) % (kFlush / S::kDepth) == 0 || ", "if ("),
+        "if ((stage + 1) % (S::kFlush / S::kDepth) == 0 || ", "if ("),
 
     # --- tensor-core cross-moments: edges --------------------------------------------------------------------------
     EmulatedBug("last stage lost", "plain", "last_row_and_column_count", GROUPED,
         "(end - begin + S::kDepth - 1) / S::kDepth", "(end - begin) / S::kDepth"),
     EmulatedBug("a row too many in the last stage", "plain", "split_over_rows", ROWS,
         "if (row >= rows) return kNoToken;", "if (row > rows) return kNoToken;"),
+    EmulatedBug("large numbers rounded to Inf", "plain", "large_float32_stays_finite", STAGE,
+        "(rounded & 0x7f800000) == 0x7f800000 ? bits_of(x) : rounded", "rounded"),
     EmulatedBug("last column of a vector lost", "plain", "odd_widths", STAGE,
         "int rest = panel.columns - v * S::kPerVector;", "int rest = panel.columns - 1 - v * S::kPerVector;"),
     EmulatedBug("whole last vector read", "address", "unaligned", STAGE,
@@ -94,6 +97,10 @@ BUGS = [
         "take(group.slices * outputs, group.partial)", "take((group.slices - 1) * outputs, group.partial)"),
     EmulatedBug("first block of a group given to the one before", "plain", "groups_share_a_launch", GROUPED,
         "block_index() >= plan.group[g + 1].first_block", "block_index() > plan.group[g + 1].first_block"),
+    EmulatedBug("float32 on tensor cores of every GPU", "plain", "who_takes_tensor_cores", GROUPED,
+        "return data_centre || format_of(group) != Format::float32;", "return true;"),
+    EmulatedBug("energies of all heads added to the first's", "plain", "heads_one_by_one", CONTRACT,
+        "side->sum += first, side->energy += first;", "side->sum += first;"),
     EmulatedBug("heads read the first head", "plain", "heads", GROUPED,
         "head * side.width + static_cast<int64_t>(tile) * kPanel, end", "static_cast<int64_t>(tile) * kPanel, end"),
     EmulatedBug("last band taken for a whole one", "plain", "more_tiles_than_a_band", GROUPED,
@@ -123,11 +130,26 @@ BUGS = [
         "for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle",
         "for (int mask = kWarp / 2; mask > 1; mask /= 2) value += shuffle"),
     EmulatedBug("rotations not gathered in V", "plain", "svd_shapes_float64", SVD,
-        "i < rows + columns; i += kWarp", "i < rows + columns - 1; i += kWarp"),
+        "i < rows + turned; i += kWarp", "i < rows + turned - 1; i += kWarp"),
     EmulatedBug("singular values not scaled back", "plain", "svd_spectra", SVD,
-        "s[j] = scale_by(value[order[j]], exponent);", "s[j] = value[order[j]];"),
+        "converged ? scale_by(value[order[j]], exponent)", "converged ? value[order[j]]"),
     EmulatedBug("floor of the polar factor ignored", "plain", "polar_leaves_out_what_is_below_the_floor", SVD,
-        "if (!(size <= least))", "if (!(size <= 0))"),
+        "if (!(value[order[j]] <= least))", "if (!(value[order[j]] <= 0))"),
+    EmulatedBug("left and right vectors of a wide matrix swapped", "plain", "svd_shapes_float64", SVD,
+        "(left == layout.transposed ? rows : 0) + i", "(left ? 0 : rows) + i"),
+    EmulatedBug("vectors turned where only values are wanted", "address", "values_alone", SVD,
+        "  if (vh)\n", "  if (!u || vh)\n"),
+    EmulatedBug("null vectors left as they were", "plain", "vectors_of_what_is_rank_deficient", SVD,
+        "while (rank > 0 && s[rank - 1] == 0) --rank;", ""),
+    EmulatedBug("null vectors begin with any unit vector", "plain", "vectors_of_what_is_rank_deficient", SVD,
+        "at(i, rank) < at(least, rank) ? i : least;", "at(i, rank) < at(least, rank) ? least : i;"),
+    EmulatedBug("last projection of a null vector left out", "plain", "vectors_of_what_is_rank_deficient", SVD,
+        "for (int j = warp; j < rank; j += kWarps)", "for (int j = warp; j < rank - 1; j += kWarps)"),
+    EmulatedBug("no barrier before a null vector is projected", "thread", "vectors_of_what_is_rank_deficient", SVD,
+        "      at(i, rank) = rest;\n    }\n    sync_block();\n    for (int j = warp; j < rank;",
+        "      at(i, rank) = rest;\n    }\n    for (int j = warp; j < rank;"),
+    EmulatedBug("null vector overwritten while others read it", "thread", "vectors_of_what_is_rank_deficient", SVD,
+        "at(i, rank) < at(least, rank) ? i : least;\n    sync_block();", "at(i, rank) < at(least, rank) ? i : least;"),
     EmulatedBug("rows of an odd matrix overlap", "plain", "svd_shapes_float32", SVD,
         "stride((rows + columns) | 1)", "stride((rows + columns - 1) | 1)"),
 

@@ -1,0 +1,199 @@
+"""One pass over both models: what is seen goes to the planner, its maps to where they are wanted, block by block."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .calibration import Calibration
+from .capture import Capture, samples_of
+from .coherent import together
+from .headers import digest
+from .journal import Work
+from .links import Blocks, moment_links
+from .models import Base
+from .planner import Planner
+from .quality import Quality, as_mapped, quality, warn
+from .recipes import Plan
+from .schedule import Visit, schedule
+from .spaces import Layout
+from .stream import Loop
+from .weights import Window
+
+Steps = Callable[[int], Callable[[], object]]  # number of steps -> call after every step
+
+
+class Sink(Protocol):
+    """Where the maps of a pass go."""
+
+    def needs(self, planner: Planner) -> set[str]:
+        """The links that are wanted."""
+
+    def expect(self, visit: Visit) -> None:
+        """A visit begins: what will be wanted at its end may be read meanwhile."""
+
+    def take(self, plan: Plan, visit: Visit | None) -> None:
+        """Use what maps and rules there are, up to this visit's blocks; None: all are there."""
+
+    def wanted(self) -> set[str]:
+        """Maps that are still to be used."""
+
+    def held(self) -> tuple[set[str], set[str]]:
+        """Stored tensors of source and target that are still to be used, of blocks that were visited."""
+
+    def state(self) -> dict[str, Any]:
+        """As JSON, for :meth:`restore` in another process."""
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Passage:
+    """What one pass needs.
+
+    Attributes:
+        windows, layouts: of source and target.
+        work: commits every visit; a pass that was interrupted goes on behind the last one.
+        ahead: read the next blocks while these run.
+        resident: keep hidden states in memory; folder: for their files, by default the work's own.
+        seconds: by stage.
+    """
+
+    windows: tuple[Window, Window]
+    layouts: tuple[Layout, Layout]
+    data: Calibration
+    planner: Planner
+    sink: Sink
+    work: Work
+    device: torch.device
+    ahead: bool = True
+    resident: bool = True
+    folder: Path | None = None
+    rows: list[Quality] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, steps: Steps) -> list[Quality]:
+        """Visit all blocks; returns how well maps fit the batch that was held out, if one was."""
+        batches = [*self.data.batches, *([self.data.held] if self.data.held else [])]
+        if self.work.state:
+            self._restore(self.work.state)
+        visits, loop = self._visits(), None
+        done = steps(len(visits) * len(batches))
+        for _ in range(min(self.work.step, len(visits)) * len(batches)):
+            done()
+        while self.work.step < len(visits):
+            loop = loop or self._loop(batches)
+            self._visit(loop, visits, done)
+            visits = self._visits()
+        with self._timed("maps"):
+            self.planner.finish()
+        with self._timed("moves and writing"):
+            self.sink.take(self.planner.plan, None)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self.seconds["of these waiting for reads"] = sum(window.seconds_waiting for window in self.windows)
+        warn(self.rows)
+        return self.rows
+
+    @property
+    def _folder(self) -> Path:
+        """Where hidden states are kept: of this run alone."""
+        if self.folder is None:
+            return self.work.folder / "hidden"
+        return self.folder / f"theseus-{digest(str(self.work.folder).encode())[:12]}"
+
+    def _visits(self) -> list[Visit]:
+        """The schedule; once the first map turns out to lack directions, deeper spaces are wanted as well."""
+        wanted = self.sink.needs(self.planner)
+        if self.planner.wants_together:
+            wanted |= {name for name, link in self.planner.links.items() if link.target.norm}
+        return schedule(*self.layouts, self.planner.pairs.blocks, wanted)
+
+    def _loop(self, batches: Sequence[Any]) -> Loop:
+        held = len(self.data.batches) if self.data.held else None
+        options: dict[str, Any] = {"held": held, "grams": self.planner.recipe.whiten_power > 0, "device": self.device}
+        loop = Loop(self.windows, self.layouts, batches, **options, folder=self._folder, resident=self.resident)
+        if self.work.step:
+            loop.resume(self.work.state["hidden"])
+        return loop
+
+    def _visit(self, loop: Loop, visits: Sequence[Visit], done: Callable[[], object]) -> None:
+        k, planner = self.work.step, self.planner
+        visit = visits[k]
+        self.sink.expect(visit)
+        for side, b in zip(loop.sides, visit.blocks, strict=True):
+            side.window.hold(side.names(b))
+        if self.ahead and k + 1 < len(visits):
+            for side, b in zip(loop.sides, visits[k + 1].blocks, strict=True):
+                side.window.prefetch(side.names(b))
+        with self._timed("forward and moments"):
+            seen = loop.visit(visit, first=k == 0, done=done)
+        with self._timed("maps"):
+            planner.add(seen.moments, seen.energies, seen.grams)
+            seen.moments, seen.energies, seen.grams = {}, {}, {}  # the planner frees them one by one
+            if None not in visit.blocks:
+                assert visit.target is not None
+                planner.block(visit.target)
+        with self._timed("held-out quality"):
+            self._measure(seen)
+            del seen
+        with self._timed("moves and writing"):
+            self.sink.take(planner.plan, visit)
+            for name in planner.plan.maps.keys() - self.sink.wanted() - planner.keep - {"identity"}:
+                del planner.plan.maps[name]
+            for window, kept in zip(self.windows, self.sink.held(), strict=True):
+                window.release(keep=kept)
+        with self._timed("commits"):
+            self._commit(loop)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+
+    def _measure(self, seen: Capture) -> None:
+        if seen.kept is None or self.data.held is None:
+            return
+        samples, bases = samples_of(self.data.held[0]), (self.planner.source, self.planner.target)
+        for name in (n for n in seen.links if n in seen.kept):
+            if (t := self.planner.plan.maps.get(name)) is not None:
+                mapped = as_mapped(seen.kept[name], seen.links[name], bases, self.planner.recipe)
+                self.rows.append(Quality(name, *quality(t, mapped, samples)))
+
+    def _commit(self, loop: Loop) -> None:
+        state, tensors = self.planner.state()
+        rows = [(r.space, r.held, r.shifted) for r in self.rows]
+        files = loop.files()
+        record = {"planner": state, "sink": self.sink.state(), "hidden": loop.record(), "quality": rows}
+        self.work.commit(record, tensors, files)
+        loop.committed()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.planner.restore(state["planner"], self.work.tensors, device=self.device)
+        self.sink.restore(state["sink"])
+        self.rows = [Quality(*row) for row in state["quality"]]
+
+
+def all_together(
+    bases: tuple[Base, Base], windows: tuple[Window, Window], blocks: Blocks, data: Calibration, device: torch.device
+) -> Tensor | None:
+    """The sum of z's crosses over depth, for maps completed toward it: a pass by itself, before any map is made."""
+    layouts, found = (bases[0].layout, bases[1].layout), None
+    links = moment_links(*layouts, blocks)
+    behind_norms = {name for name, link in links.items() if link.target.norm}
+    visits = schedule(*layouts, blocks, behind_norms)
+    loop = Loop(windows, layouts, data.batches, held=None, grams=False, device=device, folder=Path(), resident=True)
+    for k, visit in enumerate(visits):
+        seen = loop.visit(visit, first=k == 0)
+        found = together(*bases, links, seen.moments, found)
+        for window in windows:
+            window.release()
+    return found

@@ -1,0 +1,230 @@
+"""A model whose weights come and go: built on the meta device, its blocks filled one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from .capture import Batch, backbone, run_model
+from .checkpoint import Checkpoint
+from .checks import out_of_memory
+from .errors import InputRefused
+from .models import BELONG
+from .spaces import Layout
+from .weights import Window
+
+TOWERS: dict[str, Any] = {"clip": transformers.CLIPVisionModel, "siglip": transformers.SiglipVisionModel}
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside hidden states
+
+
+class Skeleton:
+    """The backbone of a checkpoint, for forward passes in float32 (float64 where the checkpoint is), block by block.
+
+    Attributes:
+        model: parameters on the meta device, but for the block that is filled and what runs around the blocks.
+        blocks: its blocks, first to last.
+    """
+
+    def __init__(self, window: Window, layout: Layout, device: torch.device) -> None:
+        """Raises InputRefused where transformers cannot build it, or tensors are missing (they would be random)."""
+        checkpoint = window.checkpoint
+        self.layout, self._window, self._device = layout, window, device
+        self._dtype = torch.float64 if torch.float64 in checkpoint.dtypes.values() else torch.float32
+        self.model = backbone(_built(checkpoint, layout, self._dtype), layout).eval()
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(device)
+        family = layout.family
+        stored = {family.canonical(name): name for name in checkpoint}
+        self._stored = {n: stored.get(family.canonical(n)) for n, _ in self.model.named_parameters()}
+        _check_names(checkpoint, layout, self._stored)
+        spelled = family.spelled(name for name, _ in self.model.named_modules())
+        self._block_names = [spelled[f"{family.blocks}.{b}"] for b in range(layout.depth)]
+        self.blocks = [self.model.get_submodule(name) for name in self._block_names]
+        self._meta = dict(self.model.named_parameters())
+
+    @contextmanager
+    def filled(self, b: int) -> Iterator[nn.Module]:
+        """Block ``b`` with its weights; they are gone afterwards."""
+        start = f"{self._block_names[b]}."
+        names = [name for name in self._meta if name.startswith(start)]
+        try:
+            for name in names:
+                self._fill(name)
+            yield self.blocks[b]
+        finally:
+            for name in names:
+                self._assign(name, self._meta[name])
+
+    def norm(self, module: str) -> nn.Module:
+        """A norm between blocks by its canonical name, with its weights, which stay: they are small."""
+        spelled = self.layout.family.spelled(name for name, _ in self.model.named_modules())[module]
+        for name in self._meta:
+            if name.startswith(f"{spelled}.") and self.model.get_parameter(name).is_meta:
+                self._fill(name)
+        return self.model.get_submodule(spelled)
+
+    @contextmanager
+    def ahead(self, batches: Sequence[Batch]) -> Iterator[Callable[[int], tuple[Tensor, list[Call]]]]:
+        """A function that runs what lies in front of the blocks on a batch, by its number.
+
+        It returns the first block's input [samples, tokens, width] and, by block, what else the model calls it with
+        (masks, rotary tables; blocks share tensors). The weights it takes are gone afterwards.
+        """
+        recorders, token = Recorders(self.layout.depth), self.layout.family.embedding("token")
+        with ExitStack() as stack:
+            for name, recorder in zip(self._block_names, recorders.modules, strict=True):
+                stack.enter_context(self._swapped(name, recorder))
+            for name, module in list(self.model.named_modules()):
+                weight = f"{name}.weight"
+                if token and type(module) is nn.Embedding and self.layout.family.canonical(weight) == token.name:
+                    stack.enter_context(self._swapped(name, self._rows(weight, batches)))
+                elif next(module.parameters(recurse=False), None) is not None:
+                    stack.callback(module.register_forward_pre_hook(self._on_demand(name)).remove)
+            stack.callback(self._empty)
+            yield lambda i: recorders.caught(lambda: run_model(self.model, self.layout, batches[i], self._device))
+
+    @contextmanager
+    def _swapped(self, name: str, stand_in: nn.Module) -> Iterator[None]:
+        parent, _, own = name.rpartition(".")
+        place, module = self.model.get_submodule(parent), self.model.get_submodule(name)
+        setattr(place, own, stand_in)
+        try:
+            yield
+        finally:
+            setattr(place, own, module)
+
+    def _empty(self) -> None:
+        """Let go of all weights outside blocks."""
+        recorded = dict(self.model.named_parameters())
+        for name in recorded.keys() & self._meta.keys():
+            self._assign(name, self._meta[name])
+
+    def _on_demand(self, module: str) -> Callable[[nn.Module, Any], None]:
+        """A hook that fills a module's own parameters when it runs."""
+
+        def fill(_: nn.Module, args: Any) -> None:
+            for own, parameter in self.model.get_submodule(module).named_parameters(recurse=False):
+                if parameter.is_meta:
+                    self._fill(f"{module}.{own}" if module else own)
+
+        return fill
+
+    def _rows(self, name: str, batches: Sequence[Batch]) -> Rows:
+        """Of the token embedding the rows that occur."""
+        ids = torch.cat([batch["input_ids"].flatten() for batch in batches]).unique()
+        stored = self._stored[name]
+        assert stored is not None
+        return Rows(ids.to(self._device), self._window.take(stored, ids).to(self._device, self._dtype))
+
+    def _fill(self, name: str) -> None:
+        stored, meta = self._stored[name], self._meta[name]
+        assert stored is not None
+        tensor = self._window[stored].to(self._device, self._dtype)
+        if tensor.shape != meta.shape:
+            raise InputRefused(f"{stored} is {list(tensor.shape)}, config.json asks for {list(meta.shape)}; {BELONG}")
+        self._assign(name, nn.Parameter(tensor, requires_grad=False))
+
+    def _assign(self, name: str, parameter: nn.Parameter) -> None:
+        module, _, own = name.rpartition(".")
+        self.model.get_submodule(module)._parameters[own] = parameter
+
+
+class Rows(nn.Module):
+    """An embedding of which only some rows are there."""
+
+    def __init__(self, ids: Tensor, weight: Tensor) -> None:
+        """With sorted ids [n] and their rows [n, width]."""
+        super().__init__()
+        self.ids, self.weight = ids, weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(torch.searchsorted(self.ids, ids), self.weight)
+
+
+class Recorders:
+    """Stand-ins for blocks that note what they are called with and hand hidden states on."""
+
+    def __init__(self, depth: int) -> None:
+        self.modules = [Recorder(self, b) for b in range(depth)]
+        self.first: Tensor | None = None
+        self.wrapped = False  # whether the model expects a tuple of a block
+        self.calls: list[Call] = []
+
+    def caught(self, run: Callable[[], object]) -> tuple[Tensor, list[Call]]:
+        """The first block's input, and what else each block is called with, when the model runs."""
+        for _ in range(2):  # once more where it turns out that blocks return tuples
+            self.calls, self.first = [], None
+            with suppress(Reached):
+                run()
+            if self.first is not None and len(self.calls) == len(self.modules):
+                return self.first, self.calls
+            self.wrapped = True
+        raise InputRefused(f"block {len(self.calls)} of {len(self.modules)} did not run; is the depth the config's?")
+
+
+class Reached(Exception):  # noqa: N818 - no error: the forward pass has come as far as it is wanted
+    """The last block was called, or one with hidden states that show another calling convention."""
+
+
+class Recorder(nn.Module):
+    """In place of one block."""
+
+    def __init__(self, recorders: Recorders, b: int) -> None:
+        super().__init__()
+        self._recorders, self._b = (recorders,), b  # in a tuple: no module of this one
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (recorders,) = self._recorders
+        named = dict(kwargs)
+        hidden, rest = (args[0], args[1:]) if args else (named.pop("hidden_states"), ())
+        recorders.first = hidden if recorders.first is None else recorders.first
+        if not isinstance(hidden, Tensor) or hidden.shape != recorders.first.shape:
+            raise Reached
+        recorders.calls.append((rest, named))
+        if self._b + 1 == len(recorders.modules):
+            raise Reached
+        return (hidden,) if recorders.wrapped else hidden
+
+
+def _built(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype) -> nn.Module:
+    extra = {"add_pooling_layer": False} if layout.family.model_type == "vit" else {}
+    tower = TOWERS.get(checkpoint.config["model_type"])
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        kind = tower.config_class if tower else transformers.AutoConfig
+        config = kind.from_pretrained(checkpoint.folder, local_files_only=True)
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = (
+                tower._from_config(config, dtype=dtype)
+                if tower
+                else transformers.AutoModel.from_config(config, dtype=dtype, **extra)
+            )
+    except Exception as error:  # a config it does not like ends in errors of many kinds
+        if out_of_memory(error):
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputRefused(f"transformers cannot load {checkpoint.folder}: {said}; was config.json edited?") from error
+    finally:
+        transformers.logging.set_verbosity(level)
+    return model
+
+
+def _check_names(checkpoint: Checkpoint, layout: Layout, stored: Mapping[str, str | None]) -> None:
+    family = layout.family
+    if missing := sorted(name for name, found in stored.items() if found is None):
+        raise InputRefused(f"{checkpoint.folder} lacks {missing[0]} ({len(missing)} such tensors); is it complete?")
+    known = {family.canonical(name) for name in stored}
+    inside = [n for n in checkpoint if family.canonical(n).startswith(family.blocks)]
+    unread = [n for n in inside if family.canonical(n) not in known and not family.why_left(family.canonical(n))]
+    if unread:
+        raise InputRefused(
+            f"{checkpoint.folder}: config.json has no place for {min(unread)} ({len(unread)} such); {BELONG}"
+        )

@@ -1,0 +1,179 @@
+"""The block loop: both models run block by block, so that no more than a pair of blocks is ever in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .capture import Batch, Capture, mixings
+from .hidden import Hidden
+from .schedule import Visit
+from .skeleton import Call, Skeleton
+from .spaces import Layout, by_block
+from .weights import Window
+
+SIDES = ("source", "target")
+Step = Callable[[], object]
+
+
+class Side:
+    """One model between two blocks: its weights, its hidden states, and what its blocks are called with."""
+
+    def __init__(self, window: Window, layout: Layout, batches: Sequence[Batch], device: torch.device) -> None:
+        self.window, self.layout, self.batches, self.device = window, layout, batches, device
+        self.skeleton = Skeleton(window, layout, device)
+        self.calls: list[list[Call]] = []
+        self.hidden: Hidden
+        self._names = by_block(layout, window)
+
+    def names(self, b: int | None) -> list[str]:
+        """The stored tensors of a block; none where there is no such block."""
+        return [] if b is None else self._names.get(b, [])
+
+    def step(self, block: nn.Module, b: int, i: int, norms: Sequence[nn.Module] = ()) -> None:
+        """Run block ``b`` on batch ``i``, and ``norms`` on its result."""
+        rest, named = self.calls[i][b]
+        result = block(self.hidden[i].to(self.device), *rest, **named)
+        state = result[0] if isinstance(result, tuple) else result
+        self.hidden.put(i, state)
+        for norm in norms:
+            norm(state)
+
+
+class Loop:
+    """Two models run side by side.
+
+    Attributes:
+        sides: source and target.
+    """
+
+    def __init__(
+        self,
+        windows: Sequence[Window],
+        layouts: tuple[Layout, Layout],
+        batches: Sequence[tuple[Batch, Batch]],
+        *,
+        held: int | None,
+        grams: bool,
+        device: torch.device,
+        folder: Path,
+        resident: bool,
+    ) -> None:
+        """
+        Args:
+            batches: pairs of batches; ``held``: the number of the one that is kept rather than added up, if any.
+            grams: whether each side's moments with itself are wanted.
+            folder: for files of hidden states; ``resident``: whether these stay in memory beside.
+        """
+        sides = zip(windows, layouts, zip(*batches, strict=True), strict=True)
+        self.sides = tuple(Side(window, layout, own, device) for window, layout, own in sides)
+        self._layouts, self._held, self._grams, self._device = layouts, held, grams, device
+        self._rows = [mixings(layouts, *pair) for pair in batches]
+        self._folder, self._resident = folder, resident
+
+    def visit(self, visit: Visit, *, first: bool, done: Step = lambda: None) -> Capture:
+        """Run a visit's blocks on all batches (the embeddings, where it is the ``first``); returns what was seen.
+
+        Args:
+            done: called after every batch.
+        """
+        if first:
+            return self._embed(visit, done)
+        seen = self._capture(visit)
+        with ExitStack() as stack:
+            stack.enter_context(seen.opened())
+            runs = []
+            for side, b, norms in zip(self.sides, visit.blocks, visit.norms, strict=True):
+                side.window.hold(side.names(b))
+                filled = None if b is None else stack.enter_context(side.skeleton.filled(b))
+                runs.append((side, filled, b, [side.skeleton.norm(name) for name in sorted(norms)]))
+            for i, rows in enumerate(self._rows):
+                self._keep(seen, i)
+                seen.add(rows, *(_step(*run, i) for run in runs))
+                done()
+        return seen
+
+    def _embed(self, visit: Visit, done: Step) -> Capture:
+        seen = self._capture(visit)
+        for side, name in zip(self.sides, SIDES, strict=True):
+            side.hidden, side.calls = Hidden(self._folder, name, resident=self._resident), []
+        with ExitStack() as stack:
+            stack.enter_context(seen.opened())
+            runs = []
+            for side, names in zip(self.sides, visit.norms, strict=True):
+                norms = [side.skeleton.norm(name) for name in sorted(names)]
+                runs.append((side, stack.enter_context(side.skeleton.ahead(side.batches)), norms))
+            for i, rows in enumerate(self._rows):
+                self._keep(seen, i)
+                seen.add(rows, *(_embedding(*run, i) for run in runs))
+                done()
+        return seen
+
+    def _capture(self, visit: Visit) -> Capture:
+        models = self.sides[0].skeleton.model, self.sides[1].skeleton.model
+        links: dict[str, Mapping[str, Any]] = {"moments": visit.moments, "outputs": visit.outputs}
+        return Capture(models, self._layouts, **links, grams=self._grams, device=self._device)
+
+    def _keep(self, seen: Capture, i: int) -> None:
+        """From the batch that is held out on, rows are kept."""
+        if i == self._held:
+            seen.kept = {}
+
+    def files(self) -> list[Path]:
+        """Files with all hidden states as they are now; call :meth:`committed` once they are durable."""
+        return [side.hidden.save() for side in self.sides]
+
+    def committed(self) -> None:
+        for side in self.sides:
+            side.hidden.committed()
+
+    def record(self) -> dict[str, Any]:
+        """What :meth:`resume` needs beside these files, as JSON."""
+        return {name: side.hidden.record() for name, side in zip(SIDES, self.sides, strict=True)}
+
+    @torch.no_grad()
+    def resume(self, record: Mapping[str, Any]) -> None:
+        """Go on from recorded hidden states; what blocks are called with is found again by running the embeddings."""
+        for name, side in zip(SIDES, self.sides, strict=True):
+            side.hidden = Hidden.restored(self._folder, name, record[name], resident=self._resident)
+            with side.skeleton.ahead(side.batches) as embed:
+                side.calls = [embed(i)[1] for i in range(len(side.batches))]
+
+
+def _step(side: Side, block: nn.Module | None, b: int | None, norms: Sequence[nn.Module], i: int) -> Step:
+    def run() -> None:
+        if block is not None and b is not None:
+            side.step(block, b, i, norms)
+        else:
+            for norm in norms:
+                norm(side.hidden[i].to(side.device))
+
+    return run
+
+
+def _embedding(side: Side, embed: Callable[[int], Any], norms: Sequence[nn.Module], i: int) -> Step:
+    def run() -> None:
+        state, calls = embed(i)
+        side.calls.append(calls)
+        side.hidden.append(state)
+        for norm in norms:
+            norm(state)
+
+    return run
+
+
+def alone(window: Window, layout: Layout, batches: Sequence[Batch], device: torch.device) -> Side:
+    """One model with its embeddings run, for a pass by itself; hidden states stay in memory."""
+    side = Side(window, layout, batches, device)
+    side.hidden = Hidden(Path(), "", resident=True)
+    with torch.no_grad(), side.skeleton.ahead(batches) as embed:
+        for i in range(len(batches)):
+            state, calls = embed(i)
+            side.hidden.append(state)
+            side.calls.append(calls)
+    return side

@@ -1,0 +1,27 @@
+"""What tests of several files share: the devices that tensors lie on."""
+
+import pytest
+import torch
+
+import theseus_ext
+
+
+def no_cuda() -> str | None:
+    """Why tests cannot run on CUDA tensors here, or None."""
+    if not torch.cuda.is_available():
+        return f"no GPU: torch {torch.__version__} sees none; tests over devices ran on the CPU only"
+    return theseus_ext.cuda_problem(torch.device("cuda"))
+
+
+@pytest.fixture(params=["cpu"] if no_cuda() else ["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where tensors lie: the CPU, and a GPU where there is one; random numbers begin anew."""
+    torch.manual_seed(0)
+    return str(request.param)
+
+
+@pytest.fixture
+def gpu() -> None:
+    """For tests on a GPU alone: skips, and says why, where there is none."""
+    if problem := no_cuda():
+        pytest.skip(problem)

@@ -1,0 +1,74 @@
+"""bench/gpu_check.py as far as it goes without a GPU: what it refuses, collects, prints, and calls passed or failed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+import gpu_check  # noqa: E402
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: gpu-check would run here, and in it this test")
+def test_without_a_gpu_it_says_so_and_fails() -> None:
+    found = subprocess.run([sys.executable, ROOT / "bench" / "gpu_check.py"], capture_output=True, text=True)
+    expected = f"gpu-check: there is no GPU: torch {torch.__version__} sees none. Nothing was checked"
+    assert (found.returncode, found.stdout.strip()) == (1, expected), found.stderr
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_check, "_has", lambda name: name not in ("pytest", "pybind11"))
+    assert gpu_check.main() == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "gpu-check: pybind11 is missing: without it no build",
+        "gpu-check: pytest is missing: without it no tests and benches",
+    ]
+
+
+def test_tests_over_devices_are_found() -> None:
+    found = gpu_check.files_over_devices()
+    assert {
+        f"tests/test_{name}.py" for name in ("build", "cross_moment", "cross_moment_contract", "ratios", "svd")
+    } <= {*found}
+    assert not {"tests/test_setup.py", "tests/test_emulated.py"} & {*found}
+
+
+@pytest.mark.parametrize("code, refused, optional, state, note", [
+    ("print('3 tests, 0 failed checks')", (), False, "passed", "3 tests, 0 failed checks"),
+    ("print('== 3 passed in 1s ==')", (), False, "passed", "3 passed in 1s"),
+    ("raise SystemExit(3)", (), True, "FAILED", "exit code 3"),
+    ("print('No such device'); raise SystemExit(3)", ("such device",), False, "not run", "No such device"),
+    ("import time; time.sleep(60)", (), False, "FAILED", "stopped after 1 s"),
+    ("import time; time.sleep(60)", (), True, "not run", "stopped after 1 s"),
+])  # fmt: skip
+def test_how_steps_end(code: str, refused: tuple[str, ...], optional: bool, state: str, note: str) -> None:
+    checks = gpu_check.Checks(60)
+    most = 1 if "sleep" in code else 30
+    checks.run("a step", [sys.executable, "-c", code], most=most, refused=refused, optional=optional)
+    (step,) = checks.steps
+    assert (step.state, step.note) == (state, note)
+
+
+def test_no_step_starts_when_time_is_up() -> None:
+    checks = gpu_check.Checks(0)
+    checks.run("late", [sys.executable, "-c", "raise SystemExit(0)"], most=30)
+    assert checks.steps[0].state == "FAILED" and checks.steps[0].note.startswith("no time left")
+
+
+def test_one_table_of_all_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    assert gpu_check.table(gpu_check.rows()) == "gpu-check: no bench left a row"
+    whole = {"case": "3 x 4", "ours ms": 0.5, "torch ms": 1.0, "GFLOP/s": 2500.0, "error": 1.5e-7}
+    whole |= {"over torch": {"median": 2.0}, "share of ceiling": 0.25}
+    for name, rows in (("polar", [{"case": "5 x 6", "ours ms": 7.0}]), ("cross_moment", [whole])):
+        (tmp_path / f"{name}-cuda.json").write_text(json.dumps({"results": rows}))
+    head, *lines = gpu_check.table(gpu_check.rows()).splitlines()
+    assert head.split() == ["shape", "ours", "ms", "baseline", "ms", "ratio", "TFLOP/s", "of", "ceiling", "error"]
+    assert [line.split() for line in lines] == [
+        ["cross_moment:", "3", "x", "4", "0.500", "1.000", "2.00", "2.5", "25%", "1.5e-07"],
+        ["polar:", "5", "x", "6", "7.000", *"-----"],
+    ]

@@ -1,0 +1,97 @@
+"""SIGKILL at every step of a resumable run, and of its resumes; see test_kill.py."""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from resumable import OLD, content, loop, names
+from test_kill import killed
+from theseus_transport.checkpoint import Checkpoint
+from theseus_transport.errors import AlreadyDone, InputRefused
+from theseus_transport.folder import differences
+from theseus_transport.writer import Output, Planned, write_checkpoints
+
+
+def go_on(out: Path) -> None:
+    """What a user does after a kill."""
+    try:
+        loop(out).run(resume=True, overwrite=True, shard_size=200)
+    except AlreadyDone:
+        return
+    except InputRefused as error:
+        if "nothing to resume" not in str(error):
+            raise
+        loop(out).run(overwrite=True, shard_size=200)
+
+
+def state_of(out: Path, new: dict[str, bytes]) -> str:
+    """What a killed run left under its name: for each folder the old one, the new one or, between two renames, none."""
+    found = set()
+    for i in range(2):
+        folder = out / f"alpha-{i}"
+        if not folder.exists():
+            (aside,) = out.glob(f".alpha-{i}.old-*")
+            assert differences(aside) == [] and list(Checkpoint.open(aside)) == ["old"]
+            found.add("absent")
+            continue
+        assert differences(folder) == [], folder
+        expected = {name: data for name, data in new.items() if name.startswith(folder.name)}
+        mine = {f"{folder.name}/{name}": data for name, data in content(folder).items()}
+        found.add("new" if mine == expected else "old" if list(Checkpoint.open(folder)) == ["old"] else "torn")
+    return "+".join(sorted(found))
+
+
+def drive(root: Path) -> None:
+    """Kill runs that overwrite old folders, at every step once and again and again at random; prints what was found."""
+    torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # what a killed process has written the system still has
+    loop(root / "straight/out").run(shard_size=200)
+    new = content(root / "straight/out")
+    found: Counter = Counter()
+    generator = random.Random(0)
+
+    def trial(number: int, steps: Iterator[int]) -> bool:
+        """Whether the first of the runs got killed."""
+        out = root / str(number) / "out"
+        old = [Planned("old", (4,), torch.float32, lambda rows: OLD["old"])]
+        write_checkpoints([Output(out / f"alpha-{i}", old) for i in range(2)])
+        hit = False
+        for i, step in enumerate(steps):
+            if not killed(lambda: go_on(out), step=step):
+                break
+            hit = True
+            found[state_of(out, new)] += 1
+            assert i < 50, "the runs get nowhere"
+        go_on(out)
+        assert {n: d for n, d in content(out).items() if not n.startswith(".")} == new
+        assert names(out.parent) == {"out"}, "nothing is left over"
+        return hit
+
+    first = next(number for number in itertools.count() if not trial(number, iter([number])))
+    for number in range(RANDOM):
+        trial(first + 1 + number, (generator.randrange(first) for _ in itertools.count()))
+    print(json.dumps({**found, "steps": first}))
+
+
+RANDOM = 8  # runs killed at random steps, and their resumes again until one comes through
+
+
+def test_killed_at_every_step(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["steps"] > 50 and found["old"] > found["steps"] / 2, found
+    assert all(found.get(state) for state in ("old", "new", "absent+old", "absent+new", "new+old")), found
+
+
+if __name__ == "__main__":
+    drive(Path(sys.argv[1]))
