@@ -1,4 +1,5 @@
-# make build | demo | test | lint | planted | bench | package-check | cuda-check | clean.   Everything lives in .venv and build/.
+# make build | demo | test | lint | planted | bench | package-check | cuda-check | gpu-check | clean.   Everything lives in
+# .venv and build/; gpu-check builds in place for PYTHON.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV := .venv
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := build/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test lint planted bench package-check cuda-check clean
+.PHONY: build demo test lint planted bench package-check cuda-check gpu-check clean
 build: $(STAMP)
 
 $(BIN)/python:
@@ -43,6 +44,11 @@ package-check:
 # What a machine with nvcc can show without a GPU: the kernels compile, and one build serves torch 2.11 and 2.13.
 cuda-check:
 	.ci/cuda-check
+
+# On a machine with a GPU, torch and nvcc: builds in place for that GPU, then the kernels' tests, compute-sanitizer, all tests
+# over CUDA tensors and benches. No network, no pip, no .venv; under ten minutes.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
 
 clean:
 	rm -rf build dist *.egg-info theseus_ext/*.so

@@ -23,6 +23,19 @@ def mix(tokens: Tensor, mixing: tuple | None, dtype: torch.dtype) -> Tensor:
     return matrix @ tokens.to(dtype)
 
 
+def _selects(mixing: tuple | None) -> bool:
+    return mixing is None or (mixing[0] is None and mixing[2] is None)
+
+
+def _product(x: Tensor, y: Tensor, heads: int | None) -> Tensor:
+    """x^T y, or head by head, in float32 where the inputs are halves."""
+    wide = dict(out_dtype=torch.float32) if x.dtype in (torch.bfloat16, torch.float16) else {}
+    if heads is None:
+        return torch.mm(x.T, y, **wide)
+    x, y = (z.view(len(z), heads, z.shape[1] // heads).transpose(0, 1) for z in (x, y))
+    return torch.bmm(x.mT, y, **wide)
+
+
 def cross_moment_(
     source: Tensor,
     target: Tensor,
@@ -37,9 +50,12 @@ def cross_moment_(
 ) -> None:
     """The same contract as `theseus_ext.cross_moment_`."""
     dtype = torch.float64 if torch.float64 in (source.dtype, target.dtype) else torch.float32
+    if source.is_cuda and source.dtype == target.dtype and _selects(source_mixing) and _selects(target_mixing):
+        dtype = source.dtype  # tensor cores take halves as they are, with sums in float32
     x, y = mix(source, source_mixing, dtype), mix(target, target_mixing, dtype)
+    heads = cross.shape[0] if cross.dim() == 3 else None
     for x_chunk, y_chunk in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        cross += x_chunk.T @ y_chunk
+        cross += _product(x_chunk, y_chunk, heads)
         for rows, total, energy in ((x_chunk, source_sum, source_energy), (y_chunk, target_sum, target_energy)):
             wide = rows.to(torch.float64, copy=True)  # faster than sum(dtype=...) and vector_norm(dtype=...)
             total += wide.sum(0)

@@ -42,7 +42,9 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         head = "".join(f"{key:>{max(len(key), 7) + 2}}" for key in list(flat[0])[1:])
         terminalreporter.write_line(f"\n{bench:<{width}}{head}")
         for row in flat:
-            cells = "".join(f"{row[key]:>{max(len(key), 7) + 2}.2f}" for key in list(row)[1:])
+            cells = "".join(
+                f"{row[key]:>{max(len(key), 7) + 2}.{'1e' if key == 'error' else '2f'}}" for key in list(row)[1:]
+            )
             terminalreporter.write_line(f"{row['case']:<{width}}{cells}")
 
 

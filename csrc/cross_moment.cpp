@@ -1,90 +1,34 @@
-// Host side of cross_moment_: check, describe, and run chunk by chunk on the CPU or launch on the GPU.
-#include "cross_moment.h"
-
+// Host side of cross_moment_ and cross_moments_: check, describe, and run chunk by chunk on the CPU or launch on the GPU.
 #include <algorithm>
 #include <array>
-#include <optional>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
+#include "cuda/grouped_moment.h"
+#include "spaces.h"
 #include "stream.h"
 
 namespace theseus {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
-constexpr int64_t kChunk = 4096;      // most rows multiplied in float32 before they are added into the float64 master
-constexpr uintptr_t kAlignment = 64;  // bytes; BLAS gives the same bytes for the same alignment
+constexpr int64_t kChunk = 4096;  // most rows multiplied in float32 before they are added into the float64 master
 
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, "cross_moment_: tokens must be float64, float32, bfloat16 or float16");
-  }
-}
-
-double* master(const Tensor& tensor, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.numel() == numel,
-                  "cross_moment_: ", name, " must be contiguous float64 with ", numel, " elements");
-  return tensor.mutable_data_ptr<double>();
-}
-
-template <class T>
-const T* entries(const Optional& tensor, ScalarType dtype, const char* name) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->scalar_type() == dtype && tensor->is_contiguous(),
-                  "cross_moment_: ", name, " must be a contiguous vector of int64 (weight: float64)");
-  return tensor->const_data_ptr<T>();
-}
-
-const int64_t kNoEntries = 0;  // stands for the storage of an empty column, whose pointer is null: still a mixing
-
-Side describe(const Tensor& tokens, const Optional& row_ptr, const Optional& column, const Optional& weight,
-              const Tensor& sum, const Tensor& energy) {
-  STD_TORCH_CHECK(tokens.dim() == 2 && (tokens.stride(1) == 1 || tokens.size(1) <= 1),
-                  "cross_moment_: tokens must be [tokens, width] with unit column stride");
-  STD_TORCH_CHECK(column || (!row_ptr && !weight), "cross_moment_: a row mixing needs column");
-  const int64_t width = tokens.size(1), count = column ? column->numel() : 0;
-  STD_TORCH_CHECK(!row_ptr || row_ptr->numel() > 0, "cross_moment_: row_ptr needs at least one element");
-  STD_TORCH_CHECK(!weight || weight->numel() == count, "cross_moment_: weight needs ", count, " elements");
-  return {tokens.const_data_ptr(), dtype_of(tokens), tokens.size(0), width, tokens.stride(0),
-          entries<int64_t>(row_ptr, ScalarType::Long, "row_ptr"),
-          column && count == 0 ? &kNoEntries : entries<int64_t>(column, ScalarType::Long, "column"),
-          entries<double>(weight, ScalarType::Double, "weight"), count,
-          master(sum, width, "sum"), master(energy, width, "energy")};
-}
-
-int64_t row_count(const Side& side, const Optional& row_ptr) {
-  return row_ptr ? row_ptr->numel() - 1 : side.column ? side.entries : side.token_count;
-}
-
-void check_entries(const Side& side, int64_t rows, const char* name) {
+void check_entries(const char* op, const Side& side, int64_t rows, const char* name) {
   if (side.row_ptr) {
-    STD_TORCH_CHECK(side.row_ptr[0] == 0 && side.row_ptr[rows] == side.entries, "cross_moment_: ", name,
+    STD_TORCH_CHECK(side.row_ptr[0] == 0 && side.row_ptr[rows] == side.entries, op, ": ", name,
                     " row_ptr runs from ", side.row_ptr[0], " to ", side.row_ptr[rows], ", expected 0 to ",
                     side.entries, " (the length of column)");
     for (int64_t row = 0; row < rows; ++row)
-      STD_TORCH_CHECK(side.row_ptr[row] <= side.row_ptr[row + 1], "cross_moment_: ", name, " row_ptr falls from ",
+      STD_TORCH_CHECK(side.row_ptr[row] <= side.row_ptr[row + 1], op, ": ", name, " row_ptr falls from ",
                       side.row_ptr[row], " to ", side.row_ptr[row + 1], " at row ", row);
   }
   for (int64_t entry = 0; entry < side.entries; ++entry)
-    STD_TORCH_CHECK(side.column[entry] >= 0 && side.column[entry] < side.token_count, "cross_moment_: ", name,
+    STD_TORCH_CHECK(side.column[entry] >= 0 && side.column[entry] < side.token_count, op, ": ", name,
                     " column[", entry, "] is ", side.column[entry], " but there are ", side.token_count, " tokens");
-}
-
-// The tokens are the rows, in the compute type, where BLAS may read them.
-bool usable_in_place(const Side& side, Dtype compute) {
-  return !side.column && side.dtype == compute && side.stride == side.width &&
-         reinterpret_cast<uintptr_t>(side.tokens) % kAlignment == 0;
 }
 
 Tensor scratch(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& like) {
@@ -142,67 +86,101 @@ void run_cpu(const CrossMomentArgs& args, const Tensor& like, Dtype compute, Sca
   }
 }
 
-CrossMomentArgs describe_all(const Tensor& source, const Tensor& target, const Optional& source_row_ptr,
-                             const Optional& source_column, const Optional& source_weight,
-                             const Optional& target_row_ptr, const Optional& target_column,
-                             const Optional& target_weight, const Tensor& cross, const Tensor& source_sum,
-                             const Tensor& target_sum, const Tensor& source_energy, const Tensor& target_energy) {
-  CrossMomentArgs args;
-  args.source = describe(source, source_row_ptr, source_column, source_weight, source_sum, source_energy);
-  args.target = describe(target, target_row_ptr, target_column, target_weight, target_sum, target_energy);
-  args.rows = row_count(args.source, source_row_ptr);
-  STD_TORCH_CHECK(args.rows == row_count(args.target, target_row_ptr), "cross_moment_: source has ", args.rows,
-                  " rows but target has ", row_count(args.target, target_row_ptr));
-  args.cross = master(cross, args.source.width * args.target.width, "cross");
-  return args;
+bool in_float64(const CrossMomentArgs& args) {
+  return args.source.dtype == Dtype::float64 || args.target.dtype == Dtype::float64;
 }
 
-#define THESEUS_PARAMETERS                                                                                      \
-  const Tensor &source, const Tensor &target, const Optional &source_row_ptr, const Optional &source_column,    \
-      const Optional &source_weight, const Optional &target_row_ptr, const Optional &target_column,             \
-      const Optional &target_weight, const Tensor &cross, const Tensor &source_sum, const Tensor &target_sum,   \
-      const Tensor &source_energy, const Tensor &target_energy
-#define THESEUS_ARGUMENTS                                                                                       \
-  source, target, source_row_ptr, source_column, source_weight, target_row_ptr, target_column, target_weight,   \
-      cross, source_sum, target_sum, source_energy, target_energy
-
-void cross_moment_cpu(THESEUS_PARAMETERS) {
-  const CrossMomentArgs args = describe_all(THESEUS_ARGUMENTS);
-  check_entries(args.source, args.rows, "source");
-  check_entries(args.target, args.rows, "target");
-  if (args.rows == 0) return;
-  if (args.source.dtype == Dtype::float64 || args.target.dtype == Dtype::float64)
-    run_cpu<double>(args, source, Dtype::float64, ScalarType::Double);
-  else
-    run_cpu<float>(args, source, Dtype::float32, ScalarType::Float);
+void run(const Spaces& spaces, const std::vector<MomentGroup>& groups) {
+  for (const MomentGroup& group : groups) {
+    check_entries(spaces.op, group.args.source, group.args.rows, "source");
+    check_entries(spaces.op, group.args.target, group.args.rows, "target");
+  }
+  for (const MomentGroup& group : groups)
+    for (int64_t head = 0; head < group.heads && group.args.rows > 0; ++head) {
+      const CrossMomentArgs args = head_of(group, head);
+      if (in_float64(args))
+        run_cpu<double>(args, spaces.source[0], Dtype::float64, ScalarType::Double);
+      else
+        run_cpu<float>(args, spaces.source[0], Dtype::float32, ScalarType::Float);
+    }
 }
 
 #ifdef THESEUS_CUDA
-void cross_moment_cuda(THESEUS_PARAMETERS) {
-  const CrossMomentArgs args = describe_all(THESEUS_ARGUMENTS);
-  if (args.rows == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(source.get_device_index());
-  const bool in_float64 = args.source.dtype == Dtype::float64 || args.target.dtype == Dtype::float64;
-  const Dtype compute = in_float64 ? Dtype::float64 : Dtype::float32;
+const char* run_plain(const CrossMomentArgs& args, const Tensor& like, void* stream) {
+  const bool wide = in_float64(args);
   const int64_t chunk = std::min(args.rows, cuda::kChunk);
   Tensor buffers[2];
   void* chunks[2] = {nullptr, nullptr};
   for (int s = 0; s < 2; ++s) {
     const Side& side = s ? args.target : args.source;
-    if (usable_in_place(side, compute)) continue;
-    buffers[s] = scratch(chunk, side.width, in_float64 ? ScalarType::Double : ScalarType::Float, source);
+    if (usable_in_place(side, wide ? Dtype::float64 : Dtype::float32)) continue;
+    buffers[s] = scratch(chunk, side.width, wide ? ScalarType::Double : ScalarType::Float, like);
     chunks[s] = buffers[s].mutable_data_ptr();
   }
-  const char* error =
-      cuda::cross_moment(args, in_float64, chunks[0], chunks[1], current_cuda_stream(source.get_device_index()));
-  STD_TORCH_CHECK(!error, "cross_moment_: ", error);
+  return cuda::cross_moment(args, wide, chunks[0], chunks[1], stream);
+}
+
+// Scratch goes back to torch while the kernels wait in its stream, as torch's own operations do.
+void launch(const Spaces& spaces, const std::vector<MomentGroup>& groups) {
+  const Tensor& like = spaces.source[0];
+  const int32_t index = like.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  void* stream = current_cuda_stream(index);
+  const auto check = [&](const char* error) { STD_TORCH_CHECK(!error, spaces.op, ": ", error); };
+  cuda::Device device;
+  check(cuda::find_device(index, device));
+  std::vector<MomentGroup> grouped;
+  for (const MomentGroup& group : groups) {
+    if (cuda::takes_tensor_cores(group, device)) {
+      grouped.push_back(group);
+    } else {
+      for (int64_t head = 0; head < group.heads && group.args.rows > 0; ++head)
+        check(run_plain(head_of(group, head), like, stream));
+    }
+  }
+  const int count = static_cast<int>(grouped.size());
+  const auto bytes = static_cast<int64_t>(cuda::grouped_moment_workspace(grouped.data(), count, device.processors));
+  const Tensor workspace = scratch(1, bytes, ScalarType::Byte, like);
+  check(cuda::grouped_moment(grouped.data(), count, device.processors, workspace.mutable_data_ptr(), stream));
 }
 #endif
+
+using Run = void (*)(const Spaces&, const std::vector<MomentGroup>&);
+
+template <Run run>
+void cross_moment(const Tensor& source, const Tensor& target, const Optional& source_row_ptr,
+                  const Optional& source_column, const Optional& source_weight, const Optional& target_row_ptr,
+                  const Optional& target_column, const Optional& target_weight, const Tensor& cross,
+                  const Tensor& source_sum, const Tensor& target_sum, const Tensor& source_energy,
+                  const Tensor& target_energy) {
+  const Tensors lists[] = {{source}, {target}, {cross}, {source_sum}, {target_sum}, {source_energy}, {target_energy}};
+  const Spaces spaces{"cross_moment_", lists[0], lists[1], {source_row_ptr, source_column, source_weight},
+                      {target_row_ptr, target_column, target_weight}, lists[2], lists[3], lists[4], lists[5], lists[6]};
+  run(spaces, describe(spaces));
+}
+
+template <Run run>
+void cross_moments(const Tensors& source, const Tensors& target, const Optional& source_row_ptr,
+                   const Optional& source_column, const Optional& source_weight, const Optional& target_row_ptr,
+                   const Optional& target_column, const Optional& target_weight, const Tensors& cross,
+                   const Tensors& source_sum, const Tensors& target_sum, const Tensors& source_energy,
+                   const Tensors& target_energy) {
+  const Spaces spaces{"cross_moments_", source, target, {source_row_ptr, source_column, source_weight},
+                      {target_row_ptr, target_column, target_weight}, cross, source_sum, target_sum, source_energy,
+                      target_energy};
+  if (!source.empty()) run(spaces, describe(spaces));
+}
 
 }  // namespace
 }  // namespace theseus
 
-STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CPU, m) { m.impl("cross_moment_", TORCH_BOX(&theseus::cross_moment_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CPU, m) {
+  m.impl("cross_moment_", TORCH_BOX(&theseus::cross_moment<theseus::run>));
+  m.impl("cross_moments_", TORCH_BOX(&theseus::cross_moments<theseus::run>));
+}
 #ifdef THESEUS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CUDA, m) { m.impl("cross_moment_", TORCH_BOX(&theseus::cross_moment_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CUDA, m) {
+  m.impl("cross_moment_", TORCH_BOX(&theseus::cross_moment<theseus::launch>));
+  m.impl("cross_moments_", TORCH_BOX(&theseus::cross_moments<theseus::launch>));
+}
 #endif

@@ -1,7 +1,8 @@
-// The contract between host and device for cross_moment_; no torch.
+// The contract between host and device for cross_moment_ and cross_moments_; no torch.
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace theseus {
 
@@ -27,6 +28,26 @@ struct CrossMomentArgs {
   int64_t rows;
   double* cross;  // [source.width, target.width], contiguous, += X^T Y
 };
+
+// One space, or `heads` spaces of equal width side by side: head h has columns [h width, (h + 1) width) of both sides'
+// tokens. Widths are of one head; cross [heads, source.width, target.width], sum and energy [heads * width].
+struct MomentGroup {
+  CrossMomentArgs args;
+  int64_t heads = 1;
+};
+
+// Head `head` as a space of its own.
+inline CrossMomentArgs head_of(const MomentGroup& group, int64_t head) {
+  CrossMomentArgs args = group.args;
+  args.cross += head * args.source.width * args.target.width;
+  for (Side* side : {&args.source, &args.target}) {
+    const int64_t first = head * side->width;
+    const int64_t size = side->dtype == Dtype::float64 ? 8 : side->dtype == Dtype::float32 ? 4 : 2;  // bytes
+    side->tokens = static_cast<const char*>(side->tokens) + first * size;
+    side->sum += first, side->energy += first;
+  }
+  return args;
+}
 
 namespace cpu {
 

@@ -8,6 +8,12 @@ STABLE_TORCH_LIBRARY(theseus_ext, m) {
       "Tensor? target_row_ptr, Tensor? target_column, Tensor? target_weight, "
       "Tensor(a!) cross, Tensor(b!) source_sum, Tensor(c!) target_sum, "
       "Tensor(d!) source_energy, Tensor(e!) target_energy) -> ()");
+  m.def(
+      "cross_moments_(Tensor[] source, Tensor[] target, "
+      "Tensor? source_row_ptr, Tensor? source_column, Tensor? source_weight, "
+      "Tensor? target_row_ptr, Tensor? target_column, Tensor? target_weight, "
+      "Tensor(a!)[] cross, Tensor(b!)[] source_sum, Tensor(c!)[] target_sum, "
+      "Tensor(d!)[] source_energy, Tensor(e!)[] target_energy) -> ()");
   m.def("svd(Tensor matrices) -> (Tensor, Tensor, Tensor)");
   m.def("svdvals(Tensor matrices) -> Tensor");
 }

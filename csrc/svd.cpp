@@ -1,12 +1,17 @@
-// svd and svdvals on the host: the matrices of a batch are shared out over torch's threads, each through torch's own LAPACK.
+// svd and svdvals. On the CPU the matrices of a batch are shared out over torch's threads, each through torch's own
+// LAPACK; on a GPU small ones go to the Jacobi kernel.
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <tuple>
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include "cuda/small_svd.h"
+#include "stream.h"
 
 namespace theseus {
 namespace {
@@ -28,9 +33,14 @@ Tensor checked(const Tensor& input) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor matrices = torch::stable::detail::to<Tensor>(stack[0]);
   STD_TORCH_CHECK(matrices.dim() == 3 && matrices.is_contiguous(), "svd: matrices must be contiguous [batch, m, n]");
-  const bool in_float64 = matrices.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(in_float64 || matrices.scalar_type() == ScalarType::Float, "svd: matrices must be float32 or float64");
-  in_float64 ? check_finite<double>(matrices) : check_finite<float>(matrices);
+  STD_TORCH_CHECK(matrices.scalar_type() == ScalarType::Double || matrices.scalar_type() == ScalarType::Float,
+                  "svd: matrices must be float32 or float64");
+  return matrices;
+}
+
+Tensor checked_on_cpu(const Tensor& input) {
+  const Tensor matrices = checked(input);
+  matrices.scalar_type() == ScalarType::Double ? check_finite<double>(matrices) : check_finite<float>(matrices);
   return matrices;
 }
 
@@ -58,23 +68,63 @@ void share_out(const char* op, const Tensor& matrices, const std::array<StableIV
   });
 }
 
+std::array<Tensor, 3> results(const Tensor& matrices) {
+  const int64_t batch = matrices.size(0), m = matrices.size(1), n = matrices.size(2), k = std::min(m, n);
+  return {empty<3>({batch, m, k}, matrices), empty<2>({batch, k}, matrices), empty<3>({batch, k, n}, matrices)};
+}
+
 std::tuple<Tensor, Tensor, Tensor> svd_cpu(const Tensor& input) {
   using torch::stable::detail::from;
-  const Tensor matrices = checked(input);
-  const int64_t batch = matrices.size(0), m = matrices.size(1), n = matrices.size(2), k = std::min(m, n);
-  const std::array<Tensor, 3> out{empty<3>({batch, m, k}, matrices), empty<2>({batch, k}, matrices),
-                                  empty<3>({batch, k, n}, matrices)};
+  const Tensor matrices = checked_on_cpu(input);
+  const std::array<Tensor, 3> out = results(matrices);
   share_out<2, 3>("aten::linalg_svd", matrices, {from(false), from(std::nullopt)}, out);
   return {out[0], out[1], out[2]};
 }
 
 Tensor svdvals_cpu(const Tensor& input) {
-  const Tensor matrices = checked(input);
-  const std::array<int64_t, 2> size{matrices.size(0), std::min(matrices.size(1), matrices.size(2))};
-  const Tensor out = empty<2>(size, matrices);
+  const Tensor matrices = checked_on_cpu(input);
+  const Tensor out = empty<2>({matrices.size(0), std::min(matrices.size(1), matrices.size(2))}, matrices);
   share_out<1, 1>("aten::linalg_svdvals", matrices, {torch::stable::detail::from(std::nullopt)}, {out});
   return out;
 }
+
+#ifdef THESEUS_CUDA
+// Values of a matrix that holds NaN or Inf, or did not converge, are NaN: the host cannot look at it without waiting.
+void launch(const Tensor& matrices, const Tensor& s, const Tensor* u, const Tensor* vh) {
+  if (matrices.numel() == 0) return;
+  const int64_t m = matrices.size(1), n = matrices.size(2);
+  STD_TORCH_CHECK(m <= cuda::kLargestSvd && n <= cuda::kLargestSvd, "svd: matrices on a GPU have at most ",
+                  cuda::kLargestSvd, " rows and columns, these are ", m, " x ", n);
+  const int32_t index = matrices.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const auto check = [](const char* error) { STD_TORCH_CHECK(!error, "svd: ", error); };
+  cuda::Device device;
+  check(cuda::find_device(index, device));
+  const cuda::SmallSvdArgs args{matrices.const_data_ptr(),
+                                matrices.scalar_type() == ScalarType::Double ? Dtype::float64 : Dtype::float32,
+                                matrices.size(0), static_cast<int>(m), static_cast<int>(n), m * n, n, 0,
+                                s.mutable_data_ptr(), u ? u->mutable_data_ptr() : nullptr,
+                                vh ? vh->mutable_data_ptr() : nullptr, nullptr, nullptr};
+  const std::array<int64_t, 1> bytes{static_cast<int64_t>(cuda::small_svd_workspace(args, device.shared_limit))};
+  const Tensor workspace =
+      torch::stable::empty({bytes.data(), 1}, ScalarType::Byte, std::nullopt, matrices.device());
+  check(cuda::small_svd(args, device.shared_limit, workspace.mutable_data_ptr(), current_cuda_stream(index)));
+}
+
+std::tuple<Tensor, Tensor, Tensor> svd_cuda(const Tensor& input) {
+  const Tensor matrices = checked(input);
+  const std::array<Tensor, 3> out = results(matrices);
+  launch(matrices, out[1], &out[0], &out[2]);
+  return {out[0], out[1], out[2]};
+}
+
+Tensor svdvals_cuda(const Tensor& input) {
+  const Tensor matrices = checked(input);
+  const Tensor out = empty<2>({matrices.size(0), std::min(matrices.size(1), matrices.size(2))}, matrices);
+  launch(matrices, out, nullptr, nullptr);
+  return out;
+}
+#endif
 
 }  // namespace
 }  // namespace theseus
@@ -83,3 +133,9 @@ STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CPU, m) {
   m.impl("svd", TORCH_BOX(&theseus::svd_cpu));
   m.impl("svdvals", TORCH_BOX(&theseus::svdvals_cpu));
 }
+#ifdef THESEUS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CUDA, m) {
+  m.impl("svd", TORCH_BOX(&theseus::svd_cuda));
+  m.impl("svdvals", TORCH_BOX(&theseus::svdvals_cuda));
+}
+#endif

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 import torch
 
 from theseus_ext._C import build_info
 
 
+@lru_cache
 def covers(archs: str, capability: tuple[int, int]) -> bool:
     """Whether code for ``archs``, as in "8.0;9.0+PTX", runs on a device of compute ``capability``, as in (8, 6).
 

@@ -1,9 +1,11 @@
 """The same operations in plain torch and float64: what the C++ and CUDA versions are tested against."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from theseus_ext.ops import Mixing
+from theseus_ext.checks import Mixing
 
 
 def mix(tokens: Tensor, mixing: Mixing | None) -> Tensor:
@@ -34,8 +36,26 @@ def cross_moment_(
 ) -> None:
     """What `theseus_ext.cross_moment_` computes; see there for shapes."""
     x, y = mix(source, source_mixing), mix(target, target_mixing)
-    cross += x.T @ y
+    heads = cross.shape[0] if cross.dim() == 3 else 1
+    cross += (
+        x.unflatten(1, (heads, cross.shape[-2])).permute(1, 2, 0)
+        @ y.unflatten(1, (heads, cross.shape[-1])).transpose(0, 1)
+    ).view_as(cross)
     source_sum += x.sum(0)
     target_sum += y.sum(0)
     source_energy += x.square().sum(0)
     target_energy += y.square().sum(0)
+
+
+def cross_moments_(
+    source: Sequence[Tensor],
+    target: Sequence[Tensor],
+    *,
+    source_mixing: Mixing | None = None,
+    target_mixing: Mixing | None = None,
+    **masters: Sequence[Tensor],
+) -> None:
+    """What `theseus_ext.cross_moments_` computes; ``masters`` are its five lists."""
+    for i, (x, y) in enumerate(zip(source, target, strict=True)):
+        own = {name: tensors[i] for name, tensors in masters.items()}
+        cross_moment_(x, y, **own, source_mixing=source_mixing, target_mixing=target_mixing)

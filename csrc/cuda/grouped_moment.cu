@@ -168,7 +168,7 @@ moment_tiles(const THESEUS_GRID_CONSTANT Plan plan) {
       }
     }
     if (active) multiply<R>(stage, warp_source, warp_target, sum);
-    if ((stage + 1) % (kFlush / S::kDepth) == 0 || stage + 1 == stages) flush(sum, total);
+    if ((stage + 1) % (S::kFlush / S::kDepth) == 0 || stage + 1 == stages) flush(sum, total);
   }
 
   const int64_t outputs = group.source.width * group.target.width;
@@ -253,6 +253,12 @@ size_t for_each_launch(const MomentGroup* groups, int count, int processors, voi
 }
 
 }  // namespace
+
+bool takes_tensor_cores(const MomentGroup& group, const Device& device) {
+  if (group.args.source.dtype == Dtype::float64 || group.args.target.dtype == Dtype::float64) return false;
+  const bool data_centre = device.major == 10 || ((device.major == 8 || device.major == 9) && device.minor == 0);
+  return data_centre || format_of(group) != Format::float32;
+}
 
 size_t grouped_moment_workspace(const MomentGroup* groups, int count, int processors) {
   return for_each_launch(groups, count, processors, nullptr, [](const Plan&, Format) {});

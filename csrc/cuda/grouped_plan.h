@@ -12,9 +12,11 @@ namespace theseus::cuda {
 constexpr int kPanel = 128;  // a block owns kPanel x kPanel outputs of one head
 constexpr int kReduceThreads = 256;
 constexpr int kMostGroups = 15;   // what fits the 4 KiB a kernel's parameters may have
-constexpr int64_t kFlush = 1024;  // rows a tensor core accumulates before they are added to the second accumulator
-constexpr int64_t kMostRows = 32 * kFlush;  // rows of a slice: additions in a float32 second accumulator
+constexpr int64_t kMostRows = 32768;  // of a slice, so few additions in a float32 second accumulator
 constexpr int64_t kBlockCost = 128;  // rows' worth of time that starting, filling and storing a block takes (a guess)
+// Rows' worth of time that a block's 64 KiB of partial sums, written and read again, take of the whole GPU's bandwidth:
+// on an H200 3.7 and, where a row is six products, 0.5 (docs/performance.md; model).
+constexpr int64_t kPartialCost = 4, kPartialCostFloat32 = 1;
 
 enum class Format : int32_t { bfloat16, float16, float32 };  // how tokens lie in shared memory
 
@@ -63,14 +65,16 @@ inline bool is_direct(const Side& side, Format format, int64_t heads) {
 }
 
 // The number of rows per slice with which the fullest multiprocessor is done first.
-inline int64_t choose_slice_rows(const MomentGroup* const* groups, int count, int processors) {
+inline int64_t choose_slice_rows(const MomentGroup* const* groups, int count, Format format, int processors) {
+  const int64_t partial = format == Format::float32 ? kPartialCostFloat32 : kPartialCost;
   int64_t most = 1, best = 0, best_cost = 0;
   for (int g = 0; g < count; ++g) most = std::max(most, groups[g]->args.rows);
   for (int64_t slices = (most + kMostRows - 1) / kMostRows, last = slices + 64; slices < last; ++slices) {
     const int64_t rows = ((most + slices - 1) / slices + 31) / 32 * 32;  // whole stages of every format
     int64_t blocks = 0;
     for (int g = 0; g < count; ++g) blocks += blocks_of(*groups[g], rows);
-    const int64_t cost = (blocks + processors - 1) / processors * (rows + kBlockCost);
+    const int64_t cost =
+        (blocks + processors - 1) / processors * (rows + kBlockCost) + (rows < most ? blocks * partial : 0);
     if (best == 0 || cost < best_cost) best = rows, best_cost = cost;
   }
   return best;
@@ -81,7 +85,7 @@ inline int64_t choose_slice_rows(const MomentGroup* const* groups, int count, in
 inline Plan make_plan(const MomentGroup* const* groups, int count, Format format, int processors, void* workspace,
                       size_t& bytes) {
   Plan plan;
-  const int64_t slice_rows = choose_slice_rows(groups, count, processors);
+  const int64_t slice_rows = choose_slice_rows(groups, count, format, processors);
   const auto take = [&](int64_t elements, auto* pointer) {
     pointer = workspace ? reinterpret_cast<decltype(pointer)>(static_cast<char*>(workspace) + bytes) : nullptr;
     bytes += (elements * sizeof(*pointer) + 15) / 16 * 16;

@@ -16,6 +16,9 @@ struct Shape {
   static constexpr int kParts = kSplit ? 3 : 1;                       // bfloat16 parts a value is the exact sum of
   static constexpr int kDepth = kSplit ? 16 : 32;                     // rows per stage
   static constexpr int kStages = kSplit ? 3 : 4;                      // stages in flight
+  // Rows a tensor core accumulates before they are added to the second accumulator. It rounds every addition toward
+  // zero (Fasi, Higham, Mikaitis and Pranesh 2021): six of them per 16 rows would show beside float32's own rounding.
+  static constexpr int kFlush = kSplit ? 64 : 1024;
   static constexpr int kPerVector = 16 / sizeof(R);                   // elements of 16 bytes
   static constexpr int kVectors = kPanel / kPerVector;                // 16-byte vectors of a row
   static constexpr int kPasses = kDepth * kVectors / kMomentThreads;  // vectors of a side that a thread moves per stage
@@ -118,9 +121,10 @@ THESEUS_DEVICE void fill(const Panel& panel, int64_t row, const int64_t (&token)
 }
 
 // x = high + middle + low exactly: a float32 has 24 bits, a bfloat16 8. Rounded, so that middle <= 2^-9 x and low <=
-// 2^-18 x. NaN stays NaN in the last part; Inf, and what rounds to it (above 3.38e38), becomes NaN.
+// 2^-18 x; cut where x would round to Inf (above 3.38e38). NaN stays NaN in the last part, and Inf becomes NaN there.
 THESEUS_DEVICE void split(float x, uint32_t (&part)[3]) {
-  part[0] = (bits_of(x) + 0x8000) >> 16;
+  const uint32_t rounded = bits_of(x) + 0x8000;
+  part[0] = ((rounded & 0x7f800000) == 0x7f800000 ? bits_of(x) : rounded) >> 16;
   const float rest = x - float_of(part[0] << 16);
   part[1] = (bits_of(rest) + 0x8000) >> 16;
   part[2] = bits_of(rest - float_of(part[1] << 16)) >> 16;

@@ -24,13 +24,18 @@ struct alignas(16) Vector {
 
 constexpr int kWarp = 32;
 
+enum class Fact { processors, shared_limit, major, minor };  // of a device: see device.h
+
 }  // namespace theseus::cuda
 
 #ifndef __CUDACC__
 #include "twin.h"
 #else
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <cstring>
 
 #define THESEUS_DEVICE __device__ __forceinline__
 #define THESEUS_BOTH __host__ __device__
@@ -108,14 +113,23 @@ THESEUS_DEVICE void mma<float16>(float (&c)[4], const uint32_t (&a)[4], const ui
 }
 #undef THESEUS_MMA
 
-THESEUS_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
-THESEUS_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
-THESEUS_DEVICE float to_float(float value) { return value; }
-THESEUS_DEVICE float to_float(bfloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
-THESEUS_DEVICE float to_float(float16 value) {
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
-  return wide;
+// These also on the host: the tests of the kernels run there, wherever the kernels do.
+THESEUS_BOTH inline float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+THESEUS_BOTH inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+THESEUS_BOTH inline float to_float(float value) { return value; }
+THESEUS_BOTH inline float to_float(bfloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+THESEUS_BOTH inline float to_float(float16 value) {
+  __half_raw raw;
+  raw.x = value.bits;
+  return __half2float(__half(raw));
 }
 THESEUS_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 THESEUS_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
@@ -128,6 +142,14 @@ THESEUS_DEVICE int exponent_of(double x) { return ilogb(x); }
 THESEUS_DEVICE float scale_by(float x, int exponent) { return ldexpf(x, exponent); }  // x 2^exponent
 THESEUS_DEVICE double scale_by(double x, int exponent) { return ldexp(x, exponent); }
 THESEUS_DEVICE double not_a_number() { return __longlong_as_double(0x7ff8000000000000ll); }
+
+// value = a fact of GPU `device`. Returns null or CUDA's message.
+inline const char* ask(Fact fact, int device, int& value) {
+  constexpr cudaDeviceAttr attributes[] = {cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                           cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor};
+  const cudaError_t error = cudaDeviceGetAttribute(&value, attributes[static_cast<int>(fact)], device);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 // Enqueues kernel(arguments...). Returns null or CUDA's message.
 template <class... P, class... A>

@@ -67,9 +67,10 @@ THESEUS_DEVICE T block_max(T value, T* slots) {
   return most;
 }
 
-// Makes columns p and q of A orthogonal and turns those of V with them. Returns whether there was something to do.
+// Makes columns p and q of A orthogonal and turns those of V, `turned` numbers, with them. Returns whether there was
+// something to do.
 template <class T>
-THESEUS_DEVICE bool rotate(T* p, T* q, int rows, int columns, T tolerance) {
+THESEUS_DEVICE bool rotate(T* p, T* q, int rows, int turned, T tolerance) {
   const int lane = thread_index() % kWarp;
   T x[kMostPerLane] = {}, y[kMostPerLane] = {};
   T pp = 0, qq = 0, pq = 0;
@@ -92,7 +93,7 @@ THESEUS_DEVICE bool rotate(T* p, T* q, int rows, int columns, T tolerance) {
     p[lane + i * kWarp] = cosine * x[i] - sine * y[i];
     q[lane + i * kWarp] = sine * x[i] + cosine * y[i];
   }
-  for (int i = rows + lane; i < rows + columns; i += kWarp) {
+  for (int i = rows + lane; i < rows + turned; i += kWarp) {
     const T v = p[i], w = q[i];
     p[i] = cosine * v - sine * w;
     q[i] = sine * v + cosine * w;
@@ -142,6 +143,8 @@ jacobi(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
 
   const T tolerance = Limits<T>::kEpsilon * square_root(static_cast<T>(rows));
   const int players = columns + columns % 2;  // one rests if there is an odd number
+  const bool with_vectors = args.u || args.vh || args.polar;
+  const int turned = with_vectors ? columns : 0;
   int sweeps = 0;
   for (bool busy = columns > 1; busy && sweeps <= kMostSweeps; ++sweeps) {
     bool rotated = false;
@@ -150,7 +153,7 @@ jacobi(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
         int p, q;
         find_pair(round, pair, players, p, q);
         if (p < columns && q < columns)
-          rotated |= rotate(column + p * stride, column + q * stride, rows, columns, tolerance);
+          rotated |= rotate(column + p * stride, column + q * stride, rows, turned, tolerance);
       }
       sync_block();
     }
@@ -179,32 +182,88 @@ jacobi(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
   sync_block();
 
   T *s = static_cast<T*>(args.s) + matrix * columns, *polar = static_cast<T*>(args.polar);
-  for (int j = thread_index(); j < columns; j += kThreads) s[j] = scale_by(value[order[j]], exponent);
-  if (thread_index() == 0) args.sweeps[matrix] = sweeps;
-  T* left = static_cast<T*>(layout.transposed ? args.v : args.u);  // of A as it was worked on
-  T* right = static_cast<T*>(layout.transposed ? args.u : args.v);
-  if (left)
-    for (int i = thread_index(); i < rows * columns; i += kThreads) {
-      const int from = order[i % columns];
-      const T size = value[from];
-      left[matrix * rows * columns + i] = size == 0 ? T(0) : column[from * stride + i / columns] / size;
-    }
-  if (right)
-    for (int i = thread_index(); i < columns * columns; i += kThreads)
-      right[matrix * columns * columns + i] = column[order[i % columns] * stride + rows + i / columns];
+  T *u = static_cast<T*>(args.u), *vh = static_cast<T*>(args.vh);
+  const bool converged = sweeps <= kMostSweeps;
+  for (int j = thread_index(); j < columns; j += kThreads)
+    s[j] = converged ? scale_by(value[order[j]], exponent) : static_cast<T>(not_a_number());
+  if (args.sweeps && thread_index() == 0) args.sweeps[matrix] = sweeps;
+
+  for (int j = warp; j < columns; j += kWarps)
+    for (int i = lane; i < rows && value[j] != 0; i += kWarp) column[j * stride + i] /= value[j];
+  sync_block();
+  // Row i of the j-th left and right vector of A as it was given.
+  const auto vector = [&](bool left, int i, int j) {
+    return column[order[j] * stride + (left == layout.transposed ? rows : 0) + i];
+  };
+  if (u)
+    for (int i = thread_index(); i < args.rows * columns; i += kThreads)
+      u[matrix * args.rows * columns + i] = vector(true, i / columns, i % columns);
+  if (vh)
+    for (int i = thread_index(); i < columns * args.columns; i += kThreads)
+      vh[matrix * columns * args.columns + i] = vector(false, i % args.columns, i / args.columns);
   if (polar)
     for (int i = thread_index(); i < rows * columns; i += kThreads) {
-      const int row = i / args.columns, col = i % args.columns;
-      const int l = layout.transposed ? col : row, r = layout.transposed ? row : col;
       const T least = static_cast<T>(args.floor) * value[order[0]];
       T sum = 0;
-      for (int j = 0; j < columns; ++j) {
-        const T* x = column + order[j] * stride;
-        const T size = value[order[j]];
-        if (!(size <= least)) sum = multiply_add(x[l] / size, x[rows + r], sum);
-      }
+      for (int j = 0; j < columns; ++j)
+        if (!(value[order[j]] <= least))
+          sum = multiply_add(vector(true, i / args.columns, j), vector(false, i % args.columns, j), sum);
       polar[matrix * rows * columns + i] = sum;
     }
+}
+
+// Left vectors of A as it was worked on whose singular value is zero, the last ones, become orthogonal to all others:
+// of the unit vectors the one that the others span least, of which at least 1 / rows (squared) is left, made orthogonal
+// to them twice (Gram-Schmidt). A block owns a matrix.
+template <class T>
+THESEUS_KERNEL(kThreads)
+complete(const THESEUS_GRID_CONSTANT SmallSvdArgs args) {
+  const Layout layout(args);
+  const int rows = layout.rows, columns = layout.columns;
+  const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+  const int64_t matrix = block_index();
+  const T* s = static_cast<const T*>(args.s) + matrix * columns;
+  T* vectors = static_cast<T*>(layout.transposed ? args.vh : args.u) + matrix * rows * columns;
+  const auto at = [&](int i, int j) -> T& { return vectors[layout.transposed ? j * rows + i : i * columns + j]; };
+  T* projection = shared<T>(0, kLargestSvd);
+  int rank = columns;
+  while (rank > 0 && s[rank - 1] == 0) --rank;
+  for (; rank < columns; ++rank) {  // the same in every thread
+    for (int i = thread_index(); i < rows; i += kThreads) {
+      T spanned = 0;
+      for (int j = 0; j < rank; ++j) spanned = multiply_add(at(i, j), at(i, j), spanned);
+      at(i, rank) = spanned;
+    }
+    sync_block();
+    int least = 0;
+    for (int i = 1; i < rows; ++i) least = at(i, rank) < at(least, rank) ? i : least;
+    sync_block();
+    for (int i = thread_index(); i < rows; i += kThreads) {
+      T rest = i == least;
+      for (int j = 0; j < rank; ++j) rest -= at(least, j) * at(i, j);
+      at(i, rank) = rest;
+    }
+    sync_block();
+    for (int j = warp; j < rank; j += kWarps) {
+      T product = 0;
+      for (int i = lane; i < rows; i += kWarp) product = multiply_add(at(i, j), at(i, rank), product);
+      product = warp_sum(product);
+      if (lane == 0) projection[j] = product;
+    }
+    sync_block();
+    for (int i = thread_index(); i < rows; i += kThreads) {
+      T rest = at(i, rank);
+      for (int j = 0; j < rank; ++j) rest -= projection[j] * at(i, j);
+      at(i, rank) = rest;
+    }
+    sync_block();
+    T square = 0;
+    for (int i = lane; i < rows; i += kWarp) square = multiply_add(at(i, rank), at(i, rank), square);
+    const T size = square_root(warp_sum(square));  // the same in every warp
+    sync_block();
+    for (int i = thread_index(); i < rows; i += kThreads) at(i, rank) /= size;
+    sync_block();
+  }
 }
 
 template <class T>
@@ -215,8 +274,10 @@ int shared_bytes(const SmallSvdArgs& args) {
 template <class T>
 const char* run(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream) {
   const bool fits = shared_bytes<T>(args) <= shared_limit;
-  return launch(jacobi<T>, args.count, kThreads, fits ? shared_bytes<T>(args) : kFixedBytes, stream, args,
-                fits ? nullptr : static_cast<T*>(workspace));
+  const char* error = launch(jacobi<T>, args.count, kThreads, fits ? shared_bytes<T>(args) : kFixedBytes, stream, args,
+                             fits ? nullptr : static_cast<T*>(workspace));
+  if (error || !(Layout(args).transposed ? args.vh : args.u)) return error;
+  return launch(complete<T>, args.count, kThreads, kLargestSvd * static_cast<int>(sizeof(T)), stream, args);
 }
 
 }  // namespace

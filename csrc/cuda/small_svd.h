@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../cross_moment.h"
+#include "device.h"
 
 namespace theseus::cuda {
 
@@ -18,11 +19,11 @@ struct SmallSvdArgs {
   int rows, columns;                  // 1 to kLargestSvd
   int64_t matrix_stride, row_stride;  // elements from one matrix and from one row to the next
   double floor;                       // polar: singular values up to floor times the largest count as zero
-  void* s;                            // [count, k], k = min(rows, columns), descending
-  void* u;                            // [count, rows, k], or null; the column of a zero singular value is zero
-  void* v;                            // [count, columns, k], or null; likewise if rows < columns
-  void* polar;                        // [count, rows, columns], or null: u v^T, a partial isometry
-  int32_t* sweeps;                    // [count]: sweeps taken, kMostSweeps + 1 where they were not enough
+  void* s;                            // [count, k], k = min(rows, columns), descending; NaN where not converged
+  void* u;                            // [count, rows, k], or null; columns orthonormal, whatever the rank
+  void* vh;                           // [count, k, columns], or null; rows orthonormal
+  void* polar;                        // [count, rows, columns], or null: u vh, a partial isometry
+  int32_t* sweeps;                    // [count], or null: sweeps taken, kMostSweeps + 1 where they were not enough
 };
 
 // One-sided Jacobi, a block per matrix. Every result comes with small relative residuals

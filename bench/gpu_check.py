@@ -1,0 +1,269 @@
+"""All that a machine with a GPU can show, in under ten minutes and without network: `PYTHON=python3 make gpu-check`.
+
+Builds theseus_ext in place for the present GPU alone; runs the kernels' own tests on the device (primitives too, which
+elsewhere run on their twins), under compute-sanitizer where that works; every test over CUDA tensors; the benches.
+Prints one table, writes bench/results/*-cuda.json and gpu-check.json, and copies them to $OUT where that is set. Exit
+code 0: all that could run passed; 1: something failed, or there is no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+NATIVE = ROOT / "build" / "gpu"
+LIMIT = 570  # seconds for everything
+BENCHES = {  # with what pytest is told beside: decompositions to compare with would take minutes where they are large
+    "cross_moment": (),
+    "small_svd": (),
+    "polar": ("-k", "not 8192 and not 10000"),
+}
+NEEDED = {  # module: what cannot be without it
+    "torch": "check",
+    "pybind11": "build",
+    "setuptools": "build",
+    "pytest": "tests and benches",
+    "hypothesis": "tests of svd",
+}
+REFUSED = ("Device not supported", "No attachable process", "ERROR_NOT_SUPPORTED")  # compute-sanitizer's words
+
+
+@dataclass
+class Step:
+    name: str
+    state: str  # passed, FAILED, not run
+    seconds: float
+    note: str = ""
+
+
+class Checks:
+    """Runs commands within the time that is left, and remembers how each ended."""
+
+    def __init__(self, limit: float) -> None:
+        self.end = time.monotonic() + limit
+        self.steps: list[Step] = []
+
+    def run(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        *,
+        most: float,
+        refused: Sequence[str] = (),
+        optional: bool = False,
+    ) -> None:
+        """FAILED where the command fails or takes more than ``most`` seconds.
+
+        Not run: where its output has words of ``refused``, and where something ``optional`` took too long.
+        """
+        start = time.monotonic()
+        left = min(most, self.end - start)
+        late = "not run" if optional else "FAILED"
+        state, note, output = late, f"no time left of {LIMIT} s", ""
+        if left > 0:
+            environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "PYTHONUNBUFFERED": "1"}
+            output, code = _finish(command, left, environment)
+            if code is None:
+                state, note = late, f"stopped after {left:.0f} s"
+            elif code and any(words in output for words in refused):
+                state, note = "not run", next(line for line in output.splitlines() if any(w in line for w in refused))
+            else:
+                state, note = ("passed", "") if code == 0 else ("FAILED", f"exit code {code}")
+        self.add(Step(name, state, time.monotonic() - start, note or _summary(output)))
+        if state == "FAILED":
+            print("\n".join(output.splitlines()[-40:]), flush=True)
+
+    def add(self, step: Step) -> None:
+        self.steps.append(step)
+        print(f"gpu-check: {step.state:8} {step.name:32} {step.seconds:6.1f} s  {step.note}", flush=True)
+
+
+def _finish(command: Sequence[str | Path], seconds: float, environment: dict[str, str]) -> tuple[str, int | None]:
+    """A command's output and exit code; None where it took too long."""
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds
+        )
+    except subprocess.TimeoutExpired as error:
+        return (error.stdout or b"").decode(errors="replace"), None
+    return done.stdout.decode(errors="replace"), done.returncode
+
+
+def _summary(output: str) -> str:
+    """pytest's or a kernel test's last word."""
+    words = re.findall(r"^=*\s*(\d+ (?:passed|tests).*?)\s*=*$|((?:ERROR|RACECHECK) SUMMARY: .*)", output, re.M)
+    return (words[-1][0] or words[-1][1]) if words else ""
+
+
+def reasons() -> list[str]:
+    """Why nothing can be checked here."""
+    missing = [f"{name} is missing: without it no {what}" for name, what in NEEDED.items() if not _has(name)]
+    if missing:
+        return missing
+    import torch
+
+    if not torch.cuda.is_available():
+        return [f"there is no GPU: torch {torch.__version__} sees none. Nothing was checked"]
+    home = os.environ.get("CUDA_HOME")
+    if not (shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")):
+        return ["there is no nvcc on PATH or in CUDA_HOME: the kernels cannot be compiled"]
+    return []
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def native(checks: Checks, arch: str) -> list[Path]:
+    """Compiles the kernels' own tests for the device and runs them there; the programs."""
+    NATIVE.mkdir(parents=True, exist_ok=True)
+    home = os.environ.get("CUDA_HOME")
+    nvcc = [f"{home}/bin/nvcc" if home else "nvcc", "-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{arch}"]
+    includes = [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/cuda", "tests/emulated")]
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    tests = sorted((ROOT / "tests" / "emulated").glob("test_*.cpp"))
+
+    def compile_one(source: Path) -> tuple[str, int | None]:
+        command = [*nvcc, *includes, "-x", "cu", "-c", source, "-o", NATIVE / f"{source.stem}{source.suffix}.o"]
+        return _finish(command, 300, dict(os.environ))
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ends = list(pool.map(compile_one, [*kernels, *tests]))
+    for test in tests:
+        objects = [NATIVE / f"{path.name}.o" for path in (test, *kernels)]
+        ends.append(_finish([*nvcc, *objects, "-o", NATIVE / test.stem], 60, dict(os.environ)))
+    wrong = "".join(output for output, code in ends if code)
+    state = "FAILED" if any(code != 0 for _, code in ends) else "passed"
+    checks.add(Step("compile the kernels' tests", state, time.monotonic() - start))
+    print(wrong, end="", flush=True)
+    programs = [NATIVE / test.stem for test in tests] if state == "passed" else []
+    for program in programs:
+        checks.run(f"on the device: {program.name}", [program], most=60)
+    return programs
+
+
+def sanitize(checks: Checks, programs: Sequence[Path]) -> None:
+    """compute-sanitizer's tools over the kernels' tests, in the time left; where it cannot run, that is said."""
+    tool = shutil.which("compute-sanitizer")
+    if not tool:
+        return checks.add(Step("compute-sanitizer", "not run", 0, "there is none on PATH"))
+    for kind in ("memcheck", "racecheck", "synccheck"):
+        for program in programs:
+            command = [tool, "--tool", kind, "--error-exitcode", "3", program]
+            checks.run(f"{kind}: {program.name}", command, most=40, refused=REFUSED, optional=True)
+            if any(words in checks.steps[-1].note for words in REFUSED):
+                return None
+    return None
+
+
+def files_over_devices() -> list[str]:
+    """Test files of which a test asks for a device or a GPU."""
+    asks = re.compile(r"^def test_\w+\((?:[^)]*\W)?(?:device|gpu)\W", re.M)
+    return [
+        f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_*.py")) if asks.search(path.read_text())
+    ]
+
+
+def rows() -> list[dict]:
+    """Every row of this run's benches, with the keys of the table."""
+    found = []
+    for path in sorted(RESULTS.glob("*-cuda.json")):
+        for row in json.loads(path.read_text())["results"]:
+            over = row.get("over torch", row.get("over svd", {}))
+            found.append(
+                {
+                    "shape": f"{path.stem.removesuffix('-cuda')}: {row['case']}",
+                    "ours ms": row.get("ours ms"),
+                    "baseline ms": row.get("torch ms", row.get("svd ms")),
+                    "ratio": over.get("median") if isinstance(over, dict) else over,
+                    "TFLOP/s": row["GFLOP/s"] / 1e3 if "GFLOP/s" in row else None,
+                    "of ceiling": row.get("share of ceiling"),
+                    "error": row.get("error"),
+                }
+            )
+    return found
+
+
+def table(found: Sequence[dict]) -> str:
+    if not found:
+        return "gpu-check: no bench left a row"
+    formats = {
+        "ours ms": ".3f",
+        "baseline ms": ".3f",
+        "ratio": ".2f",
+        "TFLOP/s": ".1f",
+        "of ceiling": ".0%",
+        "error": ".1e",
+    }
+    width = max(len(row["shape"]) for row in found)
+    lines = [f"{'shape':<{width}}" + "".join(f"{key:>13}" for key in formats)]
+    for row in found:
+        cells = ("-" if row[key] is None else format(row[key], form) for key, form in formats.items())
+        lines.append(f"{row['shape']:<{width}}" + "".join(f"{cell:>13}" for cell in cells))
+    return "\n".join(lines)
+
+
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if not shutil.which(command[0]):
+        return "unknown"
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip().partition("\n")[0] or "unknown"
+
+
+def main() -> int:
+    if why := reasons():
+        print("\n".join(f"gpu-check: {line}" for line in why))
+        return 1
+    import torch
+
+    capability, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+    arch = "{}.{}".format(*capability)
+    facts = dict(gpu=name, capability=arch, driver=driver(), torch=torch.__version__, python=sys.version.split()[0])
+    print(f"gpu-check: {facts}", flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    for old in RESULTS.glob("*-cuda.json"):  # no row of an earlier run, or of another GPU, may pass for one of this
+        old.unlink()
+    os.environ |= {"TORCH_CUDA_ARCH_LIST": arch, "THESEUS_CUDA": "1"}
+    checks = Checks(LIMIT)
+    python = sys.executable
+    checks.run("build in place", [python, "setup.py", "build_ext", "--inplace"], most=240)
+    fits = "import torch, theseus_ext as t; why = t.cuda_problem(torch.device('cuda')); assert not why, why"
+    checks.run("the build runs on this GPU", [python, "-c", fits], most=60)
+    if checks.steps[-1].state == "passed":
+        programs = native(checks, arch.replace(".", ""))
+        pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        checks.run("tests over CUDA tensors", [*pytest, *files_over_devices()], most=180)
+        for bench, chosen in BENCHES.items():
+            path = f"bench/bench_{bench}.py"
+            if not (ROOT / path).exists():
+                checks.add(Step(path, "not run", 0, "there is no such bench"))
+                continue
+            checks.run(path, [*pytest, path, *chosen, "-o", "python_files=bench_*.py", "-o", "addopts=-rs"], most=120)
+        sanitize(checks, programs)  # last: it may take what time is left
+    found = rows()
+    print(f"\n{table(found)}\n")
+    steps = [asdict(step) for step in checks.steps]
+    (RESULTS / "gpu-check.json").write_text(json.dumps(dict(facts=facts, steps=steps, rows=found), indent=4) + "\n")
+    if out := os.environ.get("OUT"):
+        for path in [*RESULTS.glob("*-cuda.json"), RESULTS / "gpu-check.json"]:
+            shutil.copy(path, out)
+    failed = [step.name for step in checks.steps if step.state == "FAILED"]
+    print(f"gpu-check: {'FAILED: ' + ', '.join(failed) if failed else 'green'} on {name}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
