@@ -86,12 +86,15 @@ def test_align_refuses_and_leaves_nothing(root, maps, tmp_path, monkeypatch):
     refused("is not empty; .* --overwrite", "align", *sides, maps, *ids)
     refused("SOURCE .* is an adapter", "align", root / "lora", sides[1], tmp_path / "out", *ids)
     refused("overlaps the input", "align", *sides, root / "causal/source/maps", *ids)
-    monkeypatch.setattr(Alignment, "save", lambda *_, **__: 1 / 0)
+    whole = edited(tmp_path / "whole", root / "causal/target", tensors=lambda held: held.update(
+        {"model.norm.weight": held["model.norm.weight"].int()}))  # fmt: skip
+    refused("torch.int32, not floating point", "align", sides[0], whole, tmp_path / "out", *ids)
+    monkeypatch.setattr(Alignment, "record", lambda *_, **__: 1 / 0)  # what is written last
     with pytest.raises(ZeroDivisionError):
         CliRunner().invoke(
             app, [str(a) for a in ("align", *sides, tmp_path / "out", *ids, *FAST)], catch_exceptions=False
         )
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [whole]
 
 
 def test_a_dry_run_of_each_command_writes_nothing(root, maps, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from exact.models import LLAMA, LLAMA_HEADLESS, VIT, base, batches
 from theseus_transport import InputRefused, tokens
@@ -277,3 +278,21 @@ def test_models_are_as_they_were(text: Models, use: Callable[[Models], None]) ->
     for model, kept in zip(text, state, strict=True):
         assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
         assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("together", [2, 5, 100])
+def test_spaces_added_together_are_those_added_one_by_one(together, monkeypatch):
+    """As on a GPU, where one launch serves the spaces of a block."""
+    torch.manual_seed(0)
+    models = tiny.llama("source"), tiny.llama("target")
+    layouts = tuple(Layout.of(model) for model in models)
+    batch = {"input_ids": torch.randint(0, 300, (2, 16)), "attention_mask": torch.ones(2, 16).triu(-4)[:2].long()}
+    found = []
+    for number in (1, together):
+        with capture(*models, layouts) as seen:
+            seen._together = number
+            seen.run(batch, batch)
+            assert not seen._waiting
+        found.append(seen.moments)
+    for name, moment in found[0].items():
+        assert torch.equal(moment.augmented, found[1][name].augmented) and moment.count == found[1][name].count

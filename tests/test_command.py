@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from theseus_transport import bases as bases_module
 from theseus_transport import doctor as doctor_module
 from theseus_transport.cli import app
+from theseus_transport.passage import Passage
 from typer.testing import CliRunner
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -66,8 +67,8 @@ CASES = [
     case("endless depth", "says 1000000000 blocks, .* of 2", source=config("causal/source", num_hidden_layers=10**9)),
     case("endless vocabulary", r"config.json asks for \[1000000000", source=config("causal/source", vocab_size=10**9)),
     case("nonsense elsewhere", "cannot load .*rms_norm_eps", source=config("causal/source", rms_norm_eps="x")),
-    case("unread tensors", "no place for .*k_proj.bias", **IMAGE | {"source": config("vision/source", qkv_bias=False)},
-         calibration="images.safetensors"),
+    case("unread tensors", "no place for .*attention.key.bias", calibration="images.safetensors",
+         **IMAGE | {"source": config("vision/source", qkv_bias=False)}),
     case("quantised", r"quantised \(gptq\); dequantise", source=config("causal/source", quantization_config={
         "quant_method": "gptq"})),
     case("integers", "torch.int8, not floating point", source=tensors("causal/source", lambda t: t.update(
@@ -106,7 +107,9 @@ CASES = [
     case("leave misspelt", "--leave 'norm' matches nothing; names read like", "--leave", "norm"),
     case("unknown device", "device is 'tpu'; give cpu, cuda", "--device", "tpu"),
     case("seed", "seed is -1; give", "--seed", "-1"),
-    case("overflow", "came out with 0 NaN and [0-9]+ Inf", "--alpha", "1e300", code=5),
+    case("overflow", "came out with 0 NaN and [0-9]+ Inf in torch.float16", "--alpha", "1e8", "--out-dtype", "float16",
+         code=5),
+    case("overflow of the update", r"holds NaN or Inf in torch.float32 at alpha 1e\+300", "--alpha", "1e300", code=5),
     case("unknown recipe", "--recipe", "--recipe", "best", code=2),
     case("no tokens", "--tokens", "--tokens", "0", code=2),
     case("no calibration", "is no file; give a .safetensors", calibration="absent.safetensors"),
@@ -243,7 +246,7 @@ def test_what_happens_on_the_way_has_an_exit_code(root, tmp_path, monkeypatch, e
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(bases_module, "align", fail)
+    monkeypatch.setattr(Passage, "run", fail)
     result = invoke(*arguments(root, tmp_path / "out"), columns=1000)
     assert result.exit_code == code and message in result.stderr and files(tmp_path) == {}
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from corpus import ADAPTERS, CHECKPOINTS, FIRST, INDEX, LORA, LORA_CONFIG, SECOND, Break, adapter, checkpoint
 from theseus_transport.checkpoint import Checkpoint
-from theseus_transport.checks import check_values
+from theseus_transport.checks import check_dtypes, check_values
 from theseus_transport.delta import Adapter
-from theseus_transport.errors import InputRefused
+from theseus_transport.errors import InputRefused, ReadFailed
 
 MEMORY = 1 << 23  # bytes of Python objects a refusal may need; all files but two of 200 KB are below 10 KB
 HANG = 120  # seconds after which a hanging reader dies with a traceback; nothing here should take one
@@ -32,6 +32,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     opened = Checkpoint.open(folder)
     assert opened.nbytes < 1000 and "Checkpoint" in repr(opened)
     held = {name: opened[name] for name in opened}
+    check_dtypes(opened)
     check_values(opened)
     opened.fingerprint(full=True), opened.header_hash()
     if opened.kind == "adapter":
@@ -103,7 +104,9 @@ def test_what_vanishes_after_opening_is_refused_by_name(tmp_path: Path) -> None:
         folder = checkpoint(tmp_path / "model")
         opened = Checkpoint.open(folder)
         break_(folder / SECOND)
-        for use in (lambda: opened["b.weight"], opened.fingerprint, opened.header_hash):  # noqa: B023
+        with pytest.raises(ReadFailed, match=f"{SECOND}: .*b.weight.*restore the file"):
+            opened["b.weight"]
+        for use in (opened.fingerprint, opened.header_hash):
             with pytest.raises(InputRefused, match=SECOND):
                 use()
         assert opened["a.weight"].sum() == 15, "the other shard is still read"

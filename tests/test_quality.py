@@ -8,8 +8,9 @@ import torch
 from theseus_transport import align
 from theseus_transport.capture import capture
 from theseus_transport.maps import Dense, Heads
+from theseus_transport.models import Base
 from theseus_transport.procrustes import procrustes
-from theseus_transport.quality import Quality, matched, measure, quality, warn
+from theseus_transport.quality import Quality, as_mapped, matched, quality, warn
 from theseus_transport.spaces import Layout
 
 
@@ -89,7 +90,13 @@ def test_a_model_and_itself_match_and_shifted_rows_do_not(recipe, make):
     key = "input_ids" if text else "pixel_values"
     data = torch.randint(0, 300, (24, 16)) if text else torch.randn(64, 3, 8, 8, dtype=torch.float64)
     alignment = align(model, model, [{key: data[:16]}], recipe=recipe)
-    rows = measure(alignment, model, model, ({key: data[16:]}, {key: data[16:]}))
+    with capture(model, model, (alignment.source, alignment.target), energies=False) as seen:
+        seen.kept = {}
+        seen.run(*[{key: data[16:]}] * 2)
+    bases, samples = (Base.of(model, alignment.source),) * 2, len(data) - 16
+    maps = {name: alignment.maps[name] for name in seen.kept if name in alignment.maps}
+    mapped = {name: as_mapped(seen.kept[name], seen.links[name], bases, alignment.recipe) for name in maps}
+    rows = [Quality(name, *quality(t, mapped[name], samples)) for name, t in maps.items()]
     spaces = {f"{b}.{part}" for b in (0, 1) for part in ("attention", "context", "mlp", "middle")} | {"final"}
     assert {row.space for row in rows} == spaces
     for row in rows:

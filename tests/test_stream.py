@@ -20,7 +20,6 @@ from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.hidden import Hidden
 from theseus_transport.job import AlignSession, Job, Session
 from theseus_transport.links import energy_links, moment_links
-from theseus_transport.loading import load_model
 from theseus_transport.output import write_update
 from theseus_transport.schedule import schedule
 from theseus_transport.spaces import Layout
@@ -48,6 +47,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from whole import load_model
 
 SIDES = (
     {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -350,3 +350,34 @@ def test_the_folder_of_hidden_states_is_empty_afterwards(root, tmp_path):
     offload = tmp_path / "offload"
     Session(job_of(root, tmp_path, "causal/tuned", offload_folder=offload)).run()
     assert not [path for path in Path(offload).rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("tiles", [2, 3, 7])
+def test_tiles_of_columns_are_the_moments(tiles, tmp_path):
+    """Hidden states go on once, energies and held-out rows are seen once, whatever the number of passes."""
+    torch.manual_seed(0)
+    for side, model in enumerate(PAIRS["llama"]()):
+        tiny.randomised(model).save_pretrained(tmp_path / str(side))
+    opened = [Checkpoint.open(tmp_path / str(side)) for side in range(2)]
+    layouts = tuple(Layout.of(checkpoint.config) for checkpoint in opened)
+    batches, blocks = [(batch, batch) for batch in calibration("text")], [0, 1, None]
+    visits = schedule(*layouts, blocks, {*moment_links(*layouts, blocks), *energy_links(*layouts, blocks)})
+    found = []
+    for n in (1, tiles):
+        how = {"held": 2, "grams": False, "device": torch.device("cpu"), "folder": tmp_path, "resident": True}
+        loop = Loop([Window(checkpoint) for checkpoint in opened], layouts, batches, **how, tiles=n)
+        seen = [loop.visit(visit, first=k == 0) for k, visit in enumerate(visits)]
+        found.append((seen, [loop.sides[side].hidden[i] for side in range(2) for i in range(3)]))
+    (whole, states), (tiled, again) = found
+    assert all(torch.equal(a, b) for a, b in zip(states, again, strict=True))
+    for one, other in zip(whole, tiled, strict=True):
+        assert one.moments.keys() == other.moments.keys() and one.kept.keys() == other.kept.keys()
+        for name, moment in one.moments.items():
+            assert other.moments[name].count == moment.count == 2 * 15
+            size = moment.source_energy.sum().sqrt() * moment.target_energy.sum().sqrt()
+            error = (other.moments[name].cross - moment.cross).abs().max() / size
+            assert error <= 2**-23  # float32 products, added up in another order
+            assert torch.equal(other.moments[name].target_energy, moment.target_energy)
+        for name, energy in one.energies.items():
+            assert torch.equal(energy.source, other.energies[name].source)
+        assert all(torch.equal(a, b) for n in one.kept for a, b in zip(one.kept[n], other.kept[n], strict=True))

@@ -16,7 +16,7 @@ from . import __version__
 from .alignment import PLANNERS, Alignment, by_position, outline
 from .calibration import Calibration, SideInfo, load_calibration, sample_length
 from .checkpoint import Checkpoint
-from .checks import available_memory, find_device, free_device_memory, read_layout, resident_memory
+from .checks import available_memory, check_dtypes, find_device, free_device_memory, read_layout, resident_memory
 from .depth import pair_streamed
 from .errors import InputRefused
 from .folder import check_writable
@@ -33,7 +33,6 @@ from .spaces import Layout
 from .weights import Window
 
 Progress = Callable[[str, int], Callable[[], object]]  # stage and its number of steps -> call after every step
-Lap = Callable[[str], None]  # called when a stage ends
 SIDES = ("source", "target")
 
 
@@ -92,6 +91,7 @@ class Bases:
                 raise InputRefused(f"{name} {checkpoint.folder} is an adapter; give the base model it was trained on")
         first, second = (read_layout(n, c) for n, c in zip(("SOURCE", "TARGET"), self.checkpoints, strict=True))
         self.layouts: tuple[Layout, Layout] = (first, second)
+        check_dtypes(*self.checkpoints)
         self.windows = Window(self.source), Window(self.target)
 
     @property
@@ -203,7 +203,10 @@ class Bases:
         planner = PLANNERS[recipe.name](source, target, draft.blocks, recipe, toward=toward)
         planner.method = self.plan.choice.method
         choice = self.plan.choice
-        how: dict[str, Any] = {"ahead": choice.ahead, "resident": choice.resident, "folder": self.job.offload_folder}
+        how: dict[str, Any] = {name: getattr(choice, name) for name in ("ahead", "resident", "tiles")}
+        how["folder"] = self.job.offload_folder
+        if choice.polar == "cpu":
+            how["decompose"] = torch.device("cpu")
         passage = Passage(self.windows, self.layouts, data, planner, sink, work, self.device, **how)
         held = passage.run(progress)
         provenance = {

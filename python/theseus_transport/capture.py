@@ -15,13 +15,14 @@ from . import tokens
 from .errors import InputRefused
 from .family import Slot
 from .links import Blocks, Link, energy_links, moment_links
-from .moments import CrossMoment, Energy, Grams
+from .moments import CrossMoment, Energy, Grams, update_together
 from .opened import open_attention
 from .spaces import Layout, Space
 from .tokens import RowMixing
 
 SIDES = "source", "target"
 MAIN_INPUT = {"text": "input_ids", "vision": "pixel_values"}
+TOGETHER = 5  # spaces of a block: attention, context, MLP, middle and what follows
 Batch = Mapping[str, Any]
 Mixings = tuple[RowMixing | None, RowMixing | None]
 
@@ -46,12 +47,19 @@ class Capture:
         outputs: Mapping[str, Link],
         grams: bool,
         device: torch.device,
+        tile: tuple[int, int] = (0, 1),
     ) -> None:
-        """Of backbones, on the spaces of ``moments`` and the outputs of ``outputs``; sums lie on ``device``."""
-        self._models, self._layouts, self._device = models, layouts, device
+        """Of backbones, on the spaces of ``moments`` and the outputs of ``outputs``; sums lie on ``device``.
+
+        Args:
+            tile: (k, n): of every moment the k-th of n tiles of target columns, to be :meth:`CrossMoment.joined`.
+        """
+        self._models, self._layouts, self._device, self._tile = models, layouts, device, tile
         self._mixings: Mixings = (None, None)
         self._side = 0  # whose modules run; source and target may be one module
         self._pending: dict[str, Tensor] = {}
+        self._waiting: dict[str, tuple[Tensor, Tensor]] = {}  # pairs of rows that are added together
+        self._together = TOGETHER if device.type == "cuda" else 1  # on the CPU waiting would only take memory
         self._seen: set[tuple[int, str]] = set()
         self.links = {**moments, **outputs}
         self.kept: dict[str, tuple[Tensor, Tensor]] | None = None
@@ -62,7 +70,11 @@ class Capture:
         def gram(space: Space) -> CrossMoment:
             return CrossMoment.zeros(space.width, space.width, device)
 
-        self.moments = {name: CrossMoment.zeros(*sizes(link)) for name, link in moments.items()}
+        def columns(width: int) -> int:
+            return len(range(width)[self._columns(width)])
+
+        spaces = {name: (link.source.width, columns(link.target.width)) for name, link in moments.items()}
+        self.moments = {name: CrossMoment.zeros(*size, device) for name, size in spaces.items()}
         self.energies = {name: Energy.zeros(*sizes(link)) for name, link in outputs.items()}
         self.grams: dict[str, Grams] = {n: (gram(li.source), gram(li.target)) for n, li in moments.items() if grams}
 
@@ -89,11 +101,13 @@ class Capture:
             InputRefused: a space was not seen exactly once on each side.
         """
         self._pending.clear()
+        self._waiting.clear()
         self._seen.clear()
         self._mixings = tuple(m and m.to(self._device) for m in rows)  # type: ignore[assignment]
         with torch.no_grad():
             for self._side, run in enumerate((source, target)):
                 run()
+            self._flush()
         if unseen := [name for name in self.links if not {(0, name), (1, name)} <= self._seen]:
             name = min(unseen)
             raise InputRefused(f"{name} was not seen in the forward pass of both models ({len(unseen)} such)")
@@ -127,9 +141,21 @@ class Capture:
             own, other = (x if m is None else m(x) for x, m in zip(sides, self._mixings, strict=True))
             self.kept[name] = own, other
             return
-        self.moments[name].update(*sides, *self._mixings)
+        self._waiting[name] = source, target[:, self._columns(target.shape[1])]
+        if len(self._waiting) == self._together:
+            self._flush()
         for gram, x, mixing in zip(self.grams.get(name, ()), sides, self._mixings, strict=False):  # maybe none
             gram.update(x, x, mixing, mixing)
+
+    def _flush(self) -> None:
+        """Add what waits to be added."""
+        names, rows = list(self._waiting), list(self._waiting.values())
+        update_together([self.moments[name] for name in names], rows, self._mixings)
+        self._waiting.clear()
+
+    def _columns(self, width: int) -> slice:
+        k, n = self._tile
+        return slice(k * width // n, (k + 1) * width // n)
 
     @contextmanager
     def opened(self) -> Iterator[Capture]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import resource
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from .update import Row
 
 log = logging.getLogger(__name__)
 UNRELATED = 0.05  # cosine of weights below which TUNED cannot be a tune of SOURCE
+M_MMAP_THRESHOLD = -3  # malloc.h
 SAMPLED, ROWS = 32, 64  # matrices, and rows of each, that are compared
 FOREIGN = 0.5  # share of token ids that mean another token, above which a vocabulary is another one
 
@@ -151,6 +154,12 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[Any, str]:
 def _classes(checkpoint: Checkpoint) -> dict[Any, str]:
     labels = checkpoint.config.get("id2label")
     return labels if isinstance(labels, dict) else {}
+
+
+def return_freed_memory() -> None:
+    """Have freed blocks from 4 MiB on go back to the system at once, so that the peak is that of what is in use."""
+    with suppress(OSError, AttributeError):  # another C library than glibc has no such choice
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 << 20)
 
 
 def free_device_memory(device: torch.device) -> int | None:

@@ -196,6 +196,9 @@ def _sized(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(session: Any, dry_run: bool, as_json: bool) -> None:
+    from .checks import return_freed_memory
+
+    return_freed_memory()
     if dry_run:
         outcome = session.rehearse()
     else:

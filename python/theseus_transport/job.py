@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import prod
@@ -15,12 +16,13 @@ import torch
 
 from .alignment import RECORD, Alignment, outline
 from .bases import AlignJob, Bases, Progress, check_room, content_hash, quiet, recorded_base
+from .calibration import Calibration
 from .changes import first_change
 from .checkpoint import Checkpoint
 from .checks import check_dtypes, check_left, check_rows, check_tune, check_values
 from .delta import Adapter, Delta
-from .errors import AlreadyDone, InputRefused
-from .folder import differences
+from .errors import AlreadyDone, InputRefused, NothingToResume, NumericalError
+from .folder import differences, read_manifest
 from .journal import Work
 from .outcome import Clock, Outcome, collected_warnings, describe, told_in_manifest
 from .output import Kind, Written, described_outputs, planned
@@ -164,7 +166,7 @@ class AlignSession:
                 outcome.job["recipe"] = asdict(alignment.recipe)
                 work.finish()
             clock.stages(passage.seconds)
-        return clock.finish(outcome, job.out)
+        return clock.finish(outcome, job.out, *self.bases.windows)
 
 
 class Session:
@@ -173,7 +175,7 @@ class Session:
     def __init__(self, job: Job) -> None:
         self.job, self.alphas = job, chosen(job.alpha)
         self.bases = Bases(job.alignment)
-        source, target = self.bases.checkpoints
+        source = self.bases.source
         self.tuned = Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
         self.window = Window(self.tuned)
         if self.tuned.kind == "adapter":
@@ -183,7 +185,7 @@ class Session:
         self.kind: Kind = _kind(job, self.tuned)
         self.dtype = DTYPES[job.out_dtype]
         self.inputs = [*self.bases.inputs, self.tuned.folder, *([Path(job.maps)] if job.maps else [])]
-        check_dtypes(source, target, self.tuned)
+        check_dtypes(self.tuned)
         if self.tuned.kind == "checkpoint":
             check_tune(source, self.tuned, self.bases.layouts[0])
         self.alignment = self._opened() if job.maps else None
@@ -259,7 +261,7 @@ class Session:
                 out.files = {**(out.files or {}), "README.md": lambda i=i: model_card(known(i))}  # type: ignore[misc]
                 out.metadata = lambda i=i: {"outcome": told_in_manifest(known(i)), "provenance": provenance}
             stem, described = described_outputs(update, outputs, self.kind, dtype=self.dtype, base_name=job.target)
-            key = self.bases.key(data, self.tuned, whole=job.verify_inputs, alphas=alphas, **options_of(job))
+            key = self._key(data, draft.recipe, alphas)
             with Work.open(job.out, described, **self.bases.writing(key, stem=stem, inputs=self.inputs)) as work:
                 written = progress("write", len(described[0].tensors))
                 sink = Moves(draft, update, outputs, described[0].tensors, work, self.window, progress=written)
@@ -280,14 +282,35 @@ class Session:
     def _aligned_first(self, progress: Progress) -> Outcome:
         """A strength that follows from all of the update needs all maps first: they lie beside the output meanwhile."""
         maps = self.job.out.with_name(f".{self.job.out.name}.maps")
-        aligned = replace(self.job.alignment, out=maps)
+        there = maps.exists()  # of a run that got so far
+        aligned = replace(self.job.alignment, out=maps, resume=self.job.resume or there)
         try:
             AlignSession(aligned).run(progress)
         except AlreadyDone:
             log.info("going on with the maps in %s", maps)
-        outcome = Session(replace(self.job, maps=str(maps))).run(progress)
+        except NothingToResume:
+            if not there:
+                raise
+            AlignSession(replace(aligned, resume=False, overwrite=True)).run(progress)
+        job = replace(self.job, maps=str(maps))
+        try:
+            try:
+                outcome = Session(job).run(progress)
+            except NothingToResume:  # interrupted before it began to move
+                outcome = Session(replace(job, resume=False)).run(progress)
+        except (AlreadyDone, NumericalError):
+            shutil.rmtree(maps)
+            raise
         shutil.rmtree(maps)
         return outcome
+
+    def _key(self, data: Calibration | None, recipe: Recipe, alphas: Sequence[float]) -> dict[str, Any]:
+        """All that decides what is written; see :meth:`Bases.key`."""
+        job, known = self.job, dict[str, Any]()
+        if job.maps:
+            known["MAPS"] = read_manifest(job.maps)["files"]  # by content: what a matched strength needs is made anew
+        known |= {"alphas": list(alphas), "recipe": asdict(recipe), **options_of(job)}
+        return self.bases.key(data, self.tuned, whole=job.verify_inputs, **known)
 
     def _opened(self) -> Alignment:
         assert self.job.maps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -61,6 +62,20 @@ class CrossMoment:
             target_mixing=None if target_mixing is None else target_mixing.csr,
         )
         self.count += len(target) if target_mixing is None else target_mixing.rows
+
+    def to(self, device: torch.device | str) -> CrossMoment:
+        """The same on another device."""
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "count"}
+        return CrossMoment(**tensors, count=self.count)
+
+    @classmethod
+    def joined(cls, tiles: Sequence[CrossMoment]) -> CrossMoment:
+        """The moment whose target features are those of all tiles, one after the other, of the same tokens."""
+        own = tiles[0]
+        cross, sums, energies = (
+            torch.cat([getattr(t, part) for t in tiles], -1) for part in ("cross", "target_sum", "target_energy")
+        )
+        return cls(cross, own.source_sum, sums, own.source_energy, energies, own.count)
 
     def __add__(self, other: CrossMoment) -> CrossMoment:
         """Moments of the union of two sets of tokens."""
@@ -189,6 +204,27 @@ class Energy:
     def __add__(self, other: Energy) -> Energy:
         both = (self.centred[0] + other.centred[0], self.centred[1] + other.centred[1])
         return Energy(self.source + other.source, self.target + other.target, both)
+
+
+def update_together(
+    moments: Sequence[CrossMoment], rows: Sequence[tuple[Tensor, Tensor]], mixings: Sequence[RowMixing | None]
+) -> None:
+    """:meth:`CrossMoment.update` of several spaces at once, as of a block: on a GPU one launch serves all of them.
+
+    Args:
+        rows: (source, target) of each; mixings: of both sides, the same for all.
+    """
+    parts = ("cross", "source_sum", "target_sum", "source_energy", "target_energy")
+    source, target = (None if mixing is None else mixing.csr for mixing in mixings)
+    theseus_ext.cross_moments_(
+        [own for own, _ in rows],
+        [other for _, other in rows],
+        **{part: [getattr(moment, part) for moment in moments] for part in parts},
+        source_mixing=source,
+        target_mixing=target,
+    )
+    for moment, (_, other) in zip(moments, rows, strict=True):
+        moment.count += len(other) if mixings[1] is None else mixings[1].rows
 
 
 Grams = tuple[CrossMoment, CrossMoment]

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from .delta import PREFIX, Factors
 from .errors import InputRefused
-from .folder import check_writable
 from .models import dtype_of, pieces, rows_of, shape_of
 from .update import Update
-from .writer import Output, Planned, planned_bytes, write_checkpoints
+from .writer import Output, Planned, write_checkpoints
 
 Kind = Literal["adapter", "checkpoint", "delta"]
 Files = Mapping[str, bytes | str | Path | Callable[[], str]]
@@ -157,22 +156,6 @@ def planned(
     if kind == "delta":
         return list(_delta(update, dtype))
     return list((_adapter if kind == "adapter" else _checkpoint)(update, dtype, rounding))
-
-
-def check_output(
-    update: Update,
-    folders: Sequence[str | Path],
-    kind: Kind,
-    *,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-    inputs: Sequence[Path] = (),
-) -> int:
-    """Bytes the outputs will take; refuses folders that cannot be written, before anything heavy runs."""
-    nbytes = len(folders) * planned_bytes(planned(update, kind, dtype))
-    for folder in folders:
-        check_writable(folder, nbytes, overwrite=overwrite, inputs=inputs)
-    return nbytes
 
 
 def adapter_config(update: Update, base_name: str | None) -> str:

@@ -63,6 +63,8 @@ class Passage:
         windows, layouts: of source and target.
         work: commits every visit; a pass that was interrupted goes on behind the last one.
         ahead: read the next blocks while these run.
+        decompose: where maps are made of moments, if not on ``device``.
+        tiles: of columns in which moments are added up, each by a pass of its own through the blocks.
         resident: keep hidden states in memory; folder: for their files, by default the work's own.
         seconds: by stage.
     """
@@ -74,8 +76,10 @@ class Passage:
     sink: Sink
     work: Work
     device: torch.device
+    decompose: torch.device | None = None
     ahead: bool = True
     resident: bool = True
+    tiles: int = 1
     folder: Path | None = None
     rows: list[Quality] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -119,7 +123,8 @@ class Passage:
     def _loop(self, batches: Sequence[Any]) -> Loop:
         held = len(self.data.batches) if self.data.held else None
         options: dict[str, Any] = {"held": held, "grams": self.planner.recipe.whiten_power > 0, "device": self.device}
-        loop = Loop(self.windows, self.layouts, batches, **options, folder=self._folder, resident=self.resident)
+        options |= {"resident": self.resident, "tiles": self.tiles}
+        loop = Loop(self.windows, self.layouts, batches, **options, folder=self._folder)
         if self.work.step:
             loop.resume(self.work.state["hidden"])
         return loop
@@ -136,6 +141,10 @@ class Passage:
         with self._timed("forward and moments"):
             seen = loop.visit(visit, first=k == 0, done=done)
         with self._timed("maps"):
+            if self.decompose is not None:
+                place = self.decompose
+                seen.moments = {name: moment.to(place) for name, moment in seen.moments.items()}
+                seen.grams = {name: (own.to(place), other.to(place)) for name, (own, other) in seen.grams.items()}
             planner.add(seen.moments, seen.energies, seen.grams)
             seen.moments, seen.energies, seen.grams = {}, {}, {}  # the planner frees them one by one
             if None not in visit.blocks:
@@ -177,7 +186,7 @@ class Passage:
         loop.committed()
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.planner.restore(state["planner"], self.work.tensors, device=self.device)
+        self.planner.restore(state["planner"], self.work.tensors, device=self.decompose or self.device)
         self.sink.restore(state["sink"])
         self.rows = [Quality(*row) for row in state["quality"]]
 

@@ -34,6 +34,7 @@ class Choice:
         resident: hidden states stay in memory, rather than in files.
         method: of decompositions (see :func:`procrustes`): ``auto`` is fast, ``iterate`` needs less memory.
         polar: where maps are decomposed, ``device`` or ``cpu``.
+        tiles: of columns in which moments are added up on a device, each by a pass of its own through the blocks.
     """
 
     batch_size: int
@@ -41,6 +42,7 @@ class Choice:
     resident: bool = True
     method: Literal["auto", "iterate"] = "auto"
     polar: Literal["device", "cpu"] = "device"
+    tiles: int = 1
 
     @property
     def words(self) -> str:
@@ -48,7 +50,8 @@ class Choice:
         where = "in memory" if self.resident else "in files"
         how = ", maps by iteration" if self.method == "iterate" else ""
         cpu = ", maps made on the CPU" if self.polar == "cpu" else ""
-        return f"{self.batch_size} samples a pass, {reads}, hidden states {where}{how}{cpu}"
+        passes = f", moments in {self.tiles} passes" if self.tiles > 1 else ""
+        return f"{self.batch_size} samples a pass, {reads}, hidden states {where}{how}{cpu}{passes}"
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
         "tables": RUNTIME + 4 * TILE + 2 * square,
     }
     device = {
-        "forward": run + sum(crosses) + grams,
+        "forward": run + sum(crosses) // choice.tiles + grams,
         "maps": sum(crosses) + grams + polar_bytes(*widest, method="iterate") + kept,
     }
     return Plan(choice, host, {k: v for k, v in device.items() if on_device or k != "maps"} if gpu else {})
@@ -170,7 +173,8 @@ def fitted(sizes: Sizes, batch_size: int, *, offload: bool, budget: Limits, free
         for i, (option, what) in enumerate((("--max-ram", "memory"), ("--max-memory", "device memory")))
     )
     plans = []
-    for choice in _choices(Choice(batch_size, resident=not offload), gpu=sizes.device.type == "cuda"):
+    gpu, tiled = sizes.device.type == "cuda", not sizes.recipe.whiten_power
+    for choice in _choices(Choice(batch_size, resident=not offload), gpu=gpu, tiled=tiled):
         plan = stages(sizes, choice)
         if (max_ram is None or plan.peak <= max_ram) and (max_memory is None or plan.device_peak <= max_memory):
             return plan
@@ -186,15 +190,18 @@ def fitted(sizes: Sizes, batch_size: int, *, offload: bool, budget: Limits, free
     raise ResourceError(f"{'; '.join(lacking)} ({least.choice.words}){files}")
 
 
-def _choices(start: Choice, *, gpu: bool) -> Iterator[Choice]:
-    """The cheap ones first: maps by iteration, smaller batches, no reading ahead, maps on the CPU."""
+def _choices(start: Choice, *, gpu: bool, tiled: bool) -> Iterator[Choice]:
+    """The cheap ones first: maps by iteration, smaller batches, no reading ahead, maps on the CPU, moments by tiles."""
     sizes = [start.batch_size]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     yield start
-    for ahead, polar in ((True, "device"), (False, "device"), *([(False, "cpu")] if gpu else [])):
-        for batch_size in sizes:
-            yield replace(start, batch_size=batch_size, ahead=ahead, method="iterate", polar=polar)  # type: ignore[arg-type]
+    least = replace(start, method="iterate")
+    yield from (replace(least, batch_size=n, ahead=ahead) for ahead in (True, False) for n in sizes)
+    if gpu:
+        cpu = replace(least, ahead=False, polar="cpu")
+        yield from (replace(cpu, batch_size=n) for n in sizes)
+        yield from (replace(cpu, batch_size=1, tiles=1 << k) for k in range(1, 6 if tiled else 1))
 
 
 def _matrices(source: Layout, target: Layout) -> Sequence[tuple[Any, Any]]:

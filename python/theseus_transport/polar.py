@@ -185,7 +185,7 @@ def polar_bytes(rows: int, columns: int, *, method: str) -> int:
     k, m = sorted((rows, columns))
     lapack = 2, 4 if m < 11 * k / 6 else 6  # gesdd's divide and conquer; from there on it begins with QR
     copies, squares = {"newton": (1, 2), "iterate": (1, 4), "lapack": lapack, "auto": lapack}[method]
-    blocked = 2 * next(blocks(max(k, 1))).stop * m  # rows of C and of its residual, in the certificate
+    blocked = 2 * int(next(blocks(max(k, 1))).stop) * m  # rows of C and of its residual, in the certificate
     return 8 * (copies * k * m + squares * k * k + blocked) + BUFFERS
 
 

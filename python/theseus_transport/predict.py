@@ -76,7 +76,8 @@ def polar_flops(rows: int, columns: int) -> int:
 
 def move_flops(update: Update) -> int:
     """Flops of T_out^T dW T_in over an update: dense, or through the factors of a LoRA."""
-    adapter, family = update.delta.adapter, update.source_family
+    adapter, family, target_family = update.delta.adapter, update.source_family, update.family
+    tables = {e.name for e in target_family.embeddings} | {f"{head}.weight" for head in target_family.heads.values()}
     layers = adapter.layers() if adapter else {}
     ranks = {part: adapter.rank(la) for la in layers for part in family.parts(family.canonical(la))} if adapter else {}
     flops = 0
@@ -87,6 +88,9 @@ def move_flops(update: Update) -> int:
         if len(target) == len(source) == 2:
             (out_s, in_s), (out_t, in_t) = source, target
             rank = ranks.get(name.removesuffix(".weight"))
+            if into in tables and not rank:  # rows are the same on both sides
+                flops += 2 * out_s * in_s * in_t
+                continue
             flops += 2 * rank * (in_s * in_t + out_s * out_t) if rank else 2 * out_s * in_t * (in_s + out_t)
     return flops
 

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .alignment import Alignment
-from .capture import Batch, capture, samples_of
 from .links import Link
 from .maps import Heads, Map
 from .models import Base
@@ -82,19 +80,3 @@ def as_mapped(rows: Rows, link: Link, bases: tuple[Base, Base], recipe: Recipe) 
     norms = (base.norm(space.norm, space.width) for base, space in zip(bases, (link.source, link.target), strict=True))
     own, other = ((x - shift.to(x)) / gain.to(x) for x, (gain, shift) in zip(rows, norms, strict=True))
     return own, other
-
-
-def measure(alignment: Alignment, source: nn.Module, target: nn.Module, batch: tuple[Batch, Batch]) -> list[Quality]:
-    """A row for every space that has a map, from one pair of batches that was held out; the models stay as they are."""
-    layouts = (alignment.source, alignment.target)
-    bases = Base.of(source, layouts[0]), Base.of(target, layouts[1])
-    with capture(source, target, layouts, energies=False, blocks=alignment.blocks) as seen:
-        seen.kept = {}
-        seen.run(*batch)
-    found = []
-    for name, rows in seen.kept.items():
-        if name in alignment.maps:
-            mapped = as_mapped(rows, seen.links[name], bases, alignment.recipe)
-            found.append(Quality(name, *quality(alignment.maps[name], mapped, samples_of(batch[0]))))
-    warn(found)
-    return found

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from .errors import TheseusError
+from .errors import AlreadyDone, TheseusError
 from .report import console
 
 
@@ -18,6 +18,12 @@ def errors(as_json: bool) -> Iterator[None]:
     """Errors a user can act on become one message and an exit code."""
     try:
         yield
+    except AlreadyDone as done:
+        if as_json:
+            print(json.dumps({"done": str(done)}))
+        else:
+            console().print(str(done), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit() from None
     except TheseusError as error:
         _fail(str(error), error.exit_code, as_json)
     except (MemoryError, RuntimeError) as error:

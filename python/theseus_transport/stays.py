@@ -6,8 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
-from .alignment import Alignment
+if TYPE_CHECKING:
+    from .alignment import Alignment
+
+GUESSED = ", as guessed"  # ends the reason why a block stays where the pairing of blocks is not known yet
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Stays:
             return "the recipe leaves heads"
         inside = re.match(rf"{re.escape(source.family.blocks)}\.(\d+)\.", name)
         if inside and int(inside[1]) < source.depth and int(inside[1]) not in self.alignment.blocks:
-            return f"no block of the target takes block {inside[1]}" + self.alignment.draft * ", as guessed"
+            return f"no block of the target takes block {inside[1]}" + self.alignment.draft * GUESSED
         return source.family.why_left(name)
 
     def unmoved(self, name: str, *, is_new: bool) -> str | None:

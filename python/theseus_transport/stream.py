@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from .capture import Batch, Capture, mixings
 from .hidden import Hidden
+from .moments import CrossMoment
 from .schedule import Visit
 from .skeleton import Call, Skeleton
 from .spaces import Layout, by_block
@@ -35,12 +37,13 @@ class Side:
         """The stored tensors of a block; none where there is no such block."""
         return [] if b is None else self._names.get(b, [])
 
-    def step(self, block: nn.Module, b: int, i: int, norms: Sequence[nn.Module] = ()) -> None:
-        """Run block ``b`` on batch ``i``, and ``norms`` on its result."""
+    def step(self, block: nn.Module, b: int, i: int, norms: Sequence[nn.Module] = (), *, stay: bool = False) -> None:
+        """Run block ``b`` on batch ``i``, and ``norms`` on its result; ``stay``: hidden states remain as they are."""
         rest, named = self.calls[i][b]
         result = block(self.hidden[i].to(self.device), *rest, **named)
         state = result[0] if isinstance(result, tuple) else result
-        self.hidden.put(i, state)
+        if not stay:
+            self.hidden.put(i, state)
         for norm in norms:
             norm(state)
 
@@ -63,18 +66,20 @@ class Loop:
         device: torch.device,
         folder: Path,
         resident: bool,
+        tiles: int = 1,
     ) -> None:
         """
         Args:
             batches: pairs of batches; ``held``: the number of the one that is kept rather than added up, if any.
             grams: whether each side's moments with itself are wanted.
             folder: for files of hidden states; ``resident``: whether these stay in memory beside.
+            tiles: of columns in which moments are added up, each in a pass of the blocks, and put together on the host.
         """
         sides = zip(windows, layouts, zip(*batches, strict=True), strict=True)
         self.sides = tuple(Side(window, layout, own, device) for window, layout, own in sides)
         self._layouts, self._held, self._grams, self._device = layouts, held, grams, device
         self._rows = [mixings(layouts, *pair) for pair in batches]
-        self._folder, self._resident = folder, resident
+        self._folder, self._resident, self._tiles = folder, resident, tiles
 
     def visit(self, visit: Visit, *, first: bool, done: Step = lambda: None) -> Capture:
         """Run a visit's blocks on all batches (the embeddings, where it is the ``first``); returns what was seen.
@@ -84,18 +89,27 @@ class Loop:
         """
         if first:
             return self._embed(visit, done)
-        seen = self._capture(visit)
         with ExitStack() as stack:
-            stack.enter_context(seen.opened())
             runs = []
             for side, b, norms in zip(self.sides, visit.blocks, visit.norms, strict=True):
                 side.window.hold(side.names(b))
                 filled = None if b is None else stack.enter_context(side.skeleton.filled(b))
                 runs.append((side, filled, b, [side.skeleton.norm(name) for name in sorted(norms)]))
-            for i, rows in enumerate(self._rows):
-                self._keep(seen, i)
-                seen.add(rows, *(_step(*run, i) for run in runs))
-                done()
+            count, tiles = self._tiles if visit.moments else 1, []
+            for k in range(count):
+                last = k + 1 == count
+                seen = self._capture(visit if last else replace(visit, outputs={}), (k, count))
+                with seen.opened():
+                    for i, rows in enumerate(self._rows):
+                        if i == self._held and not last:
+                            break
+                        self._keep(seen, i)
+                        seen.add(rows, *(_step(*run, i, stay=not last) for run in runs))
+                        if last:
+                            done()
+                tiles.append(seen.moments if count == 1 else {n: m.to("cpu") for n, m in seen.moments.items()})
+        if count > 1:
+            seen.moments = {name: CrossMoment.joined([tile.pop(name) for tile in tiles]) for name in visit.moments}
         return seen
 
     def _embed(self, visit: Visit, done: Step) -> Capture:
@@ -114,10 +128,10 @@ class Loop:
                 done()
         return seen
 
-    def _capture(self, visit: Visit) -> Capture:
+    def _capture(self, visit: Visit, tile: tuple[int, int] = (0, 1)) -> Capture:
         models = self.sides[0].skeleton.model, self.sides[1].skeleton.model
         links: dict[str, Mapping[str, Any]] = {"moments": visit.moments, "outputs": visit.outputs}
-        return Capture(models, self._layouts, **links, grams=self._grams, device=self._device)
+        return Capture(models, self._layouts, **links, grams=self._grams, device=self._device, tile=tile)
 
     def _keep(self, seen: Capture, i: int) -> None:
         """From the batch that is held out on, rows are kept."""
@@ -145,10 +159,12 @@ class Loop:
                 side.calls = [embed(i)[1] for i in range(len(side.batches))]
 
 
-def _step(side: Side, block: nn.Module | None, b: int | None, norms: Sequence[nn.Module], i: int) -> Step:
+def _step(
+    side: Side, block: nn.Module | None, b: int | None, norms: Sequence[nn.Module], i: int, *, stay: bool
+) -> Step:
     def run() -> None:
         if block is not None and b is not None:
-            side.step(block, b, i, norms)
+            side.step(block, b, i, norms, stay=stay)
         else:
             for norm in norms:
                 norm(side.hidden[i].to(side.device))

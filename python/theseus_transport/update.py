@@ -17,6 +17,7 @@ from .errors import InputRefused, NumericalError
 from .family import Family
 from .models import Base, dtype_of, growing, pieces, row_tiles, rows_of, shape_of
 from .moves import Carried
+from .stays import GUESSED
 
 Fate = Literal["transported", "folded", "unchanged", "left"]
 
@@ -161,7 +162,8 @@ class Update(Mapping[str, Tensor]):
             for into, piece in zip(pieces(place), pieces(moved), strict=True):
                 into.copy_(piece * self.alpha)
         if any(count_nonfinite(value)):
-            raise NumericalError(f"the update of {name} holds NaN or Inf; check the tuned model and the alignment")
+            told = f"the update of {name} holds NaN or Inf in {value.dtype} at alpha {self.alpha:g}"
+            raise NumericalError(f"{told}; a smaller --alpha avoids overflow, else check the tuned model")
         return value
 
     def _moved(self, part: str, job: Job, rows: slice | None) -> Tensor:
@@ -204,8 +206,8 @@ class Update(Mapping[str, Tensor]):
             del self.moved[name]
         rows = [Row(row.tensor, "unchanged") if row.tensor in self.unchanged else row for row in self.coverage]
         self.coverage[:] = rows
-        if not self._jobs:
-            reasons = sorted({row.note for row in rows if row.fate == "left"})
+        reasons = sorted({row.note for row in rows if row.fate == "left"})
+        if not (self._jobs or any(reason.endswith(GUESSED) for reason in reasons)):
             left = f"every changed tensor was left behind ({'; '.join(reasons)})"
             what = left if reasons else "no tensor differs from the base"
             raise InputRefused(f"nothing to transport: {what}; was the right base given?")

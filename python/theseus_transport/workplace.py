@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .errors import AlreadyDone, InputRefused
+from .errors import AlreadyDone, InputRefused, NothingToResume
 from .folder import check_writable, differences, put_in_place, read_manifest, refuse_overlap, sync, warn_leftovers
 from .headers import digest
 from .record import JOURNAL, LOCK, NEXT, Record, lock
@@ -100,7 +100,7 @@ class Workplace:
                 self.remove()
             raise AlreadyDone(f"{self.home} is whole already, made from the same inputs with the same options")
         if resume and not there:
-            raise InputRefused(f"nothing to resume: there is no {self.folder}; run without --resume")
+            raise NothingToResume(f"nothing to resume: there is no {self.folder}; run without --resume")
         return None
 
     def begin(self) -> None:

@@ -1,0 +1,38 @@
+"""Random models of the bench's geometries on disk, and jobs that move them, for tests of memory and of abuse."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from theseus_transport import passage
+from theseus_transport.job import Job
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+from random_checkpoint import Geometry, write_random  # noqa: E402
+
+Pair = tuple[Geometry, Geometry]
+TINY = Geometry("llama", 24, 32, 3, 4, 2, 300), Geometry("llama", 40, 48, 3, 5, 5, 300)
+MIDDLE = Geometry("llama", 512, 1408, 2, 8, 4, 1000), Geometry("llama", 768, 2048, 2, 12, 4, 1000)
+COMMIT = passage.Passage._commit
+
+
+def written(root: Path, pair: Pair, *, samples: int, length: int, dtype: torch.dtype = torch.float32) -> Path:
+    """A pair of random models, a shard a block, a tune of the first, and token ids [samples, length]."""
+    write_random(root / "source", pair[0], dtype=dtype)
+    write_random(root / "tuned", pair[0], dtype=dtype, tune=0.1)
+    write_random(root / "target", pair[1], dtype=dtype, seed=1)
+    ids = torch.randint(0, pair[0].vocab_size, (samples, length), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": ids}, root / "ids.safetensors")
+    return root
+
+
+def job_of(root: Path, out: str = "out", **options: object) -> Job:
+    folders = (str(root / name) for name in ("source", "tuned", "target"))
+    return Job(*folders, root / out, str(root / "ids.safetensors"), **{"tokens": 192, "batch_size": 4, **options})
+
+
+def arguments(root: Path, out: str = "out") -> tuple[object, ...]:
+    """The same job as the command's arguments."""
+    options = ("--calibration", root / "ids.safetensors", "--tokens", 192, "--batch-size", 4)
+    return ("transport", *(root / name for name in ("source", "tuned", "target", out)), *options)

@@ -1,0 +1,119 @@
+"""Budgets from tiny to large: each is met, or refused with the least that would be; none changes a byte by itself."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import theseus_transport as tt
+import torch
+from abused import MIDDLE, TINY, Pair, job_of, written
+from calls import identical
+from random_checkpoint import GEOMETRIES, Geometry, parameters
+from theseus_transport import plan as plan_module
+from theseus_transport.job import Session
+from theseus_transport.plan import Plan, Sizes, fitted
+from theseus_transport.spaces import Layout
+
+MIB = 1 << 20
+LARGE = GEOMETRIES["llama-3.2-3b"], GEOMETRIES["llama-3.1-8b"]
+PAIRS = {"tiny": TINY, "middle": MIDDLE, "qwen": (GEOMETRIES["qwen2.5-0.5b"], GEOMETRIES["qwen2.5-1.5b"])}
+
+
+class Shapes(dict):
+    """A checkpoint of which only the header is known."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(parameters(geometry))
+        self.config, self.shapes, self.dtypes = geometry.config(), dict(self), dict.fromkeys(self, torch.bfloat16)
+
+
+def sizes_of(pair: Pair, *, device: str = "cpu") -> Sizes:
+    """Of a job with the default number of tokens, in samples of 512."""
+    opened = tuple(Shapes(geometry) for geometry in pair)
+    layouts = tuple(Layout.of(checkpoint.config) for checkpoint in opened)
+    tokens = 4 * max(max(la.width, la.middle) for la in layouts)
+    return Sizes(opened, layouts, tt.Recipe(), opened[0], 512, tokens, torch.device(device))
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Plan]]:
+    """Every plan that was tried."""
+    found, stages = [], plan_module.stages
+    monkeypatch.setattr(plan_module, "stages", lambda *given: found.append(stages(*given)) or found[-1])
+    return found
+
+
+def least_of(sizes: Sizes, budget: tuple[int | None, int | None], *, offload: bool) -> dict[str, int]:
+    """Of a budget that is refused, the least that the message names, by option."""
+    with pytest.raises(tt.ResourceError) as refusal:
+        fitted(sizes, 8, offload=offload, budget=budget, free=(None, None))
+    found = re.findall(r"(--max-\w+) is \d+MiB, and (\d+)MiB is the least", str(refusal.value))
+    return {option: int(mib) * MIB for option, mib in found}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_budget_is_met_or_refused_with_one_that_is(pair, offload, tried):
+    """Around the peak of every choice, and at powers of two from 1 MiB to 1 TiB."""
+    sizes = sizes_of(PAIRS[pair])
+    least_of(sizes, (MIB, None), offload=offload)
+    peaks = {plan.peak for plan in tried}
+    for budget in sorted({p + d for p in peaks for d in (-1, 0, 1)} | {MIB << k for k in range(21)}):
+        if budget < min(peaks):
+            least = least_of(sizes, (budget, None), offload=offload)["--max-ram"]
+            assert min(peaks) <= least < min(peaks) + MIB  # rounded up to whole MiB
+            budget = least
+        plan = fitted(sizes, 8, offload=offload, budget=(budget, None), free=(None, None))
+        assert plan.peak <= budget and plan.choice.resident is not offload
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("pair", [*PAIRS.values(), LARGE], ids=[*PAIRS, "large"])
+def test_the_least_of_both_memories_does(pair, offload, tried):
+    """Whatever host and device may take: what the message names, given exactly, is accepted."""
+    sizes = sizes_of(pair, device="cuda")
+    least_of(sizes, (MIB, MIB), offload=offload)
+    hosts, devices = (
+        {peak for plan in tried for peak in (f(plan),)} for f in (lambda p: p.peak, lambda p: p.device_peak)
+    )
+    for host in (MIB, min(hosts), max(hosts), None):
+        for device in (MIB, min(devices), max(devices), None):
+            budget = {"--max-ram": host, "--max-memory": device}
+            try:
+                plan = fitted(sizes, 8, offload=offload, budget=(host, device), free=(None, None))
+            except tt.ResourceError:
+                budget |= least_of(sizes, (host, device), offload=offload)
+                plan = fitted(sizes, 8, offload=offload, budget=tuple(budget.values()), free=(None, None))
+            for peak, limit in zip((plan.peak, plan.device_peak), budget.values(), strict=True):
+                assert limit is None or peak <= limit
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_8b_fits_a_small_gpu(offload):
+    """Llama-3.2-3B to Llama-3.1-8B within 8 GiB of device memory and 16 GiB of the host's, without a slower way."""
+    plan = fitted(sizes_of(LARGE, device="cuda"), 8, offload=offload, budget=(16 << 30, 8 << 30), free=(None, None))
+    assert plan.device_peak <= 8 << 30 and plan.peak <= 16 << 30
+    assert plan.choice.polar == "device" and plan.choice.ahead
+
+
+@pytest.mark.parametrize(("pair", "length"), [(TINY, 16), (MIDDLE, 256)], ids=["tiny", "middle"])
+def test_budgets_change_no_byte_at_one_batch_size(pair, length, tmp_path, monkeypatch, tried):
+    """A run under every budget that another choice answers, beside one of the same batch size without a budget."""
+    monkeypatch.setattr(plan_module, "TILE", MIB)  # else what tables may take hides what these models do
+    root = written(tmp_path, pair, samples=9, length=length)
+    options = {"tokens": 8 * length, "batch_size": 2, "held_out": False}
+    with pytest.raises(tt.ResourceError):
+        Session(job_of(root, max_ram=MIB, **options))
+    chosen = {}
+    for peak in sorted({plan.peak for plan in tried}):
+        with_budget = job_of(root, f"out-{peak}", max_ram=peak, **options)
+        plan = Session(with_budget).plan
+        chosen.setdefault(plan.choice, (plan, with_budget))
+    assert len(chosen) >= 3
+    once = {}
+    for choice, (_, job) in chosen.items():
+        Session(job).run()
+        reference = once.setdefault(choice.batch_size, root / f"once-{choice.batch_size}")
+        if not reference.exists():
+            Session(job_of(root, reference.name, **{**options, "batch_size": choice.batch_size})).run()
+        assert identical(job.out, reference), choice.words

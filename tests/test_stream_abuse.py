@@ -1,0 +1,194 @@
+"""The command under abuse: killed, with inputs that break under it, on a full disk, interrupted, and short of memory."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import killing
+import pytest
+import theseus_transport as tt
+from abused import COMMIT, TINY, arguments, job_of, written
+from calls import identical, invoke, refused
+from theseus_transport import passage as passage_module
+from theseus_transport.job import Session
+
+
+@pytest.fixture
+def root(tmp_path):
+    return written(tmp_path, TINY, samples=16, length=16)
+
+
+def after_commit(monkeypatch, number: int, act) -> None:
+    """``act`` once that many commits are done."""
+
+    def commit(passage, loop):
+        COMMIT(passage, loop)
+        if passage.work.step == number:
+            act()
+
+    monkeypatch.setattr(passage_module.Passage, "_commit", commit)
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """Every case goes on from every kill to the bytes of a run that was never killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, killing.__file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    found = {name: row for line in done.stdout.splitlines() for name, row in json.loads(line).items()}
+    assert found.keys() == killing.CASES.keys()
+    for name, row in found.items():
+        assert row["kills"] >= killing.KILLS and row["behind a commit"] > 0, (name, row)
+
+
+# --- inputs that break ------------------------------------------------------------------------------------------------
+SHARD = "model-00002-of-00004.safetensors"  # the second block's
+BREAKS = {
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size // 2), "the file of now|the file changed"),
+    "vanished": (Path.unlink, "No such file"),
+    "changed": (lambda path: path.write_bytes(path.read_bytes()), "the file changed"),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+@pytest.mark.parametrize("side", ["source", "tuned", "target"])
+def test_a_shard_that_breaks_in_the_middle(how, side, root, monkeypatch):
+    """Named with its tensor and exit 4; what was done is kept, and goes on once the file is as it was."""
+    Session(job_of(root, "once")).run()
+    act, said = BREAKS[how]
+    path, whole = root / side / SHARD, root / "whole"
+    shutil.copy2(path, whole)
+    with monkeypatch.context() as patched:
+        after_commit(patched, 1, lambda: act(path))
+        refused(rf"{side}/{SHARD}: 'model.layers.1.*({said}).*--resume", *arguments(root), code=4)
+    work = root / ".out.theseus"
+    before = json.loads((work / "journal.json").read_text())["step"]
+    assert before >= 1 and not (root / "out").exists()
+    refused(SHARD, *arguments(root), "--resume", code=3)
+    assert json.loads((work / "journal.json").read_text())["step"] == before, "a refused resume changes nothing"
+    shutil.copy2(whole, path)
+    invoke(*arguments(root), "--resume")
+    assert identical(root / "out", root / "once") and not work.exists()
+
+
+@pytest.mark.parametrize("side", ["source", "tuned", "target"])
+def test_a_shard_changed_between_runs_is_refused_by_name(side, root, monkeypatch):
+    after_commit(monkeypatch, 2, stop)
+    with pytest.raises(KeyboardInterrupt):
+        Session(job_of(root)).run()
+    (root / side / SHARD).write_bytes((root / side / SHARD).read_bytes())
+    refused(f"{side.upper()} {SHARD} time of change", *arguments(root), "--resume")
+    assert (root / ".out.theseus/journal.json").exists()
+
+
+CHANGES = {
+    "recipe": ({"recipe": tt.Recipe("paper")}, "recipe name"),
+    "field of the recipe": ({"recipe": tt.Recipe(embeddings="leave")}, "recipe embeddings|other tensors"),
+    "alpha": ({"alpha": 0.5}, "alphas"),
+    "tokens": ({"tokens": 128}, "tokens"),
+    "batch size": ({"batch_size": 2}, "batch size"),
+    "held out": ({"held_out": False}, "held_out"),
+    "leave": ({"leave": ("*down_proj*",)}, "leave"),
+    "dtype": ({"out_dtype": "bfloat16"}, "out_dtype"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_option_is_refused_by_name(name, root, monkeypatch):
+    options, said = CHANGES[name]
+    after_commit(monkeypatch, 2, stop)
+    with pytest.raises(KeyboardInterrupt):
+        Session(job_of(root)).run()
+    with pytest.raises(tt.InputRefused, match=rf"begun otherwise: .*({said})"):
+        Session(job_of(root, resume=True, **options)).run()
+
+
+def test_other_maps_are_refused_by_name(root, monkeypatch):
+    """An alignment made anew under the name of the one that a run had begun to apply."""
+    common = arguments(root)[4:]
+    align = ("align", root / "source", root / "target", root / "maps", *common[1:])
+    invoke(*align)
+    commit = tt.journal.Work.commit
+
+    def interrupted(work, *state):
+        commit(work, *state)
+        raise KeyboardInterrupt
+
+    apply = ("apply", root / "maps", root / "tuned", root / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(tt.journal.Work, "commit", interrupted)
+        refused("--resume", *apply, code=130)
+    invoke(*align, "--overwrite", "--floor", "1e-3")
+    refused("begun otherwise: MAPS", *apply, "--resume")
+
+
+# --- disks and interrupts ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["staged-0", "hidden", "state-", "journal.json", "offload"])
+def test_a_full_disk_in_the_middle(kind, root, monkeypatch):
+    """Whatever is being written: exit 4, the last commit stays, and goes on when there is room."""
+    Session(job_of(root, "once")).run()
+    more = ("--offload-folder", root / "offload") if kind == "offload" else ()
+    opened = Path.open
+
+    class Full:
+        """A file on a full disk."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, content):
+            self.file.write(content[: len(content) // 2])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def limited(path, mode="r", *rest, **options):
+        file = opened(path, mode, *rest, **options)
+        full = kind in str(path.relative_to(root)) if path.is_relative_to(root) else False
+        return Full(file) if full and set(mode) & set("wa+x") else file
+
+    with monkeypatch.context() as patched:
+        after_commit(patched, 2, lambda: patched.setattr(Path, "open", limited))
+        refused("disk full.*--resume", *arguments(root), *more, code=4)
+    step = json.loads((root / ".out.theseus/journal.json").read_text())["step"]
+    assert step == 2
+    invoke(*arguments(root), *more, "--resume")
+    assert identical(root / "out", root / "once") and not (root / ".out.theseus").exists()
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path):
+    """SIGINT to a process of its own, behind a commit."""
+    root = written(tmp_path, TINY, samples=512, length=16)  # 128 passes a block: it is at work when the signal comes
+    call = [*arguments(root), "--tokens", 4096, "--json"]
+    command = [sys.executable, "-c", "from theseus_transport.cli import main; main()", *map(str, call)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment, journal = os.environ | {"OMP_NUM_THREADS": "1"}, root / ".out.theseus/journal.json"
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        while process.poll() is None and not (journal.exists() and json.loads(journal.read_text())["step"] > 1):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        told, said = process.communicate()
+    assert process.returncode == 130, said
+    assert json.loads(told)["exit_code"] == 130 and "--resume" in json.loads(told)["error"]
+    assert "interrupted; run again with --resume to go on after step" in said
+    invoke(*call, "--resume")
+    invoke(*arguments(root, "once"), "--tokens", 4096)
+    assert identical(root / "out", root / "once")
