@@ -101,7 +101,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="keep checkpoints here, for the next time")
     given = parser.parse_args()
-    rows = []
+    kind = "lora" if given.lora else "full"
+    about = {"pair": list(given.pair), "kind": kind, "tokens": SAMPLES * LENGTH, "max_ram": given.max_ram}
+    RESULTS.mkdir(exist_ok=True)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         folder = given.folder or Path(place)
         calibration = Path(place) / "ids.safetensors"
@@ -111,11 +114,9 @@ def main() -> None:
             found = measured(folders, Path(place) / f"out-{blocks}", calibration, given.max_ram, given.batch_size)
             rows.append(row_of(blocks, found, folders))
             print(json.dumps(rows[-1], indent=1), flush=True)
-    kind = "lora" if given.lora else "full"
-    about = {"pair": list(given.pair), "kind": kind, "tokens": SAMPLES * LENGTH, "max_ram": given.max_ram}
-    RESULTS.mkdir(exist_ok=True)
-    name = f"stream-{given.pair[0]}-to-{given.pair[1]}-{kind}-cpu.json"
-    (RESULTS / name).write_text(json.dumps({"machine": machine.facts(), **about, "results": rows}, indent=4) + "\n")
+            told = {"machine": machine.facts(), **about, "results": rows}
+            name = f"stream-{given.pair[0]}-to-{given.pair[1]}-{kind}-cpu.json"
+            (RESULTS / name).write_text(json.dumps(told, indent=4) + "\n")
     for row in rows:
         assert row["peak_over_predicted"] <= OVER, row
         assert row["read_over_weights"] <= REREAD, row

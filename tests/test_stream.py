@@ -321,6 +321,7 @@ def test_blocks_that_no_adapter_touches_are_not_read(root, tmp_path):
         window.hold = lambda names, hold=hold: (held_names.extend(names), hold(names))
     outcome = session.run()
     assert {row["space"] for row in outcome.maps} == {"0.attention", "0.context"}
+    assert outcome.skipped == "1 of 2 blocks were not run, 7 of 9 spaces not mapped"
     assert held_names and not [n for n in held_names if ".layers.1." in n]
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import maps
-from .capture import Batch, capture
+from .batches import Batch
+from .capture import capture
 from .checkpoint import Checkpoint
 from .coherent import Coherent, together
 from .depth import pair_blocks

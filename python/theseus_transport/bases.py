@@ -117,11 +117,11 @@ class Bases:
         tokens, recipe = self.tokens_wanted, self.job.recipe
         return alignment_seconds(self.checkpoints, self.layouts, recipe, tokens, self.device) | move_seconds(move)
 
-    def fitted(self, *, tuned: Checkpoint | None = None, maps: bool = True) -> Plan:
+    def fitted(self, *, tuned: Checkpoint | None = None, aligned: bool = False) -> Plan:
         """How the run fits the memory it may take.
 
         Args:
-            tuned: a full tune that is moved; maps: whether they are made.
+            tuned: a full tune that is moved; aligned: the maps are there already.
 
         Raises:
             ResourceError: it does not fit.
@@ -129,7 +129,7 @@ class Bases:
         job, free = self.job, available_memory()
         length = sample_length(job.calibration, [self._side(i) for i in range(2)])
         models, tokens = (self.source, self.target), self.tokens_wanted
-        sizes = Sizes(models, self.layouts, self.recipe(), tuned, length, tokens, self.device)
+        sizes = Sizes(models, self.layouts, self.recipe(), tuned, length, tokens, self.device, aligned)
         budget = job.max_ram, job.max_memory
         self.plan = fitted(
             sizes,

@@ -11,20 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import tokens
+from .batches import MAIN_INPUT, Batch, Mixings, mixings
 from .errors import InputRefused
 from .family import Slot
 from .links import Blocks, Link, energy_links, moment_links
 from .moments import CrossMoment, Energy, Grams, update_together
 from .opened import open_attention
 from .spaces import Layout, Space
-from .tokens import RowMixing
 
 SIDES = "source", "target"
-MAIN_INPUT = {"text": "input_ids", "vision": "pixel_values"}
 TOGETHER = 5  # spaces of a block: attention, context, MLP, middle and what follows
-Batch = Mapping[str, Any]
-Mixings = tuple[RowMixing | None, RowMixing | None]
 
 
 class Capture:
@@ -232,77 +228,6 @@ def run_model(model: nn.Module, layout: Layout, batch: Batch, device: torch.devi
     anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
     first = [] if key in known or anything else [inputs.pop(key)]
     model(*first, **inputs)
-
-
-def samples_of(batch: Batch) -> int:
-    """Samples of one side's batch."""
-    return len(next(batch[key] for key in MAIN_INPUT.values() if key in batch))
-
-
-def mixings(layouts: tuple[Layout, Layout], source: Batch, target: Batch) -> Mixings:
-    """Which source tokens stand for which target tokens in one pair of batches.
-
-    Images: the source's patch grid is interpolated to the target's. Text of one tokenizer: the unmasked tokens. Text of
-    two: ``offsets`` int64 [samples, tokens, 2] on both sides mix source tokens onto target tokens by shared characters.
-
-    Raises:
-        InputRefused: the two batches do not hold the same samples or tokens.
-    """
-    key = MAIN_INPUT[layouts[0].family.modality]
-    for side, batch in (("source", source), ("target", target)):
-        if key not in batch:
-            raise InputRefused(f"the {side} batch has no {key}, only {', '.join(batch) or 'nothing'}")
-    samples = len(source[key])
-    if samples != len(target[key]):
-        raise InputRefused(f"the source batch has {samples} samples, the target batch {len(target[key])}")
-    if key == "pixel_values":
-        return _by_patches(*layouts, samples)
-    if "offsets" in source and "offsets" in target:
-        return _by_characters(source, target)
-    shapes = [tuple(b[key].shape) for b in (source, target)]
-    if shapes[0] != shapes[1]:
-        raise InputRefused(
-            f"source input_ids are {list(shapes[0])}, target input_ids {list(shapes[1])}; they must pair up"
-        )
-    masks = [b.get("attention_mask") for b in (source, target)]
-    if masks[0] is None and masks[1] is None:
-        return None, None
-    if masks[0] is None or masks[1] is None or not torch.equal(masks[0].cpu().bool(), masks[1].cpu().bool()):
-        raise InputRefused("the attention masks of source and target differ; give both models the same masked tokens")
-    chosen = tokens.select(masks[1].cpu())
-    return chosen, chosen
-
-
-def _by_characters(source: Batch, target: Batch) -> Mixings:
-    """Row mixings of a batch whose two sides were cut by different tokenizers."""
-    columns, pointers, weights, kept_rows = [], [torch.zeros(1, dtype=torch.int64)], [], []
-    width, entries = source["offsets"].shape[1], 0
-    for i, (own, other) in enumerate(zip(source["offsets"], target["offsets"], strict=True)):
-        mixing, kept = tokens.overlap(own, other)
-        assert mixing.row_ptr is not None and mixing.weight is not None
-        columns.append(mixing.column + i * width)
-        weights.append(mixing.weight)
-        pointers.append(mixing.row_ptr[1:] + entries)
-        entries += len(mixing.column)
-        kept_rows.append(kept)
-    mixed = RowMixing(torch.cat(columns), width * len(columns), torch.cat(pointers), torch.cat(weights))
-    return mixed, tokens.select(torch.stack(kept_rows))
-
-
-def _by_patches(source: Layout, target: Layout, samples: int) -> Mixings:
-    """The source's patch grid interpolated to the target's; class and register tokens where both sides have them."""
-    if source.ahead == target.ahead:
-        if source.grid == target.grid:
-            return None, None
-        return tokens.bilinear(source.grid, target.grid, prefix=sum(source.ahead)).batched(samples), None
-    shared = tuple(min(pair) for pair in zip(source.ahead, target.ahead, strict=True))
-    kept = []
-    for layout in (source, target):
-        (classes, registers), (rows, columns) = layout.ahead, layout.grid
-        ones = [i < shared[0] for i in range(classes)] + [i < shared[1] for i in range(registers)]
-        kept.append(torch.tensor(ones + [True] * (rows * columns)))
-    own = tokens.select(kept[0]).then(tokens.bilinear(source.grid, target.grid, prefix=sum(shared)))
-    return own.batched(samples), tokens.select(kept[1].repeat(samples))
 
 
 Observe = Callable[[Tensor], None]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Batch, backbone, mixings, run_model
+from .batches import Batch, mixings
+from .capture import backbone, run_model
 from .errors import InputRefused, NumericalError
 from .spaces import Layout
 from .stream import alone

@@ -198,7 +198,7 @@ class Session:
         check_room(self.places, self.bytes_out, job.alignment, inputs=self.inputs)
         self.steps, flops = len(planned(draft, self.kind)), move_flops(draft)
         full = self.tuned if self.tuned.kind == "checkpoint" else None
-        self.plan = self.bases.fitted(tuned=full, maps=not self.alignment)
+        self.plan = self.bases.fitted(tuned=full, aligned=self.alignment is not None)
         self.seconds = move_seconds(flops) if self.alignment else self.bases.seconds(move=flops)
 
     def transport(self, alignment: Alignment) -> Update:
@@ -269,7 +269,7 @@ class Session:
                     alignment, seconds = draft, apply(sink, self.bases, work)
                 else:
                     alignment, passage = self.bases.align(data, draft, sink, work, partial(progress, "align"))
-                    seconds = passage.seconds
+                    seconds, outcome.skipped = passage.seconds, passage.skipped
                 self.coverage = update.settled()
                 provenance |= alignment.provenance
                 outcome = replace(outcome, coverage=[asdict(row) for row in self.coverage], **_told(alignment))

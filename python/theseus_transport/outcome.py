@@ -35,6 +35,7 @@ class Outcome:
     maps: list[dict[str, Any]] = field(default_factory=list)
     quality: list[dict[str, Any]] = field(default_factory=list)
     blocks: list[int | None] = field(default_factory=list)
+    skipped: str = ""
     lost_heads: dict[int, list[int]] = field(default_factory=dict)
     alphas: list[dict[str, Any]] = field(default_factory=list)
     used_bytes: int | None = None

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .batches import samples_of
 from .calibration import Calibration
-from .capture import Capture, samples_of
+from .capture import Capture
 from .coherent import together
 from .headers import digest
 from .journal import Work
@@ -105,6 +106,18 @@ class Passage:
         self.seconds["of these waiting for reads"] = sum(window.seconds_waiting for window in self.windows)
         warn(self.rows)
         return self.rows
+
+    @property
+    def skipped(self) -> str:
+        """What nothing that moves needed, in words; empty where all was visited."""
+        visits, links = self._visits(), self.planner.links
+        compared = {name for visit in visits for name in visit.moments}
+        read = {visit.target for visit in visits} - {None}
+        if compared == links.keys():
+            return ""
+        depth, spaces = self.layouts[1].depth, len(links)
+        unmapped = f"{spaces - len(compared)} of {spaces} spaces not mapped"
+        return f"{depth - len(read)} of {depth} blocks were not run, {unmapped}"
 
     @property
     def _folder(self) -> Path:

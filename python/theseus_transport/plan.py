@@ -84,6 +84,7 @@ class Sizes:
     Attributes:
         tuned: a full tune of the source, or None.
         length: tokens of a sample; tokens: of all samples.
+        aligned: the maps are there already.
     """
 
     checkpoints: tuple[Checkpoint, Checkpoint]
@@ -93,6 +94,7 @@ class Sizes:
     length: int
     tokens: int
     device: torch.device
+    aligned: bool = False
 
     @property
     def elementwise(self) -> list[int]:
@@ -150,6 +152,9 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
         "moves": base + held + maps + move + kept // 2,
         "tables": RUNTIME + 4 * TILE + 2 * square,
     }
+    if sizes.aligned:
+        moves = RUNTIME + sum(stored) + tuned + maps + move
+        return Plan(choice, {"moves": moves, "tables": host["tables"]}, {})
     device = {
         "forward": run + sum(crosses) // choice.tiles + grams,
         "maps": sum(crosses) + grams + polar_bytes(*widest, method="iterate") + kept,

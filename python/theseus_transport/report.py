@@ -150,6 +150,8 @@ def report(outcome: Outcome) -> RenderableType:
     facts.add_row("calibration", escape(outcome.calibration))
     used = "" if outcome.used_bytes is None else f", {size(outcome.used_bytes)} used"
     facts.add_row("memory", f"{size(outcome.predicted_bytes)} predicted{used} ({outcome.plan})")
+    if outcome.skipped:
+        facts.add_row("skipped", outcome.skipped)
     if outcome.bytes_read is not None:
         facts.add_row("weights read", size(outcome.bytes_read))
     facts.add_row("output", f"{outcome.kind}, {size(outcome.bytes_out)}")

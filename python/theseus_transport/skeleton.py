@@ -12,7 +12,8 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from .capture import Batch, backbone, run_model
+from .batches import Batch
+from .capture import backbone, run_model
 from .checkpoint import Checkpoint
 from .checks import out_of_memory
 from .errors import InputRefused

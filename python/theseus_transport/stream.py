@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import Batch, Capture, mixings
+from .batches import Batch, mixings
+from .capture import Capture
 from .hidden import Hidden
 from .moments import CrossMoment
 from .schedule import Visit
