@@ -13,6 +13,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ import theseus_transport as tt
 import tiny
 import torch
 from safetensors.torch import save_file
+from theseus_transport.align_job import AlignSession
 from theseus_transport.bases import AlignJob
 from theseus_transport.errors import AlreadyDone
-from theseus_transport.job import AlignSession, Job, Session
+from theseus_transport.job import Job, Session
 from transformers.models.llama import modeling_llama  # noqa: F401 - imported before the forks
 
 KILLS = 12  # of each case, at least
-TRIES = 60  # runs that may come through before these are reached
 FULL = {"tuned": "causal/tuned"}
 CASES: dict[str, dict[str, Any]] = {
     "full, two alphas": {**FULL, "alpha": (0.5, 1.0)},
@@ -79,8 +80,8 @@ def run(job: Job | AlignJob) -> None:
         assert job.resume
 
 
-def killed(work: Callable[[], object], after: float = 1e9, watch: Callable[[float], object] = id) -> bool:
-    """Run in a fork and SIGKILL it ``after`` seconds; whether that came before its end. ``watch`` is told the time."""
+def killed(work: Callable[[], object], after: float = 1e9, *, start: Callable[[], object] = lambda: True) -> bool:
+    """Run in a fork and SIGKILL it ``after`` seconds from when ``start`` holds; whether that came before its end."""
     assert len(os.listdir("/proc/self/task")) == 1
     if (child := os.fork()) == 0:
         try:
@@ -89,10 +90,10 @@ def killed(work: Callable[[], object], after: float = 1e9, watch: Callable[[floa
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    began, code = time.monotonic(), None
-    while code is None and time.monotonic() < began + after:
-        time.sleep(min(0.002, max(0.0, began + after - time.monotonic())))
-        watch(time.monotonic() - began)
+    began, code = 0.0, None
+    while code is None and not (began and time.monotonic() >= began + after):
+        time.sleep(0.001)
+        began = began or (time.monotonic() if start() else 0.0)
         found, status = os.waitpid(child, os.WNOHANG)
         code = os.waitstatus_to_exitcode(status) if found else None
     if code is None:
@@ -108,7 +109,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def commits(place: Path) -> int:
     """Of the run that lies unfinished there."""
-    records = [json.loads(path.read_text()) for path in place.glob(".*.theseus/journal.json")]
+    records = []
+    for path in place.glob(".*.theseus/journal.json"):
+        with suppress(FileNotFoundError):  # it is done
+            records.append(json.loads(path.read_text()))
     return max((record["step"] for record in records), default=0)
 
 
@@ -116,15 +120,24 @@ def drive(root: Path, name: str, draw: random.Random) -> dict[str, float]:
     """Runs of a case, each killed at random moments until it comes through, compared with one that never was."""
     place = root / "runs" / "".join(c for c in name if c.isalnum())
     job, found = job_of(root, place / "out", CASES[name]), Counter[str]()
-    moments: list[float] = []  # when something lay there
-    assert not killed(lambda: run(job), watch=lambda t: moments.append(t) if any(place.glob(".*/journal.json")) else 0)
-    first, took, once = moments[0], moments[-1], content(place / "out")
+    began = time.monotonic()
+    assert not killed(lambda: run(job))
+    took, once = time.monotonic() - began, content(place / "out")
     assert any(path.endswith(".safetensors") for path in once)
     while found["kills"] < KILLS:
         shutil.rmtree(place)
         found["through"] += 1
-        assert found["through"] < TRIES, found
-        while killed(lambda: run(job), draw.uniform(0.7 * first, took)):
+        for number in range(KILLS + 1):  # the last comes through
+            before = commits(place)
+            if number == KILLS:
+                through = not killed(lambda: run(job))
+            elif number % 2:  # soon after a commit
+                later = lambda before=before: commits(place) > before  # noqa: E731
+                through = not killed(lambda: run(job), draw.uniform(0, 0.1 * took), start=later)
+            else:
+                through = not killed(lambda: run(job), draw.uniform(0, took))
+            if through:
+                break
             found["kills"] += 1
             found["behind a commit"] += commits(place) > 0
         now = content(place / "out")
@@ -132,7 +145,7 @@ def drive(root: Path, name: str, draw: random.Random) -> dict[str, float]:
         assert not different, f"{name}: {sorted(different)} after {found['kills']} kills"
         left = [path for path in place.rglob("*") if path.is_file() and not path.is_relative_to(place / "out")]
         assert not left, f"{name} left {left}"
-    return {**found, "first": round(first, 2), "took": round(took, 2)}
+    return {**found, "seconds": round(took, 2)}
 
 
 def main() -> None:

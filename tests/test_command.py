@@ -80,6 +80,8 @@ CASES = [
     case("NaN in source", "1 NaN and 0 Inf of 576", source=poisoned("causal/source", WEIGHT, float("nan"))),
     case("Inf in target", "0 NaN and 1 Inf of 1600", target=poisoned("causal/target", WEIGHT, float("inf"))),
     case("NaN in tuned", "1 NaN", tuned=poisoned("causal/tuned", WEIGHT, float("nan"))),
+    case("NaN in tuned, matched", "1 NaN", "--alpha", "match",
+         tuned=poisoned("causal/tuned", WEIGHT, float("nan"))),
     case("NaN in adapter", "1 NaN", tuned=poisoned("lora", Q + "A.weight", float("nan"))),
     case("traversal", "out of the folder", source=index(lambda m, d: m.update({WEIGHT: "../a.safetensors"})), **BF16),
     case("absolute path", "out of the folder", source=index(lambda m, d: m.update({WEIGHT: "/x.safetensors"})), **BF16),

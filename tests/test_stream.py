@@ -13,12 +13,13 @@ import torch
 from calls import held, identical
 from safetensors.torch import save_file
 from theseus_transport import passage as passage_module
+from theseus_transport.align_job import AlignSession
 from theseus_transport.alignment import Alignment
 from theseus_transport.bases import AlignJob
 from theseus_transport.capture import capture
 from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.hidden import Hidden
-from theseus_transport.job import AlignSession, Job, Session
+from theseus_transport.job import Job, Session
 from theseus_transport.links import energy_links, moment_links
 from theseus_transport.output import write_update
 from theseus_transport.schedule import schedule

@@ -1,4 +1,8 @@
-"""Theseus: move a fine-tune or a LoRA adapter to another model, without training (arXiv 2602.12952)."""
+"""Theseus: move a fine-tune or a LoRA adapter to another model, without training (arXiv 2602.12952).
+
+From here, :func:`align` and :func:`transport` take running models, whole. The command ``theseus`` moves between folders
+block by block, for models of any size; in Python that is :class:`theseus_transport.job.Job` and its ``Session``.
+"""
 
 from .alignment import Alignment, align
 from .delta import Delta

@@ -184,7 +184,8 @@ class Bases:
         """
         named = zip(("SOURCE", "TARGET", "TUNED"), (*self.checkpoints, *more), strict=False)
         files = {name: checkpoint.fingerprint(full=whole)["files"] for name, checkpoint in named}
-        known = {"calibration": data.fingerprint, "batch size": self.plan.choice.batch_size} if data else {}
+        how = self.plan.choice
+        known = {"calibration": data.fingerprint, "batch size": how.batch_size, "maps on": how.polar} if data else {}
         return {**files, **known, **options, "versions": versions()}
 
     def align(
@@ -249,6 +250,12 @@ def check_room(places: Sequence[Path], nbytes: int, job: AlignJob, *, inputs: Se
     """Refuse folders that cannot be written, before anything heavy runs; a resumed run has its own room already."""
     for place in () if job.resume else places:
         check_writable(place, nbytes, overwrite=job.overwrite, inputs=inputs)
+
+
+def options_of(job: Any) -> dict[str, Any]:
+    """The choices that decide what is written, beside the inputs and the recipe."""
+    names = ("tokens", "seed", "held_out", "skip_bad_inputs", "device", "leave", "output", "out_dtype")
+    return {name: getattr(job, name) for name in names if hasattr(job, name)}
 
 
 def quiet(stage: str, steps: int) -> Callable[[], object]:

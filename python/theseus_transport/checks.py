@@ -25,7 +25,7 @@ from .update import Row
 log = logging.getLogger(__name__)
 UNRELATED = 0.05  # cosine of weights below which TUNED cannot be a tune of SOURCE
 M_MMAP_THRESHOLD = -3  # malloc.h
-SAMPLED, ROWS = 32, 64  # matrices, and rows of each, that are compared
+SAMPLED, ROWS = 32, 16  # matrices, and rows of each, that are compared
 FOREIGN = 0.5  # share of token ids that mean another token, above which a vocabulary is another one
 
 

@@ -115,7 +115,7 @@ class Hidden:
         shape, dtype = self._sizes[i]
         state, path = torch.empty(shape, dtype=dtype), self._path(self._at)
         buffer = state.reshape(-1).view(torch.uint8).numpy()
-        cure = f"remove {self._folder.parent} and start again"
+        cure = "remove the unfinished run and start again"
         try:
             with path.open("rb") as file:
                 file.seek(self._offset(i))

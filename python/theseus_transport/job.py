@@ -8,36 +8,33 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .alignment import RECORD, Alignment, outline
-from .bases import AlignJob, Bases, Progress, check_room, content_hash, quiet, recorded_base
+from .align_job import AlignSession
+from .alignment import Alignment, outline
+from .bases import AlignJob, Bases, Progress, check_room, options_of, quiet, recorded_base
 from .calibration import Calibration
 from .changes import first_change
 from .checkpoint import Checkpoint
 from .checks import check_dtypes, check_left, check_rows, check_tune, check_values
 from .delta import Adapter, Delta
 from .errors import AlreadyDone, InputRefused, NothingToResume, NumericalError
-from .folder import differences, read_manifest
+from .folder import MANIFEST, differences, read_manifest
 from .journal import Work
-from .outcome import Clock, Outcome, collected_warnings, describe, told_in_manifest
+from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
 from .output import Kind, Written, described_outputs, planned
 from .predict import move_flops, move_seconds
 from .recipes import Recipe
 from .report import model_card
-from .schedule import Visit
-from .sinks import Maps, Moves
-from .spaces import by_block
-from .stored import planned_maps
+from .sinks import Moves, apply
 from .strength import Alpha, chosen, folders
 from .transport import transport
 from .update import Update
 from .weights import Window
-from .writer import Output, planned_bytes
+from .writer import planned_bytes
 
 log = logging.getLogger(__name__)
 
@@ -117,58 +114,6 @@ class Job:
         return AlignJob(**shared)
 
 
-class AlignSession:
-    """The checked inputs of an :class:`AlignJob`; opening it refuses what cannot work, before anything heavy runs."""
-
-    def __init__(self, job: AlignJob) -> None:
-        self.job, self.bases = job, Bases(job)
-        draft = outline(*self.bases.layouts, job.recipe)
-        self.bytes_out = sum(dtype.itemsize * prod(shape) for _, shape, dtype in planned_maps(draft, job.recipe))
-        check_room([job.out], self.bytes_out, job, inputs=self.bases.inputs)
-        self.plan = self.bases.fitted()
-        self.seconds = self.bases.seconds()
-
-    def outcome(self, **known: Any) -> Outcome:
-        return _outcome(self, kind="alignment", job=describe(self.job, *self.bases.checkpoints), **known)
-
-    def rehearse(self) -> Outcome:
-        """What :meth:`run` would do; all weights are read once, nothing is computed or written."""
-        with collected_warnings() as warnings:
-            data = self.bases.calibration()
-            check_values(*self.bases.checkpoints)
-        return self.outcome(calibration=data.description, tokens=data.tokens, warnings=warnings)
-
-    def run(self, progress: Progress = quiet) -> Outcome:
-        """Align and save, with fingerprints of both bases.
-
-        Raises:
-            InputRefused, NumericalError: nothing is left behind.
-            ResourceError: what was done is kept; the same job with ``resume`` goes on.
-        """
-        job, clock = self.job, Clock()
-        with collected_warnings() as warnings:
-            data = self.bases.calibration()
-            draft = self.bases.draft(data)
-            clock.lap("calibration")
-            made: list[Alignment] = []
-            outcome = self.outcome(calibration=data.description, tokens=data.tokens, warnings=warnings)
-            sink = Maps(draft)
-            files = {RECORD: lambda: json.dumps(made[0].record(sink.kinds), indent=1)}
-            described = Output(job.out, sink.tensors, files, lambda: {"outcome": told_in_manifest(outcome)})
-            key = self.bases.key(data, recipe=asdict(draft.recipe), **options_of(job))
-            with Work.open(job.out, [described], **self.bases.writing(key, stem="maps", shard_size=2**62)) as work:
-                sink.work = work
-                alignment, passage = self.bases.align(data, draft, sink, work, partial(progress, "align"))
-                for side, checkpoint in zip(("source", "target"), self.bases.checkpoints, strict=True):
-                    alignment.provenance[side]["content_hash"] = content_hash(checkpoint)
-                made.append(alignment)
-                outcome = self.outcome(**_told(alignment), warnings=warnings)
-                outcome.job["recipe"] = asdict(alignment.recipe)
-                work.finish()
-            clock.stages(passage.seconds)
-        return clock.finish(outcome, job.out, *self.bases.windows)
-
-
 class Session:
     """The checked inputs of a job; opening it refuses what cannot work, before anything heavy runs."""
 
@@ -206,20 +151,20 @@ class Session:
 
     def outcome(self, **known: Any) -> Outcome:
         job = describe(self.job, *self.bases.checkpoints, self.tuned)
-        return _outcome(self, kind=self.kind, job=job, coverage=[asdict(row) for row in self.coverage], **known)
+        return begun(self, kind=self.kind, job=job, coverage=[asdict(row) for row in self.coverage], **known)
 
     def rehearse(self) -> Outcome:
         """What :meth:`run` would do, calibration included; all weights are read, nothing is computed or written."""
         with collected_warnings() as warnings:
-            told = _told(self.alignment) if self.alignment else {}
+            known = told(self.alignment) if self.alignment else {}
             if not self.alignment:
                 data = self.bases.calibration()
-                told = {"calibration": data.description, "tokens": data.tokens}
+                known = {"calibration": data.description, "tokens": data.tokens}
             check_rows(self.coverage, *self.bases.checkpoints)
             check_values(*self.bases.checkpoints, self.tuned)
             draft = self.transport(self.alignment or outline(*self.bases.layouts, self.job.recipe))
             self.coverage = draft.settled()
-        return self.outcome(**told, warnings=warnings)
+        return self.outcome(**known, warnings=warnings)
 
     def run(self, progress: Progress = quiet) -> Outcome:
         """Align unless an alignment is applied, move and write, block by block.
@@ -239,8 +184,8 @@ class Session:
             update = self.transport(draft)
             self.coverage = update.coverage
             clock.lap("calibration")
-            told = _told(draft) if data is None else {"calibration": data.description, "tokens": data.tokens}
-            outcome = self.outcome(**told, warnings=warnings)
+            start = told(draft) if data is None else {"calibration": data.description, "tokens": data.tokens}
+            outcome = self.outcome(**start, warnings=warnings)
             outcome.job["recipe"] = asdict(draft.recipe)  # its floor follows the models' precision
             alphas = [a.resolved(update) for a in self.alphas]
             outcome.alphas = [
@@ -266,13 +211,16 @@ class Session:
                 written = progress("write", len(described[0].tensors))
                 sink = Moves(draft, update, outputs, described[0].tensors, work, self.window, progress=written)
                 if data is None:
-                    alignment, seconds = draft, apply(sink, self.bases, work)
+                    began = Clock()
+                    apply(sink, self.bases.windows, self.bases.layouts, work)
+                    began.lap("move and write")
+                    alignment, seconds = draft, began.seconds
                 else:
                     alignment, passage = self.bases.align(data, draft, sink, work, partial(progress, "align"))
                     seconds, outcome.skipped = passage.seconds, passage.skipped
                 self.coverage = update.settled()
                 provenance |= alignment.provenance
-                outcome = replace(outcome, coverage=[asdict(row) for row in self.coverage], **_told(alignment))
+                outcome = replace(outcome, coverage=[asdict(row) for row in self.coverage], **told(alignment))
                 work.finish()
             clock.stages(seconds)
             rounded = [text for out in outputs for text in out.rounding.warnings()]
@@ -289,6 +237,9 @@ class Session:
         except AlreadyDone:
             log.info("going on with the maps in %s", maps)
         except NothingToResume:
+            if (self.places[0] / MANIFEST).exists():
+                shutil.rmtree(maps, ignore_errors=True)  # a process was killed while it tidied up
+                raise AlreadyDone(f"{self.job.out} is whole already; there is nothing to resume") from None
             if not there:
                 raise
             AlignSession(replace(aligned, resume=False, overwrite=True)).run(progress)
@@ -298,8 +249,9 @@ class Session:
                 outcome = Session(job).run(progress)
             except NothingToResume:  # interrupted before it began to move
                 outcome = Session(replace(job, resume=False)).run(progress)
-        except (AlreadyDone, NumericalError):
-            shutil.rmtree(maps)
+        except (AlreadyDone, InputRefused, NumericalError):
+            if not maps.with_name(f".{job.out.name}.theseus").exists():  # else that goes on with these maps
+                shutil.rmtree(maps)
             raise
         shutil.rmtree(maps)
         return outcome
@@ -331,60 +283,6 @@ class Session:
             files["config.json"] = json.dumps(config, indent=2)
             files |= {n: target.folder / n for n in TOKENIZER_FILES if (target.folder / n).is_file()}
         return Written(place, alpha, files)
-
-
-def apply(sink: Moves, bases: Bases, work: Work) -> dict[str, float]:
-    """Write all of an update whose maps are there, block by block; returns seconds by stage."""
-    clock, windows, blocks = Clock(), bases.windows, sink.alignment.blocks
-    full = sink.update.delta.tuned is not None
-    stored = [by_block(layout, window) if full else {} for layout, window in zip(bases.layouts, windows, strict=True)]
-    visits = [Visit(source=own, target=b) for b, own in enumerate(blocks)]
-    visits += [Visit(source=own) for own in sorted(set(range(bases.layouts[0].depth)) - set(blocks))]
-    if work.state:
-        sink.restore(work.state["sink"])
-    for visit in visits[work.step :]:
-        for window, names, b in zip(windows, stored, visit.blocks, strict=True):
-            window.hold([] if b is None else names.get(b, []))
-        sink.step(visit)
-        for window, kept in zip(windows, sink.held(), strict=True):
-            window.release(keep=kept)
-        work.commit({"sink": sink.state()}, {})
-    sink.step(None)
-    clock.lap("move and write")
-    return clock.seconds
-
-
-def options_of(job: Job | AlignJob) -> dict[str, Any]:
-    """The choices that decide what is written, beside the inputs and the recipe."""
-    names = ("tokens", "seed", "held_out", "skip_bad_inputs", "device", "leave", "output", "out_dtype")
-    return {name: getattr(job, name) for name in names if hasattr(job, name)}
-
-
-def _outcome(session: Session | AlignSession, **known: Any) -> Outcome:
-    start: dict[str, Any] = {
-        "coverage": [],
-        "warnings": [],
-        "calibration": session.job.calibration,
-        "tokens": session.bases.tokens_wanted,
-        "bytes_out": session.bytes_out,
-        "plan": session.plan.choice.words,
-        "predicted_bytes": session.plan.peak,
-        "predicted_seconds": session.seconds,
-    }
-    return Outcome(**{**start, **known})
-
-
-def _told(alignment: Alignment) -> dict[str, Any]:
-    """What an alignment says of itself."""
-    known = alignment.provenance
-    return {
-        "maps": [asdict(r) for r in alignment.reports],
-        "blocks": alignment.blocks,
-        "lost_heads": alignment.lost,
-        "quality": known.get("quality", []),
-        "calibration": known.get("calibration", "unknown"),
-        "tokens": known.get("tokens", 0),
-    }
 
 
 def _kind(job: Job, tuned: Checkpoint) -> Kind:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .alignment import Alignment
 from .bases import versions
 from .checkpoint import Checkpoint
 from .weights import Window
@@ -66,6 +67,34 @@ class Clock:
         outcome.bytes_read = sum(window.bytes_read for window in windows)
         outcome.used_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return outcome
+
+
+def begun(session: Any, **known: Any) -> Outcome:
+    """What is known of a job before it runs, and what else is ``known``."""
+    start: dict[str, Any] = {
+        "coverage": [],
+        "warnings": [],
+        "calibration": session.job.calibration,
+        "tokens": session.bases.tokens_wanted,
+        "bytes_out": session.bytes_out,
+        "plan": session.plan.choice.words,
+        "predicted_bytes": session.plan.peak,
+        "predicted_seconds": session.seconds,
+    }
+    return Outcome(**{**start, **known})
+
+
+def told(alignment: Alignment) -> dict[str, Any]:
+    """What an alignment says of itself."""
+    known = alignment.provenance
+    return {
+        "maps": [asdict(r) for r in alignment.reports],
+        "blocks": alignment.blocks,
+        "lost_heads": alignment.lost,
+        "quality": known.get("quality", []),
+        "calibration": known.get("calibration", "unknown"),
+        "tokens": known.get("tokens", 0),
+    }
 
 
 def told_in_manifest(outcome: Outcome) -> dict[str, Any]:

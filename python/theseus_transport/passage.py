@@ -17,6 +17,7 @@ from .batches import samples_of
 from .calibration import Calibration
 from .capture import Capture
 from .coherent import together
+from .errors import InputRefused, NumericalError
 from .headers import digest
 from .journal import Work
 from .links import Blocks, moment_links
@@ -87,6 +88,15 @@ class Passage:
 
     def run(self, steps: Steps) -> list[Quality]:
         """Visit all blocks; returns how well maps fit the batch that was held out, if one was."""
+        try:
+            rows = self._run(steps)
+        except (InputRefused, NumericalError):  # would come again
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return rows
+
+    def _run(self, steps: Steps) -> list[Quality]:
         batches = [*self.data.batches, *([self.data.held] if self.data.held else [])]
         if self.work.state:
             self._restore(self.work.state)
@@ -102,7 +112,6 @@ class Passage:
             self.planner.finish()
         with self._timed("moves and writing"):
             self.sink.take(self.planner.plan, None)
-        shutil.rmtree(self._folder, ignore_errors=True)
         self.seconds["of these waiting for reads"] = sum(window.seconds_waiting for window in self.windows)
         warn(self.rows)
         return self.rows

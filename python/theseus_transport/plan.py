@@ -26,7 +26,7 @@ Limits = tuple[int | None, int | None]  # bytes of host and device
 
 @dataclass(frozen=True)
 class Choice:
-    """How a run is carried out; only the batch size, and the method for maps below full rank, change its rounding.
+    """How a run is carried out; batch size, method, the place of maps and tiles change its rounding, no more.
 
     Attributes:
         batch_size: samples per forward pass.
@@ -113,6 +113,11 @@ class Sizes:
                 found[b] = found.get(b, 0) + wide * prod(shape)
         return max(found.values(), default=0)
 
+    def tables(self) -> int:
+        """Bytes of the largest matrix in float64: what moves row tile by row tile is no larger."""
+        shapes = [shape for checkpoint in self.checkpoints for shape in checkpoint.shapes.values()]
+        return 8 * max(prod(shape) for shape in shapes)
+
     def links(self) -> list[tuple[int, int]]:
         """Widths of the spaces of one pair of blocks: attention, context, MLP, middle and what follows."""
         links = moment_links(*self.layouts, by_position(*self.layouts))
@@ -150,7 +155,7 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
         "forward": base + held + (0 if gpu else run + sum(crosses) + grams + 2 * square),
         "maps": base + held + kept + (0 if on_device else sum(crosses) + grams + polar + 2 * square),
         "moves": base + held + maps + move + kept // 2,
-        "tables": RUNTIME + 4 * TILE + 2 * square,
+        "tables": RUNTIME + 4 * min(TILE, sizes.tables()) + 2 * square,
     }
     if sizes.aligned:
         moves = RUNTIME + sum(stored) + tuned + maps + move
@@ -177,22 +182,20 @@ def fitted(sizes: Sizes, batch_size: int, *, offload: bool, budget: Limits, free
         else (budget[i], f"{option} is {_rounded(budget[i] or 0)}")
         for i, (option, what) in enumerate((("--max-ram", "memory"), ("--max-memory", "device memory")))
     )
-    plans = []
+    limits, plans = ((ram, max_ram), (memory, max_memory)), []
     gpu, tiled = sizes.device.type == "cuda", not sizes.recipe.whiten_power
     for choice in _choices(Choice(batch_size, resident=not offload), gpu=gpu, tiled=tiled):
         plan = stages(sizes, choice)
-        if (max_ram is None or plan.peak <= max_ram) and (max_memory is None or plan.device_peak <= max_memory):
+        peaks = zip(limits, (plan.peak, plan.device_peak), strict=True)
+        over = [(said, peak) for (said, limit), peak in peaks if limit is not None and limit < peak]
+        if not over:
             return plan
-        plans.append(plan)
-    least = min(plans, key=lambda plan: (plan.peak, plan.device_peak))
-    on_device = min(plan.device_peak for plan in plans)
-    lacking = [
-        f"{name}, and {_rounded(peak)} is the least that would do"
-        for name, limit, peak in ((ram, max_ram, least.peak), (memory, max_memory, on_device))
-        if limit is not None and limit < peak
-    ]
+        plans.append((over, choice))
+    # of one choice, so that both do together
+    over, choice = min(plans, key=lambda plan: (len(plan[0]), sum(peak for _, peak in plan[0])))
+    lacking = [f"{said}, and {_rounded(peak)} is the least that would do" for said, peak in over]
     files = "" if offload else "; --offload-folder keeps hidden states in files"
-    raise ResourceError(f"{'; '.join(lacking)} ({least.choice.words}){files}")
+    raise ResourceError(f"{'; '.join(lacking)} ({choice.words}){files}")
 
 
 def _choices(start: Choice, *, gpu: bool, tiled: bool) -> Iterator[Choice]:

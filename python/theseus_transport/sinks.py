@@ -16,7 +16,7 @@ from .output import Written
 from .planner import Planner
 from .recipes import Plan, Rule
 from .schedule import Visit
-from .spaces import by_block
+from .spaces import Layout, by_block
 from .stored import planned_maps
 from .update import Update
 from .weights import Window
@@ -200,3 +200,21 @@ class Maps:
 
     def restore(self, state: dict[str, Any]) -> None:
         pass
+
+
+def apply(sink: Moves, windows: Sequence[Window], layouts: Sequence[Layout], work: Work) -> None:
+    """Write all of an update whose maps are there, block by block."""
+    blocks, full = sink.alignment.blocks, sink.update.delta.tuned is not None
+    stored = [by_block(layout, window) if full else {} for layout, window in zip(layouts, windows, strict=True)]
+    visits = [Visit(source=own, target=b) for b, own in enumerate(blocks)]
+    visits += [Visit(source=own) for own in sorted(set(range(layouts[0].depth)) - set(blocks))]
+    if work.state:
+        sink.restore(work.state["sink"])
+    for visit in visits[work.step :]:
+        for window, names, b in zip(windows, stored, visit.blocks, strict=True):
+            window.hold([] if b is None else names.get(b, []))
+        sink.step(visit)
+        for window, kept in zip(windows, sink.held(), strict=True):
+            window.release(keep=kept)
+        work.commit({"sink": sink.state()}, {})
+    sink.step(None)

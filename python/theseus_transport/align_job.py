@@ -1,0 +1,70 @@
+"""Aligning two bases, from files to a folder of maps; what ``theseus align`` runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import partial
+from math import prod
+from typing import Any
+
+from .alignment import RECORD, Alignment, outline
+from .bases import AlignJob, Bases, Progress, check_room, content_hash, options_of, quiet
+from .checks import check_values
+from .journal import Work
+from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
+from .sinks import Maps
+from .stored import planned_maps
+from .writer import Output
+
+
+class AlignSession:
+    """The checked inputs of an :class:`AlignJob`; opening it refuses what cannot work, before anything heavy runs."""
+
+    def __init__(self, job: AlignJob) -> None:
+        self.job, self.bases = job, Bases(job)
+        draft = outline(*self.bases.layouts, job.recipe)
+        self.bytes_out = sum(dtype.itemsize * prod(shape) for _, shape, dtype in planned_maps(draft, job.recipe))
+        check_room([job.out], self.bytes_out, job, inputs=self.bases.inputs)
+        self.plan = self.bases.fitted()
+        self.seconds = self.bases.seconds()
+
+    def outcome(self, **known: Any) -> Outcome:
+        return begun(self, kind="alignment", job=describe(self.job, *self.bases.checkpoints), **known)
+
+    def rehearse(self) -> Outcome:
+        """What :meth:`run` would do; all weights are read once, nothing is computed or written."""
+        with collected_warnings() as warnings:
+            data = self.bases.calibration()
+            check_values(*self.bases.checkpoints)
+        return self.outcome(calibration=data.description, tokens=data.tokens, warnings=warnings)
+
+    def run(self, progress: Progress = quiet) -> Outcome:
+        """Align and save, with fingerprints of both bases.
+
+        Raises:
+            InputRefused, NumericalError: nothing is left behind.
+            ResourceError: what was done is kept; the same job with ``resume`` goes on.
+        """
+        job, clock = self.job, Clock()
+        with collected_warnings() as warnings:
+            data = self.bases.calibration()
+            draft = self.bases.draft(data)
+            clock.lap("calibration")
+            made: list[Alignment] = []
+            outcome = self.outcome(calibration=data.description, tokens=data.tokens, warnings=warnings)
+            sink = Maps(draft)
+            files = {RECORD: lambda: json.dumps(made[0].record(sink.kinds), indent=1)}
+            described = Output(job.out, sink.tensors, files, lambda: {"outcome": told_in_manifest(outcome)})
+            key = self.bases.key(data, recipe=asdict(draft.recipe), **options_of(job))
+            with Work.open(job.out, [described], **self.bases.writing(key, stem="maps", shard_size=2**62)) as work:
+                sink.work = work
+                alignment, passage = self.bases.align(data, draft, sink, work, partial(progress, "align"))
+                for side, checkpoint in zip(("source", "target"), self.bases.checkpoints, strict=True):
+                    alignment.provenance[side]["content_hash"] = content_hash(checkpoint)
+                made.append(alignment)
+                outcome = self.outcome(**told(alignment), warnings=warnings)
+                outcome.job["recipe"] = asdict(alignment.recipe)
+                work.finish()
+            clock.stages(passage.seconds)
+        return clock.finish(outcome, job.out, *self.bases.windows)
