@@ -28,7 +28,7 @@ from theseus_transport.errors import AlreadyDone
 from theseus_transport.job import Job, Session
 from transformers.models.llama import modeling_llama  # noqa: F401 - imported before the forks
 
-KILLS = 12  # of each case, at least
+KILLS = 6  # of each case, at least
 FULL = {"tuned": "causal/tuned"}
 CASES: dict[str, dict[str, Any]] = {
     "full, two alphas": {**FULL, "alpha": (0.5, 1.0)},

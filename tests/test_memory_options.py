@@ -76,11 +76,10 @@ def test_a_budget_below_the_least_is_refused_with_the_least_that_does(root, tmp_
 
 
 def test_hidden_states_in_files_change_no_byte(root, tmp_path):
-    invoke(*transport(root, tmp_path / "once"))
-    invoke(*transport(root, tmp_path / "files", "--offload-folder", tmp_path / "offload"))
+    once = call(*transport(root, tmp_path / "once"), "--json")
+    files = call(*transport(root, tmp_path / "files", "--offload-folder", tmp_path / "offload"), "--json")
     assert identical(tmp_path / "once", tmp_path / "files")
-    plans = [outcome_of(tmp_path / name)["plan"] for name in ("once", "files")]
-    assert ["in files" in plan for plan in plans] == [False, True]
+    assert ["in files" in json.loads(result.stdout)["plan"] for result in (once, files)] == [False, True]
     assert not [path for path in (tmp_path / "offload").rglob("*") if path.is_file()]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_procrustes import CONDITION, SHAPES, THRESHOLD, VALUES, draw, known, norm, ratios
 from theseus_transport import NumericalError
-from theseus_transport.procrustes import FLOOR, _iterate, certify, procrustes
+from theseus_transport.procrustes import FLOOR, _newton, certify, procrustes
 from torch import Tensor
 
 import theseus_ext
@@ -77,7 +77,7 @@ def test_iterated_polar_factor(name: str, scale: float) -> None:
     for shape in SHAPES:
         values = VALUES[name](min(shape))
         u, v, c = known(shape, values)
-        polar = _iterate(c * scale, FLOOR)
+        polar = _newton(c * scale, FLOOR)
         assert polar is not None and int(polar.rank) == len(values), shape
         gap = float(values.min() / values.max())
         assert float(polar.gap) == pytest.approx(gap, rel=0.02)  # `_largest` to a percent, twice
@@ -111,7 +111,7 @@ def test_iteration_leaves_to_lapack_what_the_floor_may_cut(name: str) -> None:
     else:
         c = draw(33, 17)
         c[:, 3] = 0
-    assert _iterate(c, FLOOR) is None and _iterate(c.T, FLOOR) is None
+    assert _newton(c, FLOOR) is None and _newton(c.T, FLOOR) is None
 
 
 def test_iterated_and_decomposed_agree(monkeypatch: pytest.MonkeyPatch) -> None:

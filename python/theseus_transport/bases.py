@@ -31,6 +31,7 @@ from .procrustes import FLOOR, FLOOR_DOUBLE
 from .recipes import Recipe
 from .spaces import Layout
 from .weights import Window
+from .workplace import unfinished_key
 
 Progress = Callable[[str, int], Callable[[], object]]  # stage and its number of steps -> call after every step
 SIDES = ("source", "target")
@@ -136,6 +137,7 @@ class Bases:
             job.batch_size,
             offload=job.offload_folder is not None,
             budget=budget,
+            like=unfinished_key(job.out).get("carried out") if job.resume else None,
             free=(free and free + resident_memory(), free_device_memory(self.device)),
         )
         return self.plan
@@ -185,7 +187,7 @@ class Bases:
         named = zip(("SOURCE", "TARGET", "TUNED"), (*self.checkpoints, *more), strict=False)
         files = {name: checkpoint.fingerprint(full=whole)["files"] for name, checkpoint in named}
         how = self.plan.choice
-        known = {"calibration": data.fingerprint, "batch size": how.batch_size, "maps on": how.polar} if data else {}
+        known = {"calibration": data.fingerprint, "carried out": how.rounding} if data else {}
         return {**files, **known, **options, "versions": versions()}
 
     def align(
@@ -199,8 +201,10 @@ class Bases:
         recipe, sides = draft.recipe, zip(self.windows, self.layouts, strict=True)
         source, target = (Base.of(window, layout) for window, layout in sides)
         toward = None
-        if recipe.name == "coherent" and recipe.null == "completed":
+        if recipe.name == "coherent" and recipe.null == "completed" and not work.state:  # else it is in there
             toward = all_together((source, target), self.windows, draft.blocks, data, self.device)
+        if toward is not None and self.plan.choice.polar == "cpu":
+            toward = toward.cpu()
         planner = PLANNERS[recipe.name](source, target, draft.blocks, recipe, toward=toward)
         planner.method = self.plan.choice.method
         choice = self.plan.choice

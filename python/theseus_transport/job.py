@@ -207,9 +207,11 @@ class Session:
                 out.metadata = lambda i=i: {"outcome": told_in_manifest(known(i)), "provenance": provenance}
             stem, described = described_outputs(update, outputs, self.kind, dtype=self.dtype, base_name=job.target)
             key = self._key(data, draft.recipe, alphas)
-            with Work.open(job.out, described, **self.bases.writing(key, stem=stem, inputs=self.inputs)) as work:
-                written = progress("write", len(described[0].tensors))
-                sink = Moves(draft, update, outputs, described[0].tensors, work, self.window, progress=written)
+            writing = self.bases.writing(key, stem=stem, inputs=self.inputs)
+            with self.window, Work.open(job.out, described, **writing) as work:
+                tensors = described[0].tensors
+                how: dict[str, Any] = {"kind": self.kind, "progress": progress("write", len(tensors))}
+                sink = Moves(draft, update, outputs, tensors, work, self.window, **how)
                 if data is None:
                     began = Clock()
                     apply(sink, self.bases.windows, self.bases.layouts, work)

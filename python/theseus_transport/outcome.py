@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,16 @@ class Clock:
         """The outcome with time, memory and what was read of the weights."""
         outcome.seconds, outcome.written = self.seconds, str(out)
         outcome.bytes_read = sum(window.bytes_read for window in windows)
-        outcome.used_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        outcome.used_bytes = peak_memory()
         return outcome
+
+
+def peak_memory() -> int:
+    """The most bytes of memory this process has had, without what started it where the system tells them apart."""
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def begun(session: Any, **known: Any) -> Outcome:
@@ -99,7 +108,8 @@ def told(alignment: Alignment) -> dict[str, Any]:
 
 def told_in_manifest(outcome: Outcome) -> dict[str, Any]:
     """What a manifest records: nothing that another run of the same job would measure otherwise."""
-    return {**asdict(outcome), "predicted_seconds": {}, "seconds": {}, "used_bytes": None, "bytes_read": None}
+    predicted = {"plan": "", "predicted_bytes": 0, "predicted_seconds": {}}
+    return {**asdict(outcome), **predicted, "seconds": {}, "used_bytes": None, "bytes_read": None}
 
 
 def describe(job: Any, *checkpoints: Checkpoint) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Passage:
         decompose: where maps are made of moments, if not on ``device``.
         tiles: of columns in which moments are added up, each by a pass of its own through the blocks.
         resident: keep hidden states in memory; folder: for their files, by default the work's own.
-        seconds: by stage.
+        rows, visits: how well maps fit, and what was visited, once the pass is over; seconds: by stage.
     """
 
     windows: tuple[Window, Window]
@@ -84,15 +84,20 @@ class Passage:
     tiles: int = 1
     folder: Path | None = None
     rows: list[Quality] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, steps: Steps) -> list[Quality]:
         """Visit all blocks; returns how well maps fit the batch that was held out, if one was."""
         try:
             rows = self._run(steps)
-        except (InputRefused, NumericalError):  # would come again
-            shutil.rmtree(self._folder, ignore_errors=True)
+        except BaseException as error:
+            if isinstance(error, (InputRefused, NumericalError)) or not self.work.step:  # nothing will go on from it
+                shutil.rmtree(self._folder, ignore_errors=True)
             raise
+        finally:
+            for window in self.windows:
+                window.close()
         shutil.rmtree(self._folder, ignore_errors=True)
         return rows
 
@@ -108,6 +113,7 @@ class Passage:
             loop = loop or self._loop(batches)
             self._visit(loop, visits, done)
             visits = self._visits()
+        self.visits = visits
         with self._timed("maps"):
             self.planner.finish()
         with self._timed("moves and writing"):
@@ -119,7 +125,7 @@ class Passage:
     @property
     def skipped(self) -> str:
         """What nothing that moves needed, in words; empty where all was visited."""
-        visits, links = self._visits(), self.planner.links
+        visits, links = self.visits, self.planner.links
         compared = {name for visit in visits for name in visit.moments}
         read = {visit.target for visit in visits} - {None}
         if compared == links.keys():
@@ -130,7 +136,9 @@ class Passage:
 
     @property
     def _folder(self) -> Path:
-        """Where hidden states are kept: of this run alone."""
+        """Where hidden states are kept: of this run alone; a run goes on where it began."""
+        if self.work.state:
+            return Path(self.work.state["folder"])
         if self.folder is None:
             return self.work.folder / "hidden"
         return self.folder / f"theseus-{digest(str(self.work.folder).encode())[:12]}"
@@ -168,7 +176,7 @@ class Passage:
                 seen.moments = {name: moment.to(place) for name, moment in seen.moments.items()}
                 seen.grams = {name: (own.to(place), other.to(place)) for name, (own, other) in seen.grams.items()}
             planner.add(seen.moments, seen.energies, seen.grams)
-            seen.moments, seen.energies, seen.grams = {}, {}, {}  # the planner frees them one by one
+            seen.moments, seen.energies, seen.grams = {}, {}, {}  # the planner alone holds them, and frees them
             if None not in visit.blocks:
                 assert visit.target is not None
                 planner.block(visit.target)
@@ -204,7 +212,7 @@ class Passage:
         rows = [(r.space, r.held, r.shifted) for r in self.rows]
         files = loop.files()
         record = {"planner": state, "sink": self.sink.state(), "hidden": loop.record(), "quality": rows}
-        self.work.commit(record, tensors, files)
+        self.work.commit({"folder": str(self._folder), **record}, tensors, files)
         loop.committed()
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, Literal
@@ -43,6 +43,11 @@ class Choice:
     method: Literal["auto", "iterate"] = "auto"
     polar: Literal["device", "cpu"] = "device"
     tiles: int = 1
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """What of it decides the rounding of a result; a run goes on as it was begun."""
+        return {"batch size": self.batch_size, "maps by": self.method, "maps on": self.polar, "tiles": self.tiles}
 
     @property
     def words(self) -> str:
@@ -167,11 +172,20 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
     return Plan(choice, host, {k: v for k, v in device.items() if on_device or k != "maps"} if gpu else {})
 
 
-def fitted(sizes: Sizes, batch_size: int, *, offload: bool, budget: Limits, free: Limits) -> Plan:
+def fitted(
+    sizes: Sizes,
+    batch_size: int,
+    *,
+    offload: bool,
+    budget: Limits,
+    free: Limits,
+    like: Mapping[str, Any] | None = None,
+) -> Plan:
     """The first choice that fits host and device.
 
     Args:
         budget: bytes the run may take of each, or None: then what is ``free`` there; None is no limit.
+        like: what :attr:`Choice.rounding` was when the run was begun that is to go on.
 
     Raises:
         ResourceError: none does; the message names the smallest budget that would.
@@ -184,7 +198,8 @@ def fitted(sizes: Sizes, batch_size: int, *, offload: bool, budget: Limits, free
     )
     limits, plans = ((ram, max_ram), (memory, max_memory)), []
     gpu, tiled = sizes.device.type == "cuda", not sizes.recipe.whiten_power
-    for choice in _choices(Choice(batch_size, resident=not offload), gpu=gpu, tiled=tiled):
+    choices = list(_choices(Choice(batch_size, resident=not offload), gpu=gpu, tiled=tiled))
+    for choice in [c for c in choices if c.rounding == like] or choices:
         plan = stages(sizes, choice)
         peaks = zip(limits, (plan.peak, plan.device_peak), strict=True)
         over = [(said, peak) for (said, limit), peak in peaks if limit is not None and limit < peak]

@@ -12,7 +12,7 @@ from torch import Tensor
 from .alignment import Alignment
 from .journal import Work
 from .maps import Map
-from .output import Written
+from .output import Kind, Written
 from .planner import Planner
 from .recipes import Plan, Rule
 from .schedule import Visit
@@ -41,17 +41,18 @@ class Moves:
         work: Work,
         tuned: Window,
         *,
+        kind: Kind,
         progress: Step,
     ) -> None:
         """
         Args:
-            alignment: of dicts that may be written to.
+            alignment: of dicts that may be written to; moves look rules and maps up in it when they are computed.
             tensors: all that is planned for the first of the outputs.
             progress: called after every tensor.
         """
         self.update, self.alignment, self._outputs, self._work = update, alignment, outputs, work
         self._needs = frozenset[str]().union(*(t.needs for t in tensors))
-        self._tuned, self._progress = tuned, progress
+        self._tuned, self._kind, self._progress = tuned, kind, progress
         self._tuned_names = by_block(update.source.layout, tuned)
         self._block = {t.name: self._block_of(t) for t in tensors}
         self._visited: set[int] = set()
@@ -75,6 +76,7 @@ class Moves:
         for into, found in zip(live, (plan.rules, plan.vectors, plan.maps), strict=True):
             into.update(found)
         self.step(visit)
+        live[2].clear()  # the planner holds what is still needed
 
     def step(self, visit: Visit | None) -> None:
         """Write what can be of the blocks visited so far; None: everything."""
@@ -127,11 +129,7 @@ class Moves:
 
     def _outputs_drop(self, name: str) -> bool:
         """Whether a planned tensor turned out to have no place: of a ``delta``, one that did not change."""
-        return name in self.update.planned and name not in self.update and self._is_delta
-
-    @property
-    def _is_delta(self) -> bool:
-        return set(self._block) <= set(self.update.planned)
+        return self._kind == "delta" and name not in self.update
 
     def _waiting(self) -> list[str]:
         """What is written late, of blocks that were visited."""

@@ -59,6 +59,7 @@ def matched(update: Update) -> float:
     Raises:
         InputRefused: no weight matrix moves, or what moves is zero.
     """
+    update.compare(set(update.presumed))  # what does not change does not count
     sums = [0.0] * 4
     for name, of in _source_weights(update):
         into, alpha = update.target.slots[update.moved[name]], update.alpha

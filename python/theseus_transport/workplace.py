@@ -219,6 +219,16 @@ class Workplace:
         raise self._damaged()
 
 
+def unfinished_key(home: Path) -> dict[str, Any]:
+    """The key of the unfinished run into a folder; {} where there is none that can be read."""
+    place = home.expanduser().resolve()
+    try:
+        record = Record.load(place.with_name(f".{place.name}.theseus"))
+    except (InputRefused, OSError):
+        return {}
+    return record.key if record else {}
+
+
 def _device(path: Path) -> int:
     return next(place for place in (path, *path.parents) if place.exists()).stat().st_dev
 
