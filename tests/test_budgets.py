@@ -23,6 +23,8 @@ PAIRS = {"tiny": TINY, "middle": MIDDLE, "qwen": (GEOMETRIES["qwen2.5-0.5b"], GE
 class Shapes(dict):
     """A checkpoint of which only the header is known."""
 
+    compute_dtype = torch.float32
+
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(parameters(geometry))
         self.config, self.shapes, self.dtypes = geometry.config(), dict(self), dict.fromkeys(self, torch.bfloat16)

@@ -169,7 +169,7 @@ class Bases:
 
     def recipe(self) -> Recipe:
         """The job's, with the floor that follows the models' precision."""
-        chosen, double = self.job.recipe, all(torch.float64 in c.dtypes.values() for c in self.checkpoints)
+        chosen, double = self.job.recipe, all(c.compute_dtype == torch.float64 for c in self.checkpoints)
         return replace(chosen, floor=FLOOR_DOUBLE) if double and chosen.floor == FLOOR else chosen
 
     def blocks(self, data: Calibration) -> Blocks:
@@ -198,16 +198,16 @@ class Bases:
         Args:
             draft: the outline of this pairing of blocks.
         """
-        recipe, sides = draft.recipe, zip(self.windows, self.layouts, strict=True)
+        recipe, choice = draft.recipe, self.plan.choice
+        sides = zip(self.windows, self.layouts, strict=True)
         source, target = (Base.of(window, layout) for window, layout in sides)
         toward = None
         if recipe.name == "coherent" and recipe.null == "completed" and not work.state:  # else it is in there
             toward = all_together((source, target), self.windows, draft.blocks, data, self.device)
-        if toward is not None and self.plan.choice.polar == "cpu":
+        if toward is not None and choice.polar == "cpu":
             toward = toward.cpu()
         planner = PLANNERS[recipe.name](source, target, draft.blocks, recipe, toward=toward)
-        planner.method = self.plan.choice.method
-        choice = self.plan.choice
+        planner.method = choice.method
         how: dict[str, Any] = {name: getattr(choice, name) for name in ("ahead", "resident", "tiles")}
         how["folder"] = self.job.offload_folder
         if choice.polar == "cpu":

@@ -247,6 +247,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             rows[path.name] = row | ({"blake2b": file_blake2b(path)} if full else {})
         return {"files": rows}
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of forward passes: float64 where any tensor is, else float32."""
+        return torch.float64 if torch.float64 in self.dtypes.values() else torch.float32
+
     @refuse_unreadable()
     def header_hash(self) -> str:
         """BLAKE2b over names, sizes and headers of all files: equal for copies made elsewhere or later."""

@@ -141,7 +141,7 @@ class Session:
         self.places = folders(job.out, self.alphas, overwrite=job.overwrite or job.resume)
         self.bytes_out = len(self.places) * planned_bytes(planned(draft, self.kind, self.dtype))
         check_room(self.places, self.bytes_out, job.alignment, inputs=self.inputs)
-        self.steps, flops = len(planned(draft, self.kind)), move_flops(draft)
+        flops = move_flops(draft)
         full = self.tuned if self.tuned.kind == "checkpoint" else None
         self.plan = self.bases.fitted(tuned=full, aligned=self.alignment is not None)
         self.seconds = move_seconds(flops) if self.alignment else self.bases.seconds(move=flops)

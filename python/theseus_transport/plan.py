@@ -17,7 +17,7 @@ from .models import TILE
 from .moves import move_bytes
 from .polar import polar_bytes
 from .recipes import Recipe
-from .spaces import Layout
+from .spaces import Layout, by_block
 
 RUNTIME = 560 << 20  # bytes: the interpreter with torch, transformers and this package once everything is in use
 Bytes = dict[str, int]  # by stage
@@ -104,19 +104,16 @@ class Sizes:
     @property
     def elementwise(self) -> list[int]:
         """Bytes of a number in each model's forward pass."""
-        return [8 if torch.float64 in c.dtypes.values() else 4 for c in self.checkpoints]
+        return [c.compute_dtype.itemsize for c in self.checkpoints]
 
     def block(self, checkpoint: Checkpoint, layout: Layout, *, size: int | None = None) -> int:
         """Bytes of the largest block as stored, or with numbers of ``size`` bytes where stored otherwise."""
-        found: dict[str, int] = {}
-        for name, shape in checkpoint.shapes.items():
-            own = layout.family.canonical(name)
-            if own.startswith(f"{layout.family.blocks}."):
-                b = own[len(layout.family.blocks) + 1 :].split(".")[0]
-                stored = checkpoint.dtypes[name].itemsize
-                wide = stored if size is None else 0 if size == stored else size
-                found[b] = found.get(b, 0) + wide * prod(shape)
-        return max(found.values(), default=0)
+
+        def bytes_of(name: str) -> int:
+            stored = checkpoint.dtypes[name].itemsize
+            return prod(checkpoint.shapes[name]) * (stored if size is None else 0 if size == stored else size)
+
+        return max((sum(map(bytes_of, names)) for names in by_block(layout, checkpoint).values()), default=0)
 
     def tables(self) -> int:
         """Bytes of the largest matrix in float64: what moves row tile by row tile is no larger."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +50,23 @@ def quality(t: Map, rows: Rows, samples: int) -> tuple[float, float]:
 
 
 def matched(t: Map, source: Tensor, target: Tensor) -> float:
-    """tr(T^T C) / sqrt(E_S E_T), the cosine of ``x_S @ T`` and ``x_T``, scales inside T taken out; 0 without energy."""
+    """:func:`cosine` of ``x_S @ T`` and ``x_T``, from rows [rows, dS] and [rows, dT]."""
     own, other = (sum(part.double().square().sum(0) for part in x.split(CHUNK)) for x in (source, target))
+    pairs = list(zip(source.split(CHUNK), target.split(CHUNK), strict=True))
+    return cosine(t, lambda t: sum(float((t(x.double()) * y.double()).sum()) for x, y in pairs), (own, other))
+
+
+def cosine(t: Map, trace: Callable[[Map], float], energies: tuple[Tensor, Tensor]) -> float:
+    """tr(T^T C) / sqrt(E_S E_T) in [-1, 1], scales inside T taken out; 0 where a side has no energy.
+
+    Args:
+        trace: tr(T^T C) of a map. energies: per feature, or in total, of source and target.
+    """
+    own, other = energies
     if isinstance(t, Heads):  # a source head counts once per copy
         t, own = t.unscaled(), t.by_head(own)
-    pairs = zip(source.split(CHUNK), target.split(CHUNK), strict=True)
-    trace = sum(float((t(x.double()) * y.double()).sum()) for x, y in pairs)
     energy = float(own.sum() * other.sum())
-    return trace / energy**0.5 if energy > 0 else 0.0
+    return trace(t) / energy**0.5 if energy > 0 else 0.0
 
 
 def warn(rows: Sequence[Quality]) -> None:

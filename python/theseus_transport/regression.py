@@ -7,13 +7,15 @@ output is c sqrt(E_T / E_S), and the one that best predicts the source's input f
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .maps import Heads, Map
+from .maps import Map
 from .models import Base
 from .moments import CrossMoment, Energy
+from .quality import cosine
 from .recipes import Rule
 from .spaces import Layer
 
@@ -27,7 +29,7 @@ def fit_input(rule: Rule, t: Map, read: CrossMoment) -> Rule:
     Args:
         t: map of the input. read: moment of what it maps, energies included.
     """
-    inner = max(LEAST, cosine(t, read.cross, (read.source_energy, read.target_energy)))
+    inner = max(LEAST, cosine(t, partial(_trace, read.cross), (read.source_energy, read.target_energy)))
     return replace(rule, scale_in=rule.scale_in / inner)
 
 
@@ -45,18 +47,10 @@ def fit_output(rule: Rule, t: Map, read: CrossMoment, sides: tuple[Side, Side], 
     weights = [base.augmented(la.name).to(read.cross) for base, la in sides]
     behind = [base.vector(la.scale or "", len(w), 1.0) for (base, la), w in zip(sides, weights, strict=True)]
     cross = read.derive(*(v.to(w)[:, None] * w for v, w in zip(behind, weights, strict=True))).cross
-    outer = max(LEAST, cosine(t, cross, energies))
+    outer = max(LEAST, cosine(t, partial(_trace, cross), energies))
     return replace(rule, scale_out=rule.scale_out * outer)
 
 
-def cosine(t: Map, cross: Tensor, energies: tuple[Tensor, Tensor]) -> float:
-    """tr(T^T C) / sqrt(E_S E_T) in [-1, 1], scales inside T taken out; 0 where a side has no energy.
-
-    Args:
-        cross: [dS, dT]; energies: per feature, or in total, of source and target.
-    """
-    own, other = energies
-    if isinstance(t, Heads):  # a source head counts once per copy
-        t, own = t.unscaled(), t.by_head(own)
-    energy = float(own.sum() * other.sum())
-    return float(t(cross.T).trace()) / energy**0.5 if energy > 0 else 0.0
+def _trace(cross: Tensor, t: Map) -> float:
+    """tr(T^T C) of the cross-moment C [dS, dT]."""
+    return float(t(cross.T).trace())

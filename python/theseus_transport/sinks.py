@@ -56,8 +56,7 @@ class Moves:
         self._tuned_names = by_block(update.source.layout, tuned)
         self._block = {t.name: self._block_of(t) for t in tensors}
         self._visited: set[int] = set()
-        drafts = alignment.draft
-        self._made: dict[str, Rule] = {} if drafts else {**alignment.rules, **alignment.vectors}
+        self._made: dict[str, Rule] = {**alignment.rules, **alignment.vectors}
         for _ in tensors[len(work.pending) :]:
             progress()
 
@@ -104,7 +103,7 @@ class Moves:
         return {name for rule in rules for name in (rule.input, rule.output)}
 
     def held(self) -> tuple[set[str], set[str]]:
-        return {self.update.source.slots[n].stored for n in self._late()}, {n for n in self._waiting()}
+        return {self.update.source.slots[n].stored for n in self._late()}, set(self._waiting())
 
     def state(self) -> dict[str, Any]:
         rounding = [out.rounding.sums for out in self._outputs]

@@ -37,7 +37,7 @@ class Skeleton:
         """Raises InputRefused where transformers cannot build it, or tensors are missing (they would be random)."""
         checkpoint = window.checkpoint
         self.layout, self._window, self._device = layout, window, device
-        self._dtype = torch.float64 if torch.float64 in checkpoint.dtypes.values() else torch.float32
+        self._dtype = checkpoint.compute_dtype
         self.model = backbone(_built(checkpoint, layout, self._dtype), layout).eval()
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)

@@ -190,7 +190,5 @@ def alone(window: Window, layout: Layout, batches: Sequence[Batch], device: torc
     side.hidden = Hidden(Path(), "", resident=True)
     with torch.no_grad(), side.skeleton.ahead(batches) as embed:
         for i in range(len(batches)):
-            state, calls = embed(i)
-            side.hidden.append(state)
-            side.calls.append(calls)
+            _embedding(side, embed, (), i)()
     return side
