@@ -2,9 +2,11 @@
 
     python bench/bench_stream.py                        # Qwen2.5-0.5B to 1.5B, 4 and 8 blocks a side, 48 x 192 tokens
     python bench/bench_stream.py --blocks 4 --lora      # the move of an adapter
+    python bench/bench_stream.py --blocks 2 --whole     # without a budget, beside whole models from Python
 
 Each job is a process of its own, and its peak the kernel's (ru_maxrss). It must stay within 1.1 times what was
-predicted, read every weight once (1.02 times at most), and not grow with the number of blocks.
+predicted, read every weight once (1.02 times at most), not grow with the number of blocks, and where whole models fit
+take at most 1.15 times as long as they do.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,15 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import theseus_transport as tt
 import torch
 from random_checkpoint import GEOMETRIES, write_adapter, write_random
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
 PAIR = "qwen2.5-0.5b", "qwen2.5-1.5b"
 SAMPLES, LENGTH = 48, 192
 BUDGET = "3GiB"
 OVER, REREAD, FLAT = 1.1, 1.02, 1.05  # of predicted peak, of bytes of weights, of the peak with fewer blocks
+SLOWER = 1.15  # of the time whole models take
+COMMAND = "from theseus_transport.cli import main; main()"
+WHOLE = "import bench_stream, sys; bench_stream.whole(*sys.argv[1:])"
 
 
 def prepared(folder: Path, pair: tuple[str, str], blocks: int, *, lora: bool) -> list[Path]:
@@ -55,25 +61,33 @@ def text_like() -> torch.Tensor:
     return drawn.reshape(SAMPLES, LENGTH)
 
 
-def measured(folders: list[Path], out: Path, calibration: Path, budget: str, batch: int) -> dict[str, Any]:
-    """One run of the command: its outcome, wall time, and peak memory in bytes."""
-    options = ["--calibration", calibration, "--max-ram", budget, "--batch-size", batch, "--no-held-out", "--json"]
-    tokens = SAMPLES * LENGTH
-    command = "from theseus_transport.cli import main; main()"
-    call = [sys.executable, "-c", command, "transport", *folders, out, *options, "--tokens", tokens]
+def whole(source: str, tuned: str, target: str, out: str, calibration: str, batch: str) -> None:
+    """The same move from Python, with three whole models in memory."""
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (source, tuned, target)]
+    batches = [{"input_ids": ids} for ids in load_file(calibration)["input_ids"].split(int(batch))]
+    alignment = tt.align(models[0], models[2], batches)
+    tt.transport(alignment, tt.Delta.between(models[0], models[1]), models[2]).add_to(models[2])
+    models[2].to(torch.bfloat16).save_pretrained(out)
+
+
+def measured(code: str, *arguments: object) -> dict[str, Any]:
+    """One run of code in a process of its own: what it printed, wall time, and peak memory in bytes."""
     before, began = os.times(), time.perf_counter()
-    reader = subprocess.Popen([str(part) for part in call], stdout=subprocess.PIPE, text=True)
-    text, _ = reader.communicate()
-    seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    if reader.returncode:
-        raise SystemExit(f"the command ended with {reader.returncode}: {text}")
-    used = os.times()
+    call = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+    assert process.stdout is not None
+    text = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds, used = time.perf_counter() - began, os.times()
+    if process.returncode:
+        raise SystemExit(f"it ended with {process.returncode}: {text}")
     cpu = used.children_user + used.children_system - before.children_user - before.children_system
-    return {"outcome": json.loads(text), "seconds": seconds, "peak": peak, "cores": cpu / seconds}
+    return {"text": text, "seconds": seconds, "peak": usage.ru_maxrss * 1024, "cores": cpu / seconds}
 
 
 def row_of(blocks: int, found: dict[str, Any], folders: list[Path]) -> dict[str, Any]:
-    outcome = found["outcome"]
+    outcome = json.loads(found["text"])
     weights = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
     stages = outcome["seconds"]
     waiting = stages.pop("of these waiting for reads", 0.0)
@@ -97,22 +111,30 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--lora", action="store_true", help="move an adapter of rank 8")
     parser.add_argument("--pair", nargs=2, default=PAIR, choices=GEOMETRIES, metavar=("SOURCE", "TARGET"))
-    parser.add_argument("--max-ram", default=BUDGET)
+    parser.add_argument("--max-ram", help=f"default: {BUDGET}; with --whole what is there")
+    parser.add_argument("--whole", action="store_true", help="beside the same with whole models, from Python")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="keep checkpoints here, for the next time")
     given = parser.parse_args()
-    kind = "lora" if given.lora else "full"
-    about = {"pair": list(given.pair), "kind": kind, "tokens": SAMPLES * LENGTH, "max_ram": given.max_ram}
+    kind = "lora" if given.lora else "whole" if given.whole else "full"
+    budget = given.max_ram or (None if given.whole else BUDGET)
+    about = {"pair": list(given.pair), "kind": kind, "tokens": SAMPLES * LENGTH, "max_ram": budget}
+    options = ["--batch-size", given.batch_size, "--tokens", SAMPLES * LENGTH, "--no-held-out", "--json"]
+    options += ["--max-ram", budget] if budget else []
     RESULTS.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         folder = given.folder or Path(place)
         calibration = Path(place) / "ids.safetensors"
         save_file({"input_ids": text_like()}, calibration)
-        for blocks in given.blocks:  # the peak of all children is that of the largest: fewest blocks first
-            folders = prepared(folder, tuple(given.pair), blocks, lora=given.lora)
-            found = measured(folders, Path(place) / f"out-{blocks}", calibration, given.max_ram, given.batch_size)
+        for blocks in given.blocks:
+            folders, out = prepared(folder, tuple(given.pair), blocks, lora=given.lora), Path(place) / f"out-{blocks}"
+            found = measured(COMMAND, "transport", *folders, out, "--calibration", calibration, *options)
             rows.append(row_of(blocks, found, folders))
+            if given.whole:
+                other = measured(WHOLE, *folders, f"{out}-whole", calibration, given.batch_size)
+                rows[-1] |= {f"whole_{name}": other[name] for name in ("seconds", "cores")}
+                rows[-1] |= {"whole_peak_gib": other["peak"] / 2**30, "slower": found["seconds"] / other["seconds"]}
             print(json.dumps(rows[-1], indent=1), flush=True)
             told = {"machine": machine.facts(), **about, "results": rows}
             name = f"stream-{given.pair[0]}-to-{given.pair[1]}-{kind}-cpu.json"
@@ -121,6 +143,7 @@ def main() -> None:
         assert row["peak_over_predicted"] <= OVER, row
         assert row["read_over_weights"] <= REREAD, row
         assert row["peak_gib"] <= FLAT * rows[0]["peak_gib"], row
+        assert row.get("slower", 0) <= SLOWER, row
 
 
 if __name__ == "__main__":

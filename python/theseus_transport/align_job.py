@@ -23,11 +23,18 @@ class AlignSession:
 
     def __init__(self, job: AlignJob) -> None:
         self.job, self.bases = job, Bases(job)
-        draft = outline(*self.bases.layouts, job.recipe)
-        self.bytes_out = sum(dtype.itemsize * prod(shape) for _, shape, dtype in planned_maps(draft, job.recipe))
-        check_room([job.out], self.bytes_out, job, inputs=self.bases.inputs)
+        self.bytes_out = self.bytes_of_maps(self.bases)
+        check_room([job.out], 2 * self.bytes_out, job, inputs=self.bases.inputs)  # maps not made are left out by a copy
         self.plan = self.bases.fitted()
         self.seconds = self.bases.seconds()
+
+    @staticmethod
+    def bytes_of_maps(bases: Bases) -> int:
+        """Of all that an alignment of these bases may hold."""
+        recipe = bases.job.recipe
+        return sum(
+            dtype.itemsize * prod(size) for _, size, dtype in planned_maps(outline(*bases.layouts, recipe), recipe)
+        )
 
     def outcome(self, **known: Any) -> Outcome:
         return begun(self, kind="alignment", job=describe(self.job, *self.bases.checkpoints), **known)

@@ -14,7 +14,7 @@ import transformers
 
 from . import __version__
 from .alignment import PLANNERS, Alignment, by_position, outline
-from .calibration import Calibration, SideInfo, load_calibration, sample_length
+from .calibration import Calibration, SideInfo, expected_tokens, load_calibration
 from .checkpoint import Checkpoint
 from .checks import available_memory, check_dtypes, find_device, free_device_memory, read_layout, resident_memory
 from .depth import pair_streamed
@@ -25,10 +25,11 @@ from .journal import Work
 from .links import Blocks
 from .models import Base
 from .passage import Passage, Sink, all_together
-from .plan import Plan, Sizes, fitted
+from .plan import Plan, fitted
 from .predict import alignment_seconds, move_seconds
 from .procrustes import FLOOR, FLOOR_DOUBLE
 from .recipes import Recipe
+from .sizes import Sizes
 from .spaces import Layout
 from .weights import Window
 from .workplace import unfinished_key
@@ -118,19 +119,31 @@ class Bases:
         tokens, recipe = self.tokens_wanted, self.job.recipe
         return alignment_seconds(self.checkpoints, self.layouts, recipe, tokens, self.device) | move_seconds(move)
 
-    def fitted(self, *, tuned: Checkpoint | None = None, aligned: bool = False) -> Plan:
+    def fitted(
+        self, *, tuned: Checkpoint | None = None, aligned: bool = False, keys: frozenset[str] | None = None
+    ) -> Plan:
         """How the run fits the memory it may take.
 
         Args:
             tuned: a full tune that is moved; aligned: the maps are there already.
+            keys: of the alignment's rules and vectors that are wanted; None: all.
 
         Raises:
             ResourceError: it does not fit.
         """
         job, free = self.job, available_memory()
-        length = sample_length(job.calibration, [self._side(i) for i in range(2)])
-        models, tokens = (self.source, self.target), self.tokens_wanted
-        sizes = Sizes(models, self.layouts, self.recipe(), tuned, length, tokens, self.device, aligned)
+        length, tokens = expected_tokens(job.calibration, [self._side(i) for i in range(2)], self.tokens_wanted)
+        sizes = Sizes(
+            (self.source, self.target),
+            self.layouts,
+            self.recipe(),
+            tuned,
+            length,
+            tokens,
+            self.device,
+            aligned,
+            None if keys is None else self._wanted(keys),
+        )
         budget = job.max_ram, job.max_memory
         self.plan = fitted(
             sizes,
@@ -141,6 +154,17 @@ class Bases:
             free=(free and free + resident_memory(), free_device_memory(self.device)),
         )
         return self.plan
+
+    def _wanted(self, keys: frozenset[str]) -> frozenset[str]:
+        """Links and layers of the target that rules and vectors need, and all that few token types may add."""
+        recipe, blocks = self.recipe(), by_position(*self.layouts)
+        planner = PLANNERS[recipe.name](*self._models(), blocks, recipe)
+        behind_norms = {name for name, link in planner.links.items() if link.target.norm}
+        return frozenset(planner.needed(keys) | behind_norms | keys)
+
+    def _models(self) -> tuple[Base, Base]:
+        source, target = (Base.of(*side) for side in zip(self.windows, self.layouts, strict=True))
+        return source, target
 
     def draft(self, data: Calibration) -> Alignment:
         """The outline of the alignment, with the pairing of blocks."""
@@ -176,7 +200,7 @@ class Bases:
         """For every target block the source block that feeds it; where depths differ, after a pass over both models."""
         if self.layouts[0].depth == self.layouts[1].depth:
             return by_position(*self.layouts)
-        return pair_streamed(self.windows, self.layouts, data.batches, self.device)
+        return pair_streamed(self.windows, self.layouts, data.batches, self.device, self.job.offload_folder)
 
     def key(self, data: Calibration | None, *more: Checkpoint, whole: bool = False, **options: Any) -> dict[str, Any]:
         """All that decides what is written, as JSON: a run goes on only where it is the same.
@@ -198,18 +222,19 @@ class Bases:
         Args:
             draft: the outline of this pairing of blocks.
         """
-        recipe, choice = draft.recipe, self.plan.choice
-        sides = zip(self.windows, self.layouts, strict=True)
-        source, target = (Base.of(window, layout) for window, layout in sides)
+        recipe, choice, bases = draft.recipe, self.plan.choice, self._models()
+        folder = self.job.offload_folder
         toward = None
         if recipe.name == "coherent" and recipe.null == "completed" and not work.state:  # else it is in there
-            toward = all_together((source, target), self.windows, draft.blocks, data, self.device)
+            toward = all_together(
+                bases, self.windows, draft.blocks, data, self.device, folder=folder, halves=choice.halves
+            )
         if toward is not None and choice.polar == "cpu":
             toward = toward.cpu()
-        planner = PLANNERS[recipe.name](source, target, draft.blocks, recipe, toward=toward)
+        planner = PLANNERS[recipe.name](*bases, draft.blocks, recipe, toward=toward)
         planner.method = choice.method
-        how: dict[str, Any] = {name: getattr(choice, name) for name in ("ahead", "resident", "tiles")}
-        how["folder"] = self.job.offload_folder
+        how: dict[str, Any] = {name: getattr(choice, name) for name in ("ahead", "resident", "tiles", "halves")}
+        how["folder"] = folder
         if choice.polar == "cpu":
             how["decompose"] = torch.device("cpu")
         passage = Passage(self.windows, self.layouts, data, planner, sink, work, self.device, **how)

@@ -14,12 +14,31 @@ from .tokens import RowMixing
 
 MAIN_INPUT = {"text": "input_ids", "vision": "pixel_values"}
 Batch = Mapping[str, Any]
+Tensors = dict[str, torch.Tensor]  # a batch whose tensors are ready
 Mixings = tuple[RowMixing | None, RowMixing | None]
 
 
 def samples_of(batch: Batch) -> int:
     """Samples of one side's batch."""
     return len(next(batch[key] for key in MAIN_INPUT.values() if key in batch))
+
+
+def batches_of(source: Tensors, target: Tensors | None = None, *, batch_size: int) -> list[tuple[Tensors, Tensors]]:
+    """Cut tensors of equal leading dimension into pairs of at most `batch_size` rows.
+
+    Without a target (or with the same object) both sides of each pair are one dict.
+    """
+    if batch_size < 1:
+        raise InputRefused(f"batch size is {batch_size}, expected at least 1")
+
+    def cut(side: Tensors, start: int) -> Tensors:
+        return {k: v[start : start + batch_size] for k, v in side.items()}
+
+    pairs = []
+    for start in range(0, len(next(iter(source.values()))), batch_size):
+        own = cut(source, start)
+        pairs.append((own, own if target is None or target is source else cut(target, start)))
+    return pairs
 
 
 def mixings(layouts: tuple[Layout, Layout], source: Batch, target: Batch) -> Mixings:

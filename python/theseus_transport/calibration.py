@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .batches import MAIN_INPUT, Tensors, batches_of
 from .checkpoint import Checkpoint, check_finite
 from .errors import InputRefused
 from .images import Preprocessor, find_images, read_images
@@ -19,8 +20,8 @@ from .text import Tokenizer, builtin_pieces, read_pieces, read_records, rows_of_
 log = logging.getLogger(__name__)
 
 KEYS = ("input_ids", "attention_mask", "pixel_values", "offsets")
+MAIN = tuple(MAIN_INPUT.values())
 LENGTH = 512  # tokens of a row of text
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,33 +132,19 @@ def load_calibration(
     )
 
 
-def sample_length(reference: str, infos: Sequence[SideInfo]) -> int:
-    """Tokens of a sample of what :func:`load_calibration` will give, at most; known before it is read."""
-    if infos[0].kind == "vision":
-        return max(info.tokens_per_image for info in infos)
+def expected_tokens(reference: str, infos: Sequence[SideInfo], wanted: int) -> tuple[int, int]:
+    """Tokens of a sample, and of all samples, of what :func:`load_calibration` will give, at most; nothing is read."""
     path = Path(reference).expanduser()
-    if path.suffix == ".safetensors" and path.is_file():
-        shapes = [s for name, s in Checkpoint.open(path).shapes.items() if name.endswith("input_ids") and len(s) > 1]
-        return max((shape[1] for shape in shapes), default=1)
-    return min([LENGTH, *(info.max_positions for info in infos if info.max_positions)])
-
-
-def batches_of(source: Tensors, target: Tensors | None = None, *, batch_size: int) -> list[tuple[Tensors, Tensors]]:
-    """Cut tensors of equal leading dimension into pairs of at most `batch_size` rows.
-
-    Without a target (or with the same object) both sides of each pair are one dict.
-    """
-    if batch_size < 1:
-        raise InputRefused(f"batch size is {batch_size}, expected at least 1")
-
-    def cut(side: Tensors, start: int) -> Tensors:
-        return {k: v[start : start + batch_size] for k, v in side.items()}
-
-    pairs = []
-    for start in range(0, len(next(iter(source.values()))), batch_size):
-        own = cut(source, start)
-        pairs.append((own, own if target is None or target is source else cut(target, start)))
-    return pairs
+    length = min([LENGTH, *(info.max_positions for info in infos if info.max_positions)])
+    if infos[0].kind == "vision":
+        length = max(info.tokens_per_image for info in infos)
+    if not (path.suffix == ".safetensors" and path.is_file()):
+        return length, wanted
+    shapes = [s for name, s in Checkpoint.open(path).shapes.items() if name.endswith(MAIN) and len(s) > 1]
+    if infos[0].kind == "text":
+        length = max((shape[1] for shape in shapes), default=1)
+    there = length * max((shape[0] for shape in shapes), default=1)
+    return length, min(wanted, there)
 
 
 def _ready_tensors(path: Path, source: SideInfo, target: SideInfo) -> tuple[Tensors, Tensors]:

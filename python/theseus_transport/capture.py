@@ -74,6 +74,13 @@ class Capture:
         self.energies = {name: Energy.zeros(*sizes(link)) for name, link in outputs.items()}
         self.grams: dict[str, Grams] = {n: (gram(li.source), gram(li.target)) for n, li in moments.items() if grams}
 
+    def behind(self, other: Capture) -> Capture:
+        """Itself, with what another one saw of other links in front of what this one did."""
+        for name in ("links", "moments", "energies", "grams", "kept"):
+            own, before = getattr(self, name), getattr(other, name)
+            setattr(self, name, own if before is None else {**before, **own})
+        return self
+
     def run(self, source: Batch, target: Batch) -> None:
         """Forward one pair of batches (keyword arguments of each model's forward pass) and add what was seen.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from .batches import Batch, mixings
 from .capture import backbone, run_model
 from .errors import InputRefused, NumericalError
+from .hidden import temporary
 from .spaces import Layout
 from .stream import alone
 from .tokens import RowMixing
@@ -55,22 +57,28 @@ def pair_streamed(
     layouts: tuple[Layout, Layout],
     batches: Sequence[tuple[Batch, Batch]],
     device: torch.device,
+    folder: Path | None = None,
 ) -> list[int | None]:
-    """The same, of models that are read block by block; all of both is read once."""
+    """The same, of models that are read block by block; all of both is read once.
+
+    Args:
+        folder: for files of hidden states; None: they stay in memory.
+    """
     rows, share = [mixings(layouts, *pair) for pair in batches], -(-TOKENS // len(batches))
     updates: list[list[list[Tensor]]] = [[], []]
     for k, (window, layout, found) in enumerate(zip(windows, layouts, updates, strict=True)):
-        side = alone(window, layout, [pair[k] for pair in batches], device)
-        for b in range(layout.depth):
-            found.append([])
-            window.hold(side.names(b))
-            window.prefetch(side.names(b + 1))
-            with torch.no_grad(), side.skeleton.filled(b) as block:
-                for i in range(len(batches)):
-                    before = side.hidden[i]
-                    side.step(block, b, i)
-                    found[b].append(_spread(rows[i][k], share, (side.hidden[i] - before).flatten(0, -2)))
-            window.release()
+        with temporary(folder) as place:
+            side = alone(window, layout, [pair[k] for pair in batches], device, place)
+            for b in range(layout.depth):
+                found.append([])
+                window.hold(side.names(b))
+                window.prefetch(side.names(b + 1))
+                with torch.no_grad(), side.skeleton.filled(b) as block:
+                    for i in range(len(batches)):
+                        before = side.hidden[i].to(device)
+                        update = side.step(block, b, i) - before
+                        found[b].append(_spread(rows[i][k], share, update.flatten(0, -2)))
+                window.release()
     return _paired(updates)
 
 

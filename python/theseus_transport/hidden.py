@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import ReadFailed
+
+
+@contextmanager
+def temporary(folder: Path | None) -> Iterator[Path | None]:
+    """A place in a folder for the files of a pass that nobody resumes; None stays None: such states lie in memory."""
+    if folder is None:
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="theseus-", dir=folder) as place:
+        yield Path(place)
 
 
 class Hidden:

@@ -139,11 +139,16 @@ class Session:
         self.coverage = draft.coverage
         check_left(job.leave, self.coverage, source, self.tuned)
         self.places = folders(job.out, self.alphas, overwrite=job.overwrite or job.resume)
-        self.bytes_out = len(self.places) * planned_bytes(planned(draft, self.kind, self.dtype))
-        check_room(self.places, self.bytes_out, job.alignment, inputs=self.inputs)
+        tensors, matched = planned(draft, self.kind, self.dtype), any(a.asked == "match" for a in self.alphas)
+        self.bytes_out = len(self.places) * planned_bytes(tensors)
+        self.maps_first = matched and not self.alignment
+        maps = AlignSession.bytes_of_maps(self.bases) if self.maps_first else 0
+        twice = 2 if self.kind == "delta" else 1  # what did not change is left out by a copy, at the end
+        check_room(self.places, max(2 * maps, maps + twice * self.bytes_out), job.alignment, inputs=self.inputs)
         flops = move_flops(draft)
         full = self.tuned if self.tuned.kind == "checkpoint" else None
-        self.plan = self.bases.fitted(tuned=full, aligned=self.alignment is not None)
+        keys = None if self.maps_first else frozenset[str]().union(*(tensor.needs for tensor in tensors))
+        self.plan = self.bases.fitted(tuned=full, aligned=self.alignment is not None, keys=keys)
         self.seconds = move_seconds(flops) if self.alignment else self.bases.seconds(move=flops)
 
     def transport(self, alignment: Alignment) -> Update:
@@ -173,7 +178,7 @@ class Session:
             InputRefused, NumericalError: nothing is left behind.
             ResourceError: what was done is kept; the same job with ``resume`` goes on.
         """
-        if not self.alignment and any(a.asked == "match" for a in self.alphas):
+        if self.maps_first:
             return self._aligned_first(progress)
         job, clock = self.job, Clock()
         with collected_warnings() as warnings:

@@ -19,6 +19,7 @@ from .capture import Capture
 from .coherent import together
 from .errors import InputRefused, NumericalError
 from .headers import digest
+from .hidden import temporary
 from .journal import Work
 from .links import Blocks, moment_links
 from .models import Base
@@ -67,6 +68,7 @@ class Passage:
         ahead: read the next blocks while these run.
         decompose: where maps are made of moments, if not on ``device``.
         tiles: of columns in which moments are added up, each by a pass of its own through the blocks.
+        halves: attention and MLP of a block run one after the other.
         resident: keep hidden states in memory; folder: for their files, by default the work's own.
         rows, visits: how well maps fit, and what was visited, once the pass is over; seconds: by stage.
     """
@@ -82,6 +84,7 @@ class Passage:
     ahead: bool = True
     resident: bool = True
     tiles: int = 1
+    halves: bool = False
     folder: Path | None = None
     rows: list[Quality] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
@@ -153,7 +156,7 @@ class Passage:
     def _loop(self, batches: Sequence[Any]) -> Loop:
         held = len(self.data.batches) if self.data.held else None
         options: dict[str, Any] = {"held": held, "grams": self.planner.recipe.whiten_power > 0, "device": self.device}
-        options |= {"resident": self.resident, "tiles": self.tiles}
+        options |= {"resident": self.resident, "tiles": self.tiles, "halves": self.halves}
         loop = Loop(self.windows, self.layouts, batches, **options, folder=self._folder)
         if self.work.step:
             loop.resume(self.work.state["hidden"])
@@ -222,17 +225,30 @@ class Passage:
 
 
 def all_together(
-    bases: tuple[Base, Base], windows: tuple[Window, Window], blocks: Blocks, data: Calibration, device: torch.device
+    bases: tuple[Base, Base],
+    windows: tuple[Window, Window],
+    blocks: Blocks,
+    data: Calibration,
+    device: torch.device,
+    *,
+    folder: Path | None = None,
+    halves: bool = False,
 ) -> Tensor | None:
-    """The sum of z's crosses over depth, for maps completed toward it: a pass by itself, before any map is made."""
+    """The sum of z's crosses over depth, for maps completed toward it: a pass by itself, before any map is made.
+
+    Args:
+        folder: for files of hidden states; None: they stay in memory. halves: as of :class:`Passage`.
+    """
     layouts, found = (bases[0].layout, bases[1].layout), None
     links = moment_links(*layouts, blocks)
     behind_norms = {name for name, link in links.items() if link.target.norm}
     visits = schedule(*layouts, blocks, behind_norms)
-    loop = Loop(windows, layouts, data.batches, held=None, grams=False, device=device, folder=Path(), resident=True)
-    for k, visit in enumerate(visits):
-        seen = loop.visit(visit, first=k == 0)
-        found = together(*bases, links, seen.moments, found)
-        for window in windows:
-            window.release()
+    with temporary(folder) as place:
+        how: dict[str, Any] = {"held": None, "grams": False, "device": device, "halves": halves}
+        loop = Loop(windows, layouts, data.batches, **how, folder=place or Path(), resident=place is None)
+        for k, visit in enumerate(visits):
+            seen = loop.visit(visit, first=k == 0)
+            found = together(*bases, links, seen.moments, found)
+            for window in windows:
+                window.release()
     return found

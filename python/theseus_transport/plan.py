@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, Literal
 
-import torch
-
-from .alignment import by_position
-from .checkpoint import Checkpoint
 from .errors import ResourceError
-from .links import moment_links
 from .models import TILE
 from .moves import move_bytes
 from .polar import polar_bytes
-from .recipes import Recipe
-from .spaces import Layout, by_block
+from .sizes import Sizes
+from .upload import BUFFER, RING
 
 RUNTIME = 560 << 20  # bytes: the interpreter with torch, transformers and this package once everything is in use
 Bytes = dict[str, int]  # by stage
@@ -26,7 +21,7 @@ Limits = tuple[int | None, int | None]  # bytes of host and device
 
 @dataclass(frozen=True)
 class Choice:
-    """How a run is carried out; batch size, method, the place of maps and tiles change its rounding, no more.
+    """How a run is carried out; batch size, method, the place of maps and tiles change its rounding, the rest nothing.
 
     Attributes:
         batch_size: samples per forward pass.
@@ -35,6 +30,7 @@ class Choice:
         method: of decompositions (see :func:`procrustes`): ``auto`` is fast, ``iterate`` needs less memory.
         polar: where maps are decomposed, ``device`` or ``cpu``.
         tiles: of columns in which moments are added up on a device, each by a pass of its own through the blocks.
+        halves: attention and MLP of a block run one after the other, each with its own weights alone.
     """
 
     batch_size: int
@@ -43,6 +39,7 @@ class Choice:
     method: Literal["auto", "iterate"] = "auto"
     polar: Literal["device", "cpu"] = "device"
     tiles: int = 1
+    halves: bool = False
 
     @property
     def rounding(self) -> dict[str, Any]:
@@ -56,7 +53,8 @@ class Choice:
         how = ", maps by iteration" if self.method == "iterate" else ""
         cpu = ", maps made on the CPU" if self.polar == "cpu" else ""
         passes = f", moments in {self.tiles} passes" if self.tiles > 1 else ""
-        return f"{self.batch_size} samples a pass, {reads}, hidden states {where}{how}{cpu}{passes}"
+        halves = ", attention and MLP one after the other" if self.halves else ""
+        return f"{self.batch_size} samples a pass, {reads}, hidden states {where}{how}{cpu}{passes}{halves}"
 
 
 @dataclass(frozen=True)
@@ -82,89 +80,42 @@ class Plan:
         return {**asdict(self.choice), "host": self.host, "device": self.device, **peaks, "seconds": seconds}
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What memory depends on: the two models, the tune, the calibration and the recipe.
-
-    Attributes:
-        tuned: a full tune of the source, or None.
-        length: tokens of a sample; tokens: of all samples.
-        aligned: the maps are there already.
-    """
-
-    checkpoints: tuple[Checkpoint, Checkpoint]
-    layouts: tuple[Layout, Layout]
-    recipe: Recipe
-    tuned: Checkpoint | None
-    length: int
-    tokens: int
-    device: torch.device
-    aligned: bool = False
-
-    @property
-    def elementwise(self) -> list[int]:
-        """Bytes of a number in each model's forward pass."""
-        return [c.compute_dtype.itemsize for c in self.checkpoints]
-
-    def block(self, checkpoint: Checkpoint, layout: Layout, *, size: int | None = None) -> int:
-        """Bytes of the largest block as stored, or with numbers of ``size`` bytes where stored otherwise."""
-
-        def bytes_of(name: str) -> int:
-            stored = checkpoint.dtypes[name].itemsize
-            return prod(checkpoint.shapes[name]) * (stored if size is None else 0 if size == stored else size)
-
-        return max((sum(map(bytes_of, names)) for names in by_block(layout, checkpoint).values()), default=0)
-
-    def tables(self) -> int:
-        """Bytes of the largest matrix in float64: what moves row tile by row tile is no larger."""
-        shapes = [shape for checkpoint in self.checkpoints for shape in checkpoint.shapes.values()]
-        return 8 * max(prod(shape) for shape in shapes)
-
-    def links(self) -> list[tuple[int, int]]:
-        """Widths of the spaces of one pair of blocks: attention, context, MLP, middle and what follows."""
-        links = moment_links(*self.layouts, by_position(*self.layouts))
-        b = next(name.split(".")[0] for name in links if name.endswith(".middle"))
-        inner = [links[f"{b}.{part}"] for part in ("attention", "context", "mlp", "middle") if f"{b}.{part}" in links]
-        return [(link.source.width, link.target.width) for link in (*inner, links["final"])]
-
-
 def stages(sizes: Sizes, choice: Choice) -> Plan:
     """The peak of every stage of a run."""
     (source, target), gpu = sizes.layouts, sizes.device.type == "cuda"
-    numbers, links = sizes.elementwise, sizes.links()
-    stored = [sizes.block(c, la) for c, la in zip(sizes.checkpoints, sizes.layouts, strict=True)]
-    cast = [sizes.block(c, la, size=n) for c, la, n in zip(sizes.checkpoints, sizes.layouts, numbers, strict=True)]
-    filled = [s if gpu else 0 for s in stored]
-    tuned = sizes.block(sizes.tuned, source) if sizes.tuned else 0
-    count = sizes.tokens + choice.batch_size * sizes.length  # one batch is held out
-    hidden = count * sum(la.width * n for la, n in zip(sizes.layouts, numbers, strict=True))
-    held = (2 if choice.ahead else 1) * sum(stored) + tuned
+    numbers, spaces, stored = sizes.elementwise, sizes.spaces, sum(sizes.stored)
     rows = choice.batch_size * sizes.length
-    kept = rows * sum(s * numbers[0] + t * numbers[1] for s, t in links)
-    pending = rows * sum(s for s, _ in links) * numbers[0]
+    count = sizes.tokens + rows  # one batch is held out
+    hidden = count * sum(la.width * n for la, n in zip(sizes.layouts, numbers, strict=True))
+    calls = 2 * count * sizes.length * (source.family.modality == "text")  # masks: a byte for every two tokens
+    held = (2 if choice.ahead else 1) * stored + sizes.tune
+    kept = rows * sum(s * numbers[0] + t * numbers[1] for s, t in spaces)
+    pending = rows * sum(s for s, _ in spaces) * numbers[0]
     passing = rows * max((3 * la.middle + 2 * la.width) * n for la, n in zip(sizes.layouts, numbers, strict=True))
-    crosses = [8 * s * t for s, t in links]
-    grams = sum(8 * (s * s + t * t) for s, t in links) if sizes.recipe.whiten_power else 0
+    crosses = [8 * s * t for s, t in spaces]
+    grams = sum(8 * (s * s + t * t) for s, t in spaces) if sizes.recipe.whiten_power else 0
     square = 8 * source.width * target.width
-    maps = sum(crosses) + 2 * square  # of a block, the embeddings' and the sum of z's crosses
-    widest = max(links, key=prod)
+    maps = sizes.maps + 2 * square  # of the next block's input, and the sum of z's crosses
+    widest = max(spaces, key=prod)
     polar = polar_bytes(*widest, method="iterate" if gpu and choice.polar == "device" else choice.method)
-    move = max(move_bytes(*pair) for pair in _matrices(source, target))
+    move = max(move_bytes(*pair) for pair in sizes.matrices)
     base = RUNTIME + (hidden if choice.resident else hidden // max(1, count // rows))
-    run = sum(filled) + sum(cast) + pending + passing + max(crosses) // 2 + kept
+    base += 2 * RING * BUFFER if gpu else calls
+    slots = (2 if choice.ahead else 1) * stored if gpu else 0
+    run = slots + sum(sizes.cast[choice.halves]) + pending + passing + max(crosses) // 2 + kept
     on_device = gpu and choice.polar == "device"
     host = {
         "forward": base + held + (0 if gpu else run + sum(crosses) + grams + 2 * square),
         "maps": base + held + kept + (0 if on_device else sum(crosses) + grams + polar + 2 * square),
         "moves": base + held + maps + move + kept // 2,
-        "tables": RUNTIME + 4 * min(TILE, sizes.tables()) + 2 * square,
+        "tables": RUNTIME + 4 * min(TILE, sizes.table) + 2 * square,
     }
     if sizes.aligned:
-        moves = RUNTIME + sum(stored) + tuned + maps + move
+        moves = RUNTIME + stored + sizes.tune + maps + move
         return Plan(choice, {"moves": moves, "tables": host["tables"]}, {})
     device = {
-        "forward": run + sum(crosses) // choice.tiles + grams,
-        "maps": sum(crosses) + grams + polar_bytes(*widest, method="iterate") + kept,
+        "forward": calls + run + sum(crosses) // choice.tiles + grams,
+        "maps": calls + sum(crosses) + grams + polar_bytes(*widest, method="iterate") + kept,
     }
     return Plan(choice, host, {k: v for k, v in device.items() if on_device or k != "maps"} if gpu else {})
 
@@ -211,7 +162,8 @@ def fitted(
 
 
 def _choices(start: Choice, *, gpu: bool, tiled: bool) -> Iterator[Choice]:
-    """The cheap ones first: maps by iteration, smaller batches, no reading ahead, maps on the CPU, moments by tiles."""
+    """The cheap ones first: maps by iteration, smaller batches, no reading ahead; maps on the CPU, moments by tiles,
+    attention and MLP one after the other. On the CPU the last two save nothing: making the maps takes more."""
     sizes = [start.batch_size]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
@@ -222,10 +174,7 @@ def _choices(start: Choice, *, gpu: bool, tiled: bool) -> Iterator[Choice]:
         cpu = replace(least, ahead=False, polar="cpu")
         yield from (replace(cpu, batch_size=n) for n in sizes)
         yield from (replace(cpu, batch_size=1, tiles=1 << k) for k in range(1, 6 if tiled else 1))
-
-
-def _matrices(source: Layout, target: Layout) -> Sequence[tuple[Any, Any]]:
-    return [(source.weights()[role], target.weights()[role]) for role in source.weights()]
+        yield replace(cpu, batch_size=1, tiles=32 if tiled else 1, halves=True)
 
 
 def _rounded(nbytes: int) -> str:

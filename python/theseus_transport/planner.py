@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -103,6 +103,11 @@ class Planner(ABC):
         Args:
             layers: of the target. vectors: names of tensors of the target, as in ``plan.vectors``.
         """
+
+    def needed(self, keys: Collection[str]) -> set[str]:
+        """:meth:`needs` of keys of an alignment's rules (layers) and vectors."""
+        layers = [layer for layer in self.target.layout.layers() if layer.name in keys]
+        return self.needs(layers, set(keys) - {layer.name for layer in layers})
 
     @property
     def every(self) -> set[str]:

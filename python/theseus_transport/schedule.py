@@ -32,6 +32,23 @@ class Visit:
         """All that is seen."""
         return self.moments | self.outputs
 
+    def halved(self, layers: Collection[str]) -> tuple[Visit, Visit]:
+        """What is seen up to the end of attention, and what behind it.
+
+        Args:
+            layers: those of the target's attention.
+        """
+        spaces = f"{self.target}.attention", f"{self.target}.context"
+        first, second = (
+            replace(
+                self,
+                moments={n: link for n, link in self.moments.items() if (n in spaces) is inside},
+                outputs={n: link for n, link in self.outputs.items() if (n in layers) is inside},
+            )
+            for inside in (True, False)
+        )
+        return replace(first, norms=(frozenset(), frozenset())), second
+
     @property
     def blocks(self) -> tuple[int | None, int | None]:
         return self.source, self.target

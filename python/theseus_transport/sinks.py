@@ -61,8 +61,7 @@ class Moves:
             progress()
 
     def needs(self, planner: Planner) -> set[str]:
-        layers = [layer for layer in self.alignment.target.layers() if layer.name in self._needs]
-        return planner.needs(layers, self._needs - {layer.name for layer in layers})
+        return planner.needed(self._needs)
 
     def expect(self, visit: Visit) -> None:
         if visit.source is not None:

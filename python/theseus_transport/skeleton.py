@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from .capture import backbone, run_model
 from .checkpoint import Checkpoint
 from .checks import out_of_memory
 from .errors import InputRefused
+from .halves import Half, Halves, of_half
 from .models import BELONG
 from .spaces import Layout
+from .upload import Upload
 from .weights import Window
 
 TOWERS: dict[str, Any] = {"clip": transformers.CLIPVisionModel, "siglip": transformers.SiglipVisionModel}
@@ -27,6 +30,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with bes
 
 class Skeleton:
     """The backbone of a checkpoint, for forward passes in float32 (float64 where the checkpoint is), block by block.
+
+    What its window reads ahead is sent on to the device.
 
     Attributes:
         model: parameters on the meta device, but for the block that is filled and what runs around the blocks.
@@ -45,20 +50,22 @@ class Skeleton:
         stored = {family.canonical(name): name for name in checkpoint}
         self._stored = {n: stored.get(family.canonical(n)) for n, _ in self.model.named_parameters()}
         _check_names(checkpoint, layout, self._stored)
+        window.upload = self._upload = Upload(device, filter(None, self._stored.values()))
         spelled = family.spelled(name for name, _ in self.model.named_modules())
         self._block_names = [spelled[f"{family.blocks}.{b}"] for b in range(layout.depth)]
         self.blocks = [self.model.get_submodule(name) for name in self._block_names]
         self._meta = dict(self.model.named_parameters())
+        self._halves = lru_cache(maxsize=1)(partial(Halves, self.model, layout))
 
     @contextmanager
-    def filled(self, b: int) -> Iterator[nn.Module]:
-        """Block ``b`` with its weights; they are gone afterwards."""
+    def filled(self, b: int, half: Half | None = None) -> Iterator[Callable[..., Any]]:
+        """Block ``b``, or one half of it, with its weights; they are gone afterwards."""
         start = f"{self._block_names[b]}."
-        names = [name for name in self._meta if name.startswith(start)]
+        names = of_half(self.layout, (name for name in self._meta if name.startswith(start)), half)
         try:
             for name in names:
                 self._fill(name)
-            yield self.blocks[b]
+            yield self.blocks[b] if half is None else getattr(self._halves(b), half)
         finally:
             for name in names:
                 self._assign(name, self._meta[name])
@@ -122,12 +129,12 @@ class Skeleton:
         ids = torch.cat([batch["input_ids"].flatten() for batch in batches]).unique()
         stored = self._stored[name]
         assert stored is not None
-        return Rows(ids.to(self._device), self._window.take(stored, ids).to(self._device, self._dtype))
+        return Rows(ids.to(self._device), self._upload.bring(self._window.take(stored, ids), self._dtype))
 
     def _fill(self, name: str) -> None:
         stored, meta = self._stored[name], self._meta[name]
         assert stored is not None
-        tensor = self._window[stored].to(self._device, self._dtype)
+        tensor = self._upload.take(stored, self._window[stored], self._dtype)
         if tensor.shape != meta.shape:
             raise InputRefused(f"{stored} is {list(tensor.shape)}, config.json asks for {list(meta.shape)}; {BELONG}")
         self._assign(name, nn.Parameter(tensor, requires_grad=False))

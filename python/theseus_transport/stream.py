@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .batches import Batch, mixings
 from .capture import Capture
+from .halves import Half, layers_of, state_of
 from .hidden import Hidden
 from .moments import CrossMoment
 from .schedule import Visit
@@ -22,6 +23,7 @@ from .weights import Window
 
 SIDES = ("source", "target")
 Step = Callable[[], object]
+Run = Callable[..., Any]  # a block, or a half of it
 
 
 class Side:
@@ -38,15 +40,15 @@ class Side:
         """The stored tensors of a block; none where there is no such block."""
         return [] if b is None else self._names.get(b, [])
 
-    def step(self, block: nn.Module, b: int, i: int, norms: Sequence[nn.Module] = (), *, stay: bool = False) -> None:
+    def step(self, block: Run, b: int, i: int, norms: Sequence[nn.Module] = (), *, stay: bool = False) -> Tensor:
         """Run block ``b`` on batch ``i``, and ``norms`` on its result; ``stay``: hidden states remain as they are."""
         rest, named = self.calls[i][b]
-        result = block(self.hidden[i].to(self.device), *rest, **named)
-        state = result[0] if isinstance(result, tuple) else result
+        state = state_of(block(self.hidden[i].to(self.device), *rest, **named))
         if not stay:
             self.hidden.put(i, state)
         for norm in norms:
             norm(state)
+        return state
 
 
 class Loop:
@@ -68,6 +70,7 @@ class Loop:
         folder: Path,
         resident: bool,
         tiles: int = 1,
+        halves: bool = False,
     ) -> None:
         """
         Args:
@@ -75,12 +78,14 @@ class Loop:
             grams: whether each side's moments with itself are wanted.
             folder: for files of hidden states; ``resident``: whether these stay in memory beside.
             tiles: of columns in which moments are added up, each in a pass of the blocks, and put together on the host.
+            halves: attention and MLP of a block run one after the other, over all batches each.
         """
         sides = zip(windows, layouts, zip(*batches, strict=True), strict=True)
         self.sides = tuple(Side(window, layout, own, device) for window, layout, own in sides)
         self._layouts, self._held, self._grams, self._device = layouts, held, grams, device
         self._rows = [mixings(layouts, *pair) for pair in batches]
         self._folder, self._resident, self._tiles = folder, resident, tiles
+        self._halves = halves
 
     def visit(self, visit: Visit, *, first: bool, done: Step = lambda: None) -> Capture:
         """Run a visit's blocks on all batches (the embeddings, where it is the ``first``); returns what was seen.
@@ -90,11 +95,20 @@ class Loop:
         """
         if first:
             return self._embed(visit, done)
+        for side, b in zip(self.sides, visit.blocks, strict=True):
+            side.window.hold(side.names(b))
+        if not self._halves or visit.blocks == (None, None):
+            return self._run(visit, None, done)
+        attention, mlp = visit.halved(layers_of(self._layouts[1], "attention"))
+        seen = self._run(attention, "attention", lambda: None)
+        return self._run(mlp, "mlp", done).behind(seen)
+
+    def _run(self, visit: Visit, half: Half | None, done: Step) -> Capture:
+        """All batches through what a visit runs, or through one half of it."""
         with ExitStack() as stack:
             runs = []
             for side, b, norms in zip(self.sides, visit.blocks, visit.norms, strict=True):
-                side.window.hold(side.names(b))
-                filled = None if b is None else stack.enter_context(side.skeleton.filled(b))
+                filled = None if b is None else stack.enter_context(side.skeleton.filled(b, half))
                 runs.append((side, filled, b, [side.skeleton.norm(name) for name in sorted(norms)]))
             count, tiles = self._tiles if visit.moments else 1, []
             for k in range(count):
@@ -160,9 +174,7 @@ class Loop:
                 side.calls = [embed(i)[1] for i in range(len(side.batches))]
 
 
-def _step(
-    side: Side, block: nn.Module | None, b: int | None, norms: Sequence[nn.Module], i: int, *, stay: bool
-) -> Step:
+def _step(side: Side, block: Run | None, b: int | None, norms: Sequence[nn.Module], i: int, *, stay: bool) -> Step:
     def run() -> None:
         if block is not None and b is not None:
             side.step(block, b, i, norms, stay=stay)
@@ -184,10 +196,12 @@ def _embedding(side: Side, embed: Callable[[int], Any], norms: Sequence[nn.Modul
     return run
 
 
-def alone(window: Window, layout: Layout, batches: Sequence[Batch], device: torch.device) -> Side:
-    """One model with its embeddings run, for a pass by itself; hidden states stay in memory."""
+def alone(
+    window: Window, layout: Layout, batches: Sequence[Batch], device: torch.device, folder: Path | None = None
+) -> Side:
+    """One model with its embeddings run, for a pass by itself; hidden states lie in ``folder``, or in memory."""
     side = Side(window, layout, batches, device)
-    side.hidden = Hidden(Path(), "", resident=True)
+    side.hidden = Hidden(folder or Path(), "alone", resident=folder is None)
     with torch.no_grad(), side.skeleton.ahead(batches) as embed:
         for i in range(len(batches)):
             _embedding(side, embed, (), i)()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, check_finite
+from .upload import Upload
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ class Window(Mapping[str, Tensor]):
         checkpoint: what is read; `folder`, `config`, `shapes` and `dtypes` are its own.
         seconds_waiting: the time callers spent until their tensors were read.
         peak_held_bytes: the largest `held_bytes` so far.
+        upload: sends what is read ahead on to a device, on the same thread; None: nothing is sent.
 
     Every reading method raises KeyError for a name the checkpoint does not have, ReadFailed as Checkpoint does, and
     InputRefused for NaN or Inf.
@@ -38,6 +40,7 @@ class Window(Mapping[str, Tensor]):
         self.shapes, self.dtypes = checkpoint.shapes, checkpoint.dtypes
         self.seconds_waiting = 0.0
         self.peak_held_bytes = 0
+        self.upload: Upload | None = None
         self._held: dict[str, Tensor] = {}
         self._coming: dict[str, Future[Tensor]] = {}
         self._reader: ThreadPoolExecutor | None = None
@@ -45,13 +48,16 @@ class Window(Mapping[str, Tensor]):
     def prefetch(self, names: Iterable[str]) -> None:
         """Start to read these on another thread, in this order; those held or on their way are not read again.
 
-        What fails is raised by the `hold` (or access) that wants it.
+        They are a block for `upload`. What fails, there too, is raised by the `hold` (or access) that wants it.
         """
+        send = None
         for name in names:
             if name not in self._held and name not in self._coming:
                 self._expect(name)
                 self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="theseus-reader")
-                self._coming[name] = self._reader.submit(self._whole, name)
+                if send is None and self.upload is not None:
+                    send = self.upload.ahead()
+                self._coming[name] = self._reader.submit(self._onward, name, send)
 
     def hold(self, names: Iterable[str]) -> None:
         """Have these in memory until they are released, each read once."""
@@ -68,13 +74,15 @@ class Window(Mapping[str, Tensor]):
         self._held = {name: tensor for name, tensor in self._held.items() if name not in gone}
         coming = [self._coming.pop(name) for name in gone & self._coming.keys()]
         wait([read for read in coming if not read.cancel()])  # the memory is free when this returns
+        if self.upload is not None:
+            self.upload.drop(gone)
 
     def close(self) -> None:
-        """Release everything and end the reading thread; the window can still be used."""
+        """Release everything, end the reading thread, send nothing on; the window can still be used."""
         self.release([*self._held, *self._coming])
         if self._reader is not None:
             self._reader.shutdown()
-        self._reader = None
+        self._reader = self.upload = None
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """Consecutive rows of a tensor, [rows, ...]; where it is not held, only their bytes are read."""
@@ -127,6 +135,12 @@ class Window(Mapping[str, Tensor]):
         if name in self._coming:
             self.hold([name])
         return self._held.get(name)
+
+    def _onward(self, name: str, send: Callable[[str, Tensor], None] | None) -> Tensor:
+        tensor = self._whole(name)
+        if send is not None:
+            send(name, tensor)
+        return tensor
 
     def _whole(self, name: str) -> Tensor:
         return self._checked(name, self.checkpoint[name])

@@ -46,3 +46,55 @@ STREAM_BUGS = [
     ("more asked for than would do", "tests/test_budgets.py::test_the_least_of_both_memories_does[qwen-False]", PLAN,
      "key=lambda plan: (len(plan[0]), sum(", "key=lambda plan: (0, -sum("),
 ]
+
+# What is sent to a device, on a simulated one.
+UPLOAD, WEIGHTS = (f"theseus_transport/{name}.py" for name in ("upload", "weights"))
+PIECES, RINGS, WAITS, ROOM, KEPT, FREED, FAILED, SENT = (
+    f"tests/test_upload.py::test_{name}"
+    for name in (
+        "bits_arrive_in_pieces[torch.float32]",
+        "a_buffer_is_filled_again_only_once_it_was_copied",
+        "computing_waits_for_what_it_uses",
+        "no_more_than_two_blocks_are_on_the_device[torch.bfloat16]",
+        "more_blocks_than_slots_are_not_kept",
+        "what_is_let_go_is_freed_on_the_device[release]",
+        "a_copy_that_failed_is_told_where_it_is_wanted",
+        "what_was_sent_ahead_is_not_sent_again[torch.float32]",
+    )
+)
+STREAM_BUGS += [
+    ("a buffer filled while it is copied", RINGS, UPLOAD,
+     "                    buffer.copied.synchronize()\n", "                    pass\n"),
+    ("every copy waited for", RINGS, UPLOAD,
+     "                buffer.copied = arrived = self._machine.copy(filled, into)\n",
+     "                buffer.copied = arrived = self._machine.copy(filled, into)\n"
+     "                arrived.synchronize()\n"),
+    ("computing does not wait for weights", WAITS, UPLOAD,
+     "        self._machine.use(tensor, arrived)\n", ""),
+    ("the end of the last piece not sent", PIECES, UPLOAD,
+     "self._machine.copy(filled, into)", "self._machine.copy(filled[:-1], into[:-1])"),
+    ("weights converted on their way", PIECES, UPLOAD,
+     "        return tensor.to(dtype)\n", "        return tensor.to(torch.bfloat16).to(dtype)\n"),
+    ("a block sent while the last but one is computed with", ROOM, UPLOAD,
+     "                slot.room.synchronize()\n", ""),
+    ("what was taken is kept", WAITS, UPLOAD,
+     "slot.sent.pop(name) for slot", "slot.sent[name] for slot"),
+    ("three slots", KEPT, UPLOAD, "\nSLOTS = 2 ", "\nSLOTS = 3 "),
+    ("what fell out of a slot stays", KEPT, UPLOAD, "            old.sent.clear()\n", "            pass\n"),
+    ("sent to a slot that is gone", KEPT, UPLOAD,
+     "if name in self._names and slot in self._slots:", "if name in self._names:"),
+    ("what is never taken sent", "tests/test_upload.py::test_only_what_will_be_taken_is_sent", UPLOAD,
+     "if name in self._names and slot in self._slots:", "if slot in self._slots:"),
+    ("a release leaves what was sent", FREED, WEIGHTS, "            self.upload.drop(gone)\n", "            pass\n"),
+    ("a copy that failed goes unsaid", FAILED, WEIGHTS,
+     "            send(name, tensor)\n",
+     "            try:\n                send(name, tensor)\n            except RuntimeError:\n                pass\n"),
+    ("nothing sent ahead", "tests/test_upload.py::test_only_what_will_be_taken_is_sent", WEIGHTS,
+     "                    send = self.upload.ahead()\n", "                    pass\n"),
+    ("what was sent ahead sent again", SENT, UPLOAD,
+     "return self.bring(tensor, dtype) if sent is None else self._used(*sent, dtype)",
+     "return self.bring(tensor, dtype)"),
+    ("a ring for every tensor", PIECES, UPLOAD, "            if self._ring is None:\n", "            if True:\n"),
+    ("copies on the CPU", "tests/test_upload.py::test_on_the_cpu_weights_share_the_window_s_memory", UPLOAD,
+     "return tensor.to(self._device, dtype) if", "return tensor.to(self._device, dtype, copy=True) if"),
+]

@@ -1,0 +1,128 @@
+"""What memory depends on: both models, the tune, the calibration, the recipe; all known before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+
+from .alignment import by_position, outline
+from .checkpoint import Checkpoint
+from .halves import HALVES, Half, of_half
+from .links import block_of, moment_links
+from .recipes import Recipe
+from .spaces import Layout, by_block
+from .stored import planned_maps
+
+Widths = tuple[int, int]  # of source and target
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What memory depends on, in bytes where not said otherwise.
+
+    Attributes:
+        tuned: a full tune of the source, or None.
+        length: tokens of a sample; tokens: of all samples.
+        aligned: the maps are there already.
+        wanted: links and layers of the target that something moves through; None: all.
+    """
+
+    checkpoints: tuple[Checkpoint, Checkpoint]
+    layouts: tuple[Layout, Layout]
+    recipe: Recipe
+    tuned: Checkpoint | None
+    length: int
+    tokens: int
+    device: torch.device
+    aligned: bool = False
+    wanted: frozenset[str] | None = None
+
+    @property
+    def elementwise(self) -> list[int]:
+        """Of a number in each model's forward pass."""
+        return [c.compute_dtype.itemsize for c in self.checkpoints]
+
+    @cached_property
+    def stored(self) -> list[int]:
+        """The largest block of each model, as stored."""
+        return [_largest(c, la, None) for c, la in zip(self.checkpoints, self.layouts, strict=True)]
+
+    @cached_property
+    def cast(self) -> dict[bool, list[int]]:
+        """What of the largest block, or (True) of the larger half of one, is converted before it runs, once it is."""
+        sides = list(zip(self.checkpoints, self.layouts, strict=True))
+        return {
+            True: [max(_largest(c, la, half, cast=True) for half in HALVES) for c, la in sides],
+            False: [_largest(c, la, None, cast=True) for c, la in sides],
+        }
+
+    @cached_property
+    def tune(self) -> int:
+        """The largest block of a full tune."""
+        return _largest(self.tuned, self.layouts[0], None) if self.tuned else 0
+
+    @cached_property
+    def table(self) -> int:
+        """The largest matrix in float64: what moves row tile by row tile is no larger."""
+        return 8 * max(prod(shape) for checkpoint in self.checkpoints for shape in checkpoint.shapes.values())
+
+    @cached_property
+    def spaces(self) -> list[Widths]:
+        """Of the spaces that a pair of blocks compares, and of what follows."""
+        found: dict[int | None, list[Widths]] = {}
+        links = moment_links(*self.layouts, by_position(*self.layouts))
+        for name, link in links.items():
+            if self._uses(name):
+                found.setdefault(block_of(name), []).append((link.source.width, link.target.width))
+        inside = [widths for b, widths in found.items() if b is not None]
+        final = links["final"]
+        return [*max(inside, key=_area, default=[]), (final.source.width, final.target.width)]
+
+    @cached_property
+    def maps(self) -> int:
+        """The maps of a block and those outside all blocks, in float64."""
+        draft = outline(*self.layouts, self.recipe)
+        blocks = {layer.name: layer.block for layer in self.layouts[1].layers()}
+        found: dict[int | None, int] = {}
+        for part, shape, dtype in planned_maps(draft, self.recipe):
+            name = part.rpartition("/")[0]
+            if self._uses(name):
+                b = blocks.get(name, block_of(name))
+                found[b] = found.get(b, 0) + dtype.itemsize * prod(shape)
+        outside = found.pop(None, 0)
+        return outside + max(found.values(), default=0)
+
+    @property
+    def matrices(self) -> list[tuple[Widths, Widths]]:
+        """[out, in] of source and target, of the weights of a block."""
+        source, target = (layout.weights() for layout in self.layouts)
+        return [(source[role], target[role]) for role in source]
+
+    def _uses(self, name: str) -> bool:
+        """Whether a link or a layer is wanted; heads' maps go by their block's context."""
+        if self.wanted is None:
+            return True
+        part = name.rpartition(".")[2]
+        if part in ("query", "key", "value"):
+            name = f"{name.removesuffix(part)}context"
+        return name.removesuffix(".completed") in self.wanted
+
+
+def _largest(checkpoint: Checkpoint, layout: Layout, half: Half | None, *, cast: bool = False) -> int:
+    """Bytes of a model's largest block, or of one half; ``cast``: of what is converted before it runs, once it is."""
+    runs = checkpoint.compute_dtype
+
+    def bytes_of(name: str) -> int:
+        dtype = checkpoint.dtypes[name]
+        size = dtype.itemsize if not cast else 0 if dtype == runs else runs.itemsize
+        return size * prod(checkpoint.shapes[name])
+
+    blocks = by_block(layout, checkpoint).values()
+    return max((sum(map(bytes_of, of_half(layout, names, half))) for names in blocks), default=0)
+
+
+def _area(spaces: list[Widths]) -> int:
+    return sum(map(prod, spaces))
