@@ -60,3 +60,13 @@ def cross_moment_(
             wide = rows.to(torch.float64, copy=True)  # faster than sum(dtype=...) and vector_norm(dtype=...)
             total += wide.sum(0)
             energy += wide.square_().sum(0)
+
+
+def move(tuned: Tensor, base: Tensor, t_out: Tensor, t_in: Tensor) -> Tensor:
+    """T_out^T (tuned - base) T_in [out_T, in_T] in float64, products in the order that takes fewer flops."""
+    return torch.linalg.multi_dot([t_out.mT, tuned.double() - base.double(), t_in])
+
+
+def move_factors(a: Tensor, b: Tensor, t_out: Tensor, t_in: Tensor) -> tuple[Tensor, Tensor]:
+    """(A T_in [rank, in_T], T_out^T B [out_T, rank]) in float64."""
+    return a.double() @ t_in, t_out.mT @ b.double()

@@ -11,17 +11,18 @@ PARTS = 6  # bfloat16 products that make one float32 product (csrc/cuda/grouped_
 
 @lru_cache
 def ceilings() -> dict[str, float]:
-    """FLOP/s of products [SIDE, SIDE] in bfloat16 and float32, bytes/s of a copy within device memory."""
+    """FLOP/s of products [SIDE, SIDE] in bfloat16, float32 and float64, bytes/s of a copy within device memory."""
     x = torch.randn(SIDE, SIDE, device="cuda")
-    half, copy = x.bfloat16(), torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    half, double, copy = x.bfloat16(), x.double(), torch.empty(2**30, dtype=torch.uint8, device="cuda")
     seconds = in_turns(
         {
             "bfloat16": lambda: torch.mm(half, half),
             "float32": lambda: torch.mm(x, x),
+            "float64": lambda: torch.mm(double, double),
             "copy": lambda: copy[: 2**29].copy_(copy[2**29 :]),
         }
     )
-    work = {"bfloat16": 2.0 * SIDE**3, "float32": 2.0 * SIDE**3, "copy": 2.0**30}
+    work = {**dict.fromkeys(("bfloat16", "float32", "float64"), 2.0 * SIDE**3), "copy": 2.0**30}
     return {name: work[name] / min(seconds[name]) for name in work}
 
 

@@ -53,12 +53,12 @@ def capture(source: nn.Module, target: nn.Module, batches: list[tuple[Tensor, Te
     return products
 
 
-def decompose(products: Taps) -> Taps:
-    """T = U V^T [dS, dT] of every tap."""
+def decompose(products: Taps, device: str = "cpu") -> Taps:
+    """T = U V^T [dS, dT] of every tap, decomposed on ``device``."""
     maps = {}
     for key, product in products.items():
-        u, _, vh = torch.linalg.svd(product, full_matrices=False)
-        maps[key] = u @ vh
+        u, _, vh = torch.linalg.svd(product.to(device), full_matrices=False)
+        maps[key] = (u @ vh).cpu()
     return maps
 
 
@@ -70,6 +70,6 @@ def apply(maps: Taps, delta: dict[str, Tensor]) -> dict[str, Tensor]:
         if (module, "out") not in maps:
             continue
         t_in, t_out = maps[module, "in"], maps[module, "out"]
-        value = value.double()
+        value = value.cpu().double()
         moved[name] = (t_out.T @ value @ t_in if kind == "weight" and value.ndim == 2 else value @ t_out).float()
     return moved

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,13 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_tests_over_devices_are_found() -> None:
-    found = gpu_check.files_over_devices()
+    found = gpu_check.tests_over_devices()
     assert {
-        f"tests/test_{name}.py" for name in ("build", "cross_moment", "cross_moment_contract", "ratios", "svd")
+        f"tests/test_{name}.py"
+        for name in ("build", "cross_moment", "cross_moment_contract", "moves_device", "ratios", "svd")
     } <= {*found}
+    assert "tests/test_polar.py::test_cuda_iterates" in found
+    assert all((ROOT / "bench" / f"bench_{name}.py").exists() for name in gpu_check.BENCHES)
     assert not {"tests/test_setup.py", "tests/test_emulated.py"} & {*found}
 
 
@@ -53,6 +57,25 @@ def test_how_steps_end(code: str, refused: tuple[str, ...], optional: bool, stat
     assert (step.state, step.note) == (state, note)
 
 
+def test_a_late_step_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    """As a bench that starts a process for every way; a killed process may stay as a zombie until it is waited for."""
+    told = tmp_path / "pid"
+    child = f"import os, time; open({str(told)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    checks = gpu_check.Checks(60)
+    checks.run("a step", [sys.executable, "-c", code], most=5)
+    assert checks.steps[0].note == "stopped after 5 s"
+
+    def alive() -> bool:
+        state = Path("/proc") / told.read_text() / "stat"
+        return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    ends = time.monotonic() + 30  # it was killed, and may be on its way out; else it sleeps for ten minutes
+    while alive():
+        assert time.monotonic() < ends, "it still runs"
+        time.sleep(0.1)
+
+
 def test_no_step_starts_when_time_is_up() -> None:
     checks = gpu_check.Checks(0)
     checks.run("late", [sys.executable, "-c", "raise SystemExit(0)"], most=30)
@@ -64,11 +87,15 @@ def test_one_table_of_all_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert gpu_check.table(gpu_check.rows()) == "gpu-check: no bench left a row"
     whole = {"case": "3 x 4", "ours ms": 0.5, "torch ms": 1.0, "GFLOP/s": 2500.0, "error": 1.5e-7}
     whole |= {"over torch": {"median": 2.0}, "share of ceiling": 0.25}
-    for name, rows in (("polar", [{"case": "5 x 6", "ours ms": 7.0}]), ("cross_moment", [whole])):
-        (tmp_path / f"{name}-cuda.json").write_text(json.dumps({"results": rows}))
+    job = {"results": {"official": {}}, "rows": [{"case": "paper", "ours ms": 2e3, "torch ms": 5e5, "over torch": 250}]}
+    polar = {"results": [{"case": "5 x 6", "ours ms": 7.0, "target ms": 40}]}
+    for name, record in {"polar": polar, "job-l14": job, "cross_moment": {"results": [whole]}}.items():
+        (tmp_path / f"{name}-cuda.json").write_text(json.dumps(record))
     head, *lines = gpu_check.table(gpu_check.rows()).splitlines()
-    assert head.split() == ["shape", "ours", "ms", "baseline", "ms", "ratio", "TFLOP/s", "of", "ceiling", "error"]
+    columns = ["shape", "ours ms", "target ms", "baseline ms", "ratio", "TFLOP/s", "of ceiling", "error"]
+    assert head.split() == " ".join(columns).split()
     assert [line.split() for line in lines] == [
-        ["cross_moment:", "3", "x", "4", "0.500", "1.000", "2.00", "2.5", "25%", "1.5e-07"],
-        ["polar:", "5", "x", "6", "7.000", *"-----"],
+        ["cross_moment:", "3", "x", "4", "0.500", "-", "1.000", "2.00", "2.5", "25%", "1.5e-07"],
+        ["job-l14:", "paper", "2000.000", "-", "500000.000", "250.00", *"---"],
+        ["polar:", "5", "x", "6", "7.000", "40", *"-----"],
     ]

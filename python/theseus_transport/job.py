@@ -152,7 +152,8 @@ class Session:
         self.seconds = move_seconds(flops) if self.alignment else self.bases.seconds(move=flops)
 
     def transport(self, alignment: Alignment) -> Update:
-        return transport(alignment, self.delta, self.bases.windows[1], leave=self.job.leave, presumed=True)
+        options: dict[str, Any] = {"leave": self.job.leave, "device": self.job.device}
+        return transport(alignment, self.delta, self.bases.windows[1], presumed=True, **options)
 
     def outcome(self, **known: Any) -> Outcome:
         job = describe(self.job, *self.bases.checkpoints, self.tuned)

@@ -94,6 +94,14 @@ class Heads:
         return per_head[self.source_head.to(features.device)]
 
 
+def on(t: Map, device: torch.device) -> Map:
+    """The same map with its numbers on ``device``; itself where they are there."""
+    of: Any = t
+    found = {f.name: getattr(t, f.name) for f in fields(of)}
+    there = {n: v.to(device) for n, v in found.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return replace(of, **there) if any(there[n] is not found[n] for n in there) else t
+
+
 def parts(kind: str) -> list[str]:
     """Names of the tensors that maps of class ``kind`` store; KeyError where the kind is unknown."""
     return [f.name for f in fields(KINDS[kind])]

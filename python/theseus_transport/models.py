@@ -16,6 +16,7 @@ from .family import Slot
 from .spaces import Layout
 
 Tensors = Mapping[str, Tensor]
+CPU = torch.device("cpu")
 TILE = 64 << 20  # bytes in float64: a larger matrix whose rows are independent is read, moved and written by row tiles
 PIECE = 1 << 20  # elements an elementwise step works on at once, so that its temporaries stay small
 BELONG = "do config.json and the tensors belong together?"
@@ -40,14 +41,20 @@ def dtype_of(tensors: Tensors, name: str) -> torch.dtype:
     return dtypes[name] if dtypes is not None else tensors[name].dtype
 
 
-def double(tensor: Tensor) -> Tensor:
-    """Detached, in float64 on the CPU, where updates are computed."""
-    return tensor.detach().to("cpu", torch.float64)
+def device_of(tensors: Tensors) -> torch.device:
+    """The GPU of the first tensor that lies on one; else, and for what is read from files, the CPU."""
+    known = [] if hasattr(tensors, "shapes") else tensors.values()
+    return next((tensor.device for tensor in known if tensor.is_cuda), CPU)
 
 
-def fresh(tensor: Tensor) -> Tensor:
+def double(tensor: Tensor, device: torch.device = CPU) -> Tensor:
+    """Detached, in float64 on ``device``, which it crosses to as it is stored: torch would convert on the CPU."""
+    return tensor.detach().to(device).to(torch.float64)
+
+
+def fresh(tensor: Tensor, device: torch.device = CPU) -> Tensor:
     """As :func:`double`, never the tensor itself: to be changed in place."""
-    return tensor.detach().to("cpu", torch.float64, copy=True)
+    return tensor.detach().to(device).to(torch.float64, copy=True)
 
 
 def rows_of(tensors: Tensors, name: str, rows: slice | None) -> Tensor:
@@ -97,7 +104,7 @@ def growing(shape: Sequence[int]) -> Iterator[slice | None]:
 
 def squares(tensor: Tensor) -> float:
     """Sum of squares, in float64."""
-    return sum(float(double(piece).square().sum()) for piece in pieces(tensor))
+    return sum(float(double(piece, tensor.device).square().sum()) for piece in pieces(tensor))
 
 
 def canonical_shapes(layout: Layout, tensors: Tensors) -> dict[str, tuple[int, ...]]:
@@ -107,20 +114,29 @@ def canonical_shapes(layout: Layout, tensors: Tensors) -> dict[str, tuple[int, .
 
 @dataclass(frozen=True)
 class Base:
-    """Tensors of one model under canonical names; reads lazily, computes in float64 on the CPU.
+    """Tensors of one model under canonical names; reads lazily, computes in float64.
 
     Attributes:
         layout: geometry.
         tensors: as stored.
         slots: canonical name -> where it is stored. A tied head is no tensor of its own.
+        device: where it computes; tensors are copied there one at a time.
     """
 
     layout: Layout
     tensors: Tensors
     slots: dict[str, Slot]
+    device: torch.device = CPU
 
     @classmethod
-    def of(cls, model: nn.Module | Tensors, layout: Layout | None = None, config: Any = None) -> Base:
+    def of(
+        cls,
+        model: nn.Module | Tensors,
+        layout: Layout | None = None,
+        config: Any = None,
+        *,
+        device: torch.device = CPU,
+    ) -> Base:
         """From a module, or from tensors with a layout or a config."""
         if layout is None:
             layout = Layout.of(config if config is not None else model if isinstance(model, nn.Module) else {})
@@ -128,7 +144,7 @@ class Base:
         slots = layout.family.index(tensors)
         if layout.tied:
             slots.pop(f"{layout.family.heads.get('vocabulary')}.weight", None)
-        return cls(layout, tensors, slots)
+        return cls(layout, tensors, slots, device)
 
     def __contains__(self, name: str) -> bool:
         return name in self.slots
@@ -143,7 +159,7 @@ class Base:
         return None if slot is None else part_of(self.tensors, slot, rows)
 
     def need(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor, or these of its rows, in float64 on the CPU.
+        """The tensor, or these of its rows, in float64 on the device.
 
         Raises:
             InputRefused: the model has no such tensor.
@@ -151,14 +167,14 @@ class Base:
         tensor = self.get(name, rows)
         if tensor is None:
             raise InputRefused(f"the model has no tensor {name}; is the checkpoint complete?")
-        return double(tensor)
+        return double(tensor, self.device)
 
     def vector(self, name: str, size: int, default: float, rows: slice | None = None) -> Tensor:
         """A gain or bias [size] in float64, or ``default`` everywhere where the model has none."""
         tensor = self.get(name, rows)
         if tensor is None:
-            return torch.full((size,), default, dtype=torch.float64)
-        return fresh(tensor)  # an update may be added to the model while others are still computed
+            return torch.full((size,), default, dtype=torch.float64, device=self.device)
+        return fresh(tensor, self.device)  # an update may be added to the model while others are still computed
 
     def norm(self, name: str | None, size: int) -> tuple[Tensor, Tensor]:
         """(gain, bias) of a norm, both [size]; (1, 0) where there is none."""

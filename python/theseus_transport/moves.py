@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .delta import Factors
 from .errors import InputRefused
-from .maps import Heads, Map
+from .maps import Heads, Map, on
 from .models import Base, Tensors, double, fresh, rows_of, squares
 from .recipes import Rule
 from .spaces import Layer
@@ -33,7 +33,8 @@ def move_bytes(source: Sequence[int], target: Sequence[int]) -> int:
 
     At most two large matrices are alive at once: tuned and base [out_S, in_S]; their difference and the half product
     [out_S, in_T]; the half product and the result [out_T, in_T], with the inner product [in_T, in_S + 1] of a factored
-    map where the layer expands. The tensors as stored and the maps are not counted.
+    map where the layer expands. On a GPU all of them lie there. Beside them: the source's weight as stored, one of
+    tuned and base at a time, and of maps that lie elsewhere one at a time, float64.
     """
     change, half, inner = prod(source), source[0] * target[1], target[1] * (source[1] + 1)
     return 8 * max(2 * change, change + half, half + prod(target) + (inner if source[0] > source[1] + 1 else 0))
@@ -73,7 +74,8 @@ class Carried:
 class Move:
     """One target layer, the source layer that feeds it, and the rule between them.
 
-    Rule and maps are looked up when they are used: an outline's rule names the source, the rest comes later.
+    Rule and maps are looked up when they are used: an outline's rule names the source, the rest comes later. It is
+    computed on the device of the bases; maps that lie elsewhere are copied there for the time of their use.
     """
 
     own: Layer
@@ -94,9 +96,10 @@ class Move:
             return t(rows)
         return t(rows.unflatten(-1, (-1, width))).flatten(-2)
 
-    def write(self, rows: Tensor) -> Tensor:
-        """``rows @ T_out``."""
-        return self.alignment.maps[self.rule.output](rows)
+    @property
+    def write(self) -> Map:
+        """T_out, on the device."""
+        return on(self.alignment.maps[self.rule.output], self.source.device)
 
     def dense(self, tuned: Tensors, rows: slice | None = None) -> dict[str, Tensor]:
         """Update of the layer: ``weight`` [out_T, in_T] and, where the target has one, ``bias`` [out_T], float64.
@@ -105,12 +108,14 @@ class Move:
         """
         change, before = self._effective(tuned, rows), self._effective({}, rows)
         change[0].sub_(before[0])
-        d_bias = self.rule.scale_out * self.write(change[1] - before[1])
+        bias = change[1] - before[1]
         del before
         half = self.read(change[0])
         del change
-        d_weight = self.write(half.T).T
-        del half
+        write = self.write  # once: it may be read from a file
+        d_bias = self.rule.scale_out * write(bias)
+        d_weight = write(half.T).T
+        del half, write
         d_weight *= self.rule.scale_out / self.rule.scale_in
         gain, shift, scale = self._unfolding(*d_weight.shape)
         if f"{self.into.name}.bias" in self.target:
@@ -127,7 +132,7 @@ class Move:
         ``A' = A diag(gain_S) T_in diag(1 / gain_T)``, ``B' = (s_out / s_in) T_out^T B``; the norm's bias, for which a
         factor has no place, goes where LayerNorm never looks.
         """
-        a, b = double(factors.a), double(factors.b)
+        a, b = (double(factor, self.source.device) for factor in (factors.a, factors.b))
         gain_s, shift_s = self._norm(self.source, self.own, a.shape[1])
         scale_s = self._scale(self.source, self.own, len(b))
         moved_a = self.read(a * gain_s)
@@ -146,7 +151,9 @@ class Move:
         """
 
         def part(name: str, size: int, default: float, rows: slice | None = None) -> Tensor:
-            return fresh(rows_of(tuned, name, rows)) if name in tuned else source.vector(name, size, default, rows)
+            if name in tuned:
+                return fresh(rows_of(tuned, name, rows), source.device)
+            return source.vector(name, size, default, rows)
 
         source, fold = self.source, self.rule.fold
         name, norm, factor = self.own.name, self.own.norm if fold else None, self.own.scale if fold else None
@@ -207,8 +214,8 @@ def move_gain(weight: Tensor, source: Tensor, target: Tensor, delta: Tensor) -> 
     return target * torch.where(share > 0, mixed / torch.where(share > 0, share, 1.0), 0.0)
 
 
-def shared_map(t: Map, width: int) -> Tensor:
+def shared_map(t: Map, width: int, device: torch.device) -> Tensor:
     """T [dS, dT] as a matrix; of a map per head the root mean square over heads, which share their norm's gain."""
     if isinstance(t, Heads):
-        return t.blocks.square().mean(0).sqrt()
-    return t(torch.eye(width, dtype=torch.float64))
+        return t.blocks.to(device).square().mean(0).sqrt()
+    return t(torch.eye(width, dtype=torch.float64, device=device))

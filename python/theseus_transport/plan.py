@@ -107,17 +107,20 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
     host = {
         "forward": base + held + (0 if gpu else run + sum(crosses) + grams + 2 * square),
         "maps": base + held + kept + (0 if on_device else sum(crosses) + grams + polar + 2 * square),
-        "moves": base + held + maps + move + kept // 2,
+        "moves": base + held + (0 if on_device else maps) + (move // 2 if gpu else move) + kept // 2,
         "tables": RUNTIME + 4 * min(TILE, sizes.table) + 2 * square,
     }
-    if sizes.aligned:
-        moves = RUNTIME + stored + sizes.tune + maps + move
-        return Plan(choice, {"moves": moves, "tables": host["tables"]}, {})
+    largest = 8 * max(prod(own) for own, _ in sizes.matrices)
     device = {
-        "forward": calls + run + sum(crosses) // choice.tiles + grams,
-        "maps": calls + sum(crosses) + grams + polar_bytes(*widest, method="iterate") + kept,
+        "forward": calls + run + sum(crosses) // choice.tiles + grams + (2 * square if on_device else 0),
+        "maps": calls + sum(crosses) + grams + polar_bytes(*widest, method="iterate") + kept if on_device else 0,
+        "moves": (maps if on_device and not sizes.aligned else 8 * prod(widest)) + largest + move,
+        "tables": host["tables"] - RUNTIME,
     }
-    return Plan(choice, host, {k: v for k, v in device.items() if on_device or k != "maps"} if gpu else {})
+    if sizes.aligned:
+        host["moves"] = RUNTIME + stored + sizes.tune + maps + move
+        host, device = ({stage: peaks[stage] for stage in ("moves", "tables")} for peaks in (host, device))
+    return Plan(choice, host, {stage: peak for stage, peak in device.items() if peak} if gpu else {})
 
 
 def fitted(

@@ -86,12 +86,12 @@ def _source_weights(update: Update) -> Iterator[tuple[str, Callable[[slice | Non
         assert adapter is not None
         layer, slot = spelled[name.removesuffix(".weight")]
         f = adapter.factors(layer)
-        b = double(f.b).chunk(slot.parts)[slot.part]
-        return f.scaling * (b if rows is None else b[rows]) @ double(f.a), source.need(name, rows)
+        b = double(f.b, source.device).chunk(slot.parts)[slot.part]
+        return f.scaling * (b if rows is None else b[rows]) @ double(f.a, source.device), source.need(name, rows)
 
     def difference(name: str, rows: slice | None) -> tuple[Tensor, Tensor]:
         before = source.need(name, rows)
-        return fresh(rows_of(tuned, name, rows)).sub_(before), before
+        return fresh(rows_of(tuned, name, rows), source.device).sub_(before), before
 
     for name, into in update.moved.items():
         if into not in update.jobs(update.target.slots[into].stored):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from .alignment import Alignment
@@ -13,7 +14,7 @@ from .changes import changes, leaving
 from .delta import Adapter, Delta, Factors, Renamed
 from .errors import InputRefused
 from .family import Slot
-from .models import Base, Tensors, check_shapes, row_tiles
+from .models import Base, Tensors, check_shapes, device_of, row_tiles, tensors_of
 from .moves import Move
 from .pieces import Piece, fused
 from .recipes import Rule
@@ -30,6 +31,7 @@ def transport(
     alpha: float = 1.0,
     leave: Sequence[str] = (),
     presumed: bool = False,
+    device: torch.device | str | None = None,
 ) -> Update:
     """Move an update of the source to the target.
 
@@ -41,13 +43,21 @@ def transport(
         leave: glob patterns of canonical tensor names to leave behind.
         presumed: count every tensor of a full tune as changed, unread, until :meth:`Update.compare` finds otherwise;
             only what has no rule is compared at once.
+        device: where moves are computed, in float64 always; None: the GPU the target lies on, else the CPU. Bases,
+            tune and maps may lie anywhere: of each, what one layer needs is copied there and freed behind it. Values
+            are handed out on the CPU, ready to be saved; :meth:`Update.add_to` adds them wherever the model lies.
 
     Raises:
-        InputRefused: a changed tensor has no rule, nothing changed at all, or shapes do not fit the alignment.
+        InputRefused: a changed tensor has no rule, nothing changed at all, shapes do not fit the alignment, or there is
+            no such device.
 
     Source: arXiv 2602.12952 (the map of an update), and RECIPE fields of :class:`Recipe` for gains, biases and scales.
     """
-    return _Planner(alignment, delta, target, alpha, leave, presumed=presumed).plan()
+    tensors = tensors_of(target)
+    place = device_of(tensors) if device is None else torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputRefused(f"device is {place}, but this torch sees no GPU; give cpu, or leave it out")
+    return _Planner(alignment, delta, tensors, alpha, leave, presumed=presumed, device=place).plan()
 
 
 class _Planner:
@@ -57,16 +67,17 @@ class _Planner:
         self,
         alignment: Alignment,
         delta: Delta,
-        target: nn.Module | Tensors,
+        target: Tensors,
         alpha: float,
         leave: Sequence[str],
         *,
         presumed: bool,
+        device: torch.device,
     ) -> None:
         self.alignment, self.delta, self.stays = alignment, delta, Stays(alignment, leave)
         self.family = alignment.source.family
-        self.source = Base.of(delta.base, alignment.source)
-        self.target = Base.of(target, alignment.target)
+        self.source = Base.of(delta.base, alignment.source, device=device)
+        self.target = Base.of(target, alignment.target, device=device)
         self.update = Update(self.source, self.target, delta, alpha)
         self.rows: dict[str, Row] = {}
         self.moves = self._paired_layers()

@@ -48,7 +48,7 @@ class Job:
     """How tensors of the target get their update.
 
     Attributes:
-        compute: canonical name -> update in float64, of all rows (None) or of one tile's.
+        compute: canonical name -> update in float64 on the device, of all rows (None) or of one tile's.
         needs: key of the alignment's rules or vectors that has to be there.
         sources: canonical names of the source; while none of them changed, nothing moves.
         tiles: the rows to compute at a time, where rows are independent and the matrix is large.
@@ -64,8 +64,9 @@ class Job:
 class Update(Mapping[str, Tensor]):
     """The update of the target, as a lazy mapping: the target's parameter name -> dense delta, alpha included.
 
-    Values are computed when asked for, in float64, and handed out in float32 (float64 where the target is float64);
-    large tables tile by tile of rows. Where changes are presumed, names are those not yet known to stay.
+    Values are computed when asked for, in float64 on the device of the bases, and handed out on the CPU in float32
+    (float64 where the target is float64); large tables tile by tile of rows. Where changes are presumed, names are
+    those not yet known to stay.
 
     Attributes:
         coverage: fate of every tensor of the source's update; of presumed changes final once :meth:`settled`.
@@ -160,7 +161,7 @@ class Update(Mapping[str, Tensor]):
             if moved.shape != place.shape:
                 raise InputRefused(f"the update of {name} is {list(moved.shape)}, the target's is {list(place.shape)}")
             for into, piece in zip(pieces(place), pieces(moved), strict=True):
-                into.copy_(piece * self.alpha)
+                into.copy_((piece * self.alpha).to(into.dtype))  # converted before it leaves the device
         if any(count_nonfinite(value)):
             told = f"the update of {name} holds NaN or Inf in {value.dtype} at alpha {self.alpha:g}"
             raise NumericalError(f"{told}; a smaller --alpha avoids overflow, else check the tuned model")

@@ -77,19 +77,20 @@ class VectorMove:
     def __call__(self, tuned: Tensors, rows: slice | None = None) -> Tensor:
         """The target's update, or one of its :attr:`tiles`, float64, given the tuned source's tensors."""
         name = self.rule.source
-        delta = fresh(rows_of(tuned, name, rows)).sub_(self.source.need(name, rows)).movedim(self._axes[0], -1)
+        delta = fresh(rows_of(tuned, name, rows), self.source.device)
+        delta = delta.sub_(self.source.need(name, rows)).movedim(self._axes[0], -1)
         if rows is not None:
             return self.map(delta).mul_(self.rule.scale_out)
         if self.rule.kind != "linear":
             return self._norm(delta)
         flat = delta.reshape(self._counts[0], -1)
-        moved = self.map(self._positions() @ flat if self._mixed else flat).mul_(self.rule.scale_out)
+        moved = self.map(self._positions().to(flat) @ flat if self._mixed else flat).mul_(self.rule.scale_out)
         return moved.reshape(*self._rows[1], -1).movedim(-1, self._axes[1])
 
     def _norm(self, delta: Tensor) -> Tensor:
         norms = self.rule.source.rpartition(".")[0], self.into.rpartition(".")[0]
         gains = self.source.need(f"{norms[0]}.weight"), self.target.need(f"{norms[1]}.weight")
-        t = shared_map(self.map, len(delta))
+        t = shared_map(self.map, len(delta), delta.device)
         if self.target.layout.family.norm == "layer":  # z has no mean, but a gain and a bias do: mean goes to mean
             t = t + 1 / math.sqrt(t.shape[0] * t.shape[1])
         if self.rule.kind == "gain":

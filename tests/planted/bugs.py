@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from choices import CHOICE_BUGS
 from stream import STREAM_BUGS
 
 
@@ -38,6 +39,9 @@ def presumed(case: str) -> str:
 
 def stopped(case: str) -> str:
     return f"tests/test_planner.py::test_a_run_that_stops_after_every_block_plans_the_same_bits[{case}]"
+
+
+ELSEWHERE = "tests/test_moves_device.py::test_nothing_is_computed_elsewhere"
 
 
 def own_output(part: str, indent: int) -> str:
@@ -91,9 +95,12 @@ BUGS = [
 
     # --- maps --------------------------------------------------------------------------------------------------------
     Bug("T_in and T_out swapped where both are square", vit("rotated"), MOVES,
-        "half = self.read(change[0])\n        del change\n        d_weight = self.write(half.T).T\n",
+        "half = self.read(change[0])\n        del change\n"
+        "        write = self.write  # once: it may be read from a file\n"
+        "        d_bias = self.rule.scale_out * write(bias)\n        d_weight = write(half.T).T\n",
         'first, last = (self.write, self.read) if self.into.role == "output" else (self.read, self.write)\n'
-        "        half = first(change[0])\n        d_weight = last(half.T).T\n"),
+        "        half, write = first(change[0]), self.write\n        d_bias = self.rule.scale_out * write(bias)\n"
+        "        d_weight = last(half.T).T\n"),
     Bug("map transposed", llama("rotated"), MAPS,
         "return rows @ self.matrix.to(rows)", "return rows @ self.matrix.to(rows).T"),
     Bug("expanding layers mapped by their own output", llama("up-times-3"), COHERENT,
@@ -197,8 +204,7 @@ BUGS = [
     Bug("s_in dropped", llama("widened"), MOVES,
         "d_weight *= self.rule.scale_out / self.rule.scale_in", "d_weight *= self.rule.scale_out"),
     Bug("bias unscaled", vit("rotated", "gains"), MOVES,
-        "d_bias = self.rule.scale_out * self.write(change[1] - before[1])",
-        "d_bias = self.write(change[1] - before[1])"),
+        "d_bias = self.rule.scale_out * write(bias)", "d_bias = write(bias)"),
     Bug("residual writers scaled with the mean over features", vit("rotated"), COHERENT,
         "own = energy.centred if self._layer_norm else", "own = energy.centred if False else"),
     Bug("expanding layers scaled by h", llama("up-times-3"), COHERENT,
@@ -323,13 +329,28 @@ BUGS = [
         """raise InputRefused(f"{name} changed but has no rule; {leaving(name)}")""",
         'self._row(name, "unchanged")'),
     Bug("alpha ignored", "tests/test_transport.py::test_transport_is_linear", UPDATE,
-        "into.copy_(piece * self.alpha)", "into.copy_(piece)"),
+        "into.copy_((piece * self.alpha).to(into.dtype))", "into.copy_(piece)"),
     Bug("head of other classes moved", "tests/test_transport.py::test_every_tensor_has_one_fate", TRANSPORT,
         'if move.own.role == "head" and rows[0] != rows[1]:', "if False:"),
     Bug("zero gain of the target divided by", "tests/test_update.py::test_a_zero_gain_of_the_target_is_named", MOVES,
         "if bool((values == 0).any()):", "if False:"),
     Bug("change of a norm not folded into its readers", llama("rotated", "gains"), TRANSPORT,
         "& self.changed if rule.fold else set()", "& set() if rule.fold else set()"),
+
+    # --- moves on a device -------------------------------------------------------------------------------------------
+    Bug("a job's moves on the CPU", "tests/test_moves_device.py::test_a_job_moves_on_its_device",
+        "theseus_transport/job.py", '"leave": self.job.leave, "device": self.job.device}', '"leave": self.job.leave}'),
+    Bug("weights converted before they cross", f"{ELSEWHERE}[llama-full-coherent-torch.bfloat16]", MODELS,
+        "return tensor.detach().to(device).to(torch.float64, copy=True)",
+        "return tensor.detach().to(torch.float64, copy=True).to(device)"),
+    Bug("factors moved on the CPU", f"{ELSEWHERE}[llama-factors-coherent-torch.float32]", MOVES,
+        "(double(factor, self.source.device) for", "(double(factor) for"),
+    Bug("a gain's map made on the CPU", f"{ELSEWHERE}[llama-without-head-coherent-torch.float32]", MOVES,
+        "torch.eye(width, dtype=torch.float64, device=device)", "torch.eye(width, dtype=torch.float64).to(device)"),
+    Bug("an update leaves the device in float64", f"{ELSEWHERE}[llama-full-coherent-torch.float32]", UPDATE,
+        "(piece * self.alpha).to(into.dtype)", "piece * self.alpha"),
+    Bug("T_out held while T_in is used", "tests/test_moves_device.py::test_the_device_holds_what_is_predicted", MOVES,
+        "        half = self.read(change[0])\n", "        early = self.write\n        half = self.read(change[0])\n"),
 
     # --- presumed changes, late rules, tiles -------------------------------------------------------------------------
     Bug("what did not change moves", presumed("whole-gpt2-5-delta"), UPDATE,
@@ -344,9 +365,10 @@ BUGS = [
     Bug("what does not move goes through arithmetic", "tests/test_presumed.py::test_what_does_not_move_keeps_its_bits",
         OUTPUT, "        return base.to(dtype)\n", "        return (base + 0.0).to(dtype)\n"),
     Bug("tensors compared by their first row",
-        "tests/test_presumed.py::test_tensors_are_compared_up_to_the_first_rows_that_differ", UPDATE,
+        "tests/test_presumed_reads.py::test_tensors_are_compared_up_to_the_first_rows_that_differ", UPDATE,
         "if turned else growing(self.source.shape(name)):", "if turned else [slice(0, 1)]:"),
-    Bug("the largest tensors read first", "tests/test_presumed.py::test_the_first_change_is_found_with_little_reading",
+    Bug("the largest tensors read first",
+        "tests/test_presumed_reads.py::test_the_first_change_is_found_with_little_reading",
         "theseus_transport/changes.py", "(sizes[name], name)", "(-sizes[name], name)"),
     Bug("rows of the first part for every part", "tests/test_tiles.py::test_rows_of_a_part_of_a_stored_tensor", MODELS,
         "first = slot.part * slot.shape(", "first = 0 * slot.part * slot.shape("),
@@ -471,4 +493,4 @@ BUGS = [
         "theseus_ext/ops.py",
         "increment_version([tensor for tensors in masters.values() for tensor in tensors])", "increment_version([])"),
 ]
-BUGS += [Bug(*bug) for bug in STREAM_BUGS]
+BUGS += [Bug(*bug) for bug in (*STREAM_BUGS, *CHOICE_BUGS)]

@@ -1,0 +1,48 @@
+"""Bugs to plant in how a run is carried out, and in what a plan counts, as in `bugs`: (name, test, file, old, new)."""
+
+HALVES_SHOW = "tests/test_halves.py::test_halves_show_what_whole_blocks_do[llama]"
+ADAPTER = "tests/test_choices.py::test_a_plan_counts_the_maps_that_an_adapter_needs"
+FILES = "tests/test_choices.py::test_passes_before_the_loop_keep_hidden_states_in_files"
+
+
+def room(what: str) -> str:
+    return f"tests/test_choices.py::test_room_is_checked_for_what_is_copied_at_the_end[{what}]"
+
+
+ALIGN_JOB, BASES, CAPTURE, DEPTH, HALVES, JOB, PASSAGE, SIZES = (
+    f"theseus_transport/{name}.py"
+    for name in ("align_job", "bases", "capture", "depth", "halves", "job", "passage", "sizes")
+)
+
+# fmt: off
+CHOICE_BUGS = [
+    ("attention added twice", HALVES_SHOW, HALVES,
+     'zero = torch.zeros_like(args[0] if args else kwargs["hidden_states"])',
+     'zero = args[0] if args else kwargs["hidden_states"]'),
+    ("what the first half saw forgotten", HALVES_SHOW, CAPTURE,
+     "own if before is None else {**before, **own}", "own"),
+    ("the weights of both halves for one",
+     "tests/test_halves.py::test_each_half_has_the_weights_of_its_layers_alone[gpt2]", HALVES,
+     "for each in HALVES if half not in (None, each)", "for each in HALVES if half not in (None, *HALVES)"),
+    ("the second half as if attention returned a tensor",
+     "tests/test_halves.py::test_halves_show_what_whole_blocks_do[gpt2]", HALVES,
+     "self._parts = len(result) if isinstance(result, tuple) else 0", "self._parts = 0"),
+    ("every space counted", ADAPTER, SIZES,
+     "            if self._uses(name):\n                found.setdefault(",
+     "            if True:\n                found.setdefault("),
+    ("spaces behind norms not counted", ADAPTER, BASES,
+     "frozenset(planner.needed(keys) | behind_norms | keys)", "frozenset()"),
+    ("samples that are not there counted", "tests/test_choices.py::test_a_plan_counts_the_samples_there_are",
+     "theseus_transport/calibration.py", "return length, min(wanted, there)", "return length, wanted"),
+    ("blocks paired in memory", FILES, DEPTH, "with temporary(folder) as place:", "with temporary(None) as place:"),
+    ("the sum over depth in memory", FILES, PASSAGE,
+     "with temporary(folder) as place:", "with temporary(None) as place:"),
+    ("no room for maps left out", room("align"), ALIGN_JOB,
+     "[job.out], 2 * self.bytes_out", "[job.out], self.bytes_out"),
+    ("no room for what did not change", room("delta"), JOB, 'twice = 2 if self.kind == "delta" else 1', "twice = 1"),
+    ("no room for maps beside the output", room("match"), JOB,
+     "if self.maps_first else 0\n", "if False else 0\n"),
+    ("hidden states sought in the folder now named",
+     "tests/test_choices.py::test_hidden_states_are_found_where_the_run_began[folders0]", PASSAGE,
+     'return Path(self.work.state["folder"])', 'return (self.folder or self.work.folder) / "hidden"'),
+]
