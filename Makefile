@@ -22,7 +22,7 @@ demo: build
 	$(BIN)/theseus demo --out build/demo
 
 test: build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: build
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ def invoke(*arguments):
     """A call that must succeed."""
     result = call(*arguments)
     assert result.exit_code == 0, result.output
+    return result
 
 
 def refused(message, *arguments, code=3):

@@ -1,7 +1,11 @@
-"""What tests of several files share: the devices that tensors lie on."""
+"""What tests of several files share: the devices that tensors lie on, tiny models, and how long a machine is timed."""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 import theseus_ext
 
@@ -25,3 +29,18 @@ def gpu() -> None:
     """For tests on a GPU alone: skips, and says why, where there is none."""
     if problem := no_cuda():
         pytest.skip(problem)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def little_is_timed() -> None:
+    """The rate of this machine, which every job measures."""
+    if predict := sys.modules.get("theseus_transport.predict"):  # kernels are tested without it
+        predict.TRIAL = warm.TRIAL
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of ``tiny``, written once for tests that change nothing of it."""
+    import tiny
+
+    return tiny.build(tmp_path_factory.mktemp("models"))

@@ -1,6 +1,6 @@
-"""SIGKILL of whole jobs at random moments: run as a script, by test_stream_abuse.
+"""SIGKILL of whole jobs at random moments.
 
-A process of its own forks the jobs. It has one thread, and all imports done; what reads ahead starts in a fork.
+A process of its own forks the jobs (see warm.py). It has one thread; what reads ahead starts in a fork.
 """
 
 import json
@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections import Counter
@@ -44,9 +43,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(root: Path) -> Path:
-    """What the cases move."""
-    tiny.build(root)
+def build(root: Path) -> None:
+    """What the cases move, beside tiny models."""
+    torch.manual_seed(0)
     tiny.llama("target", depth=3).save_pretrained(root / "deep")
     save_file({"input_ids": torch.randint(3, 7, (32, 16))}, root / "poor.safetensors")
     partly = tiny.LlamaForCausalLM.from_pretrained(root / "causal/source")
@@ -55,7 +54,6 @@ def build(root: Path) -> Path:
             p.data += 0.02 * torch.randn_like(p)
     partly.save_pretrained(root / "partly")
     AlignSession(job_of(root, root / "maps", {})).run()
-    return root
 
 
 def job_of(root: Path, out: Path, case: dict[str, Any]) -> Job | AlignJob:
@@ -116,8 +114,9 @@ def commits(place: Path) -> int:
     return max((record["step"] for record in records), default=0)
 
 
-def drive(root: Path, name: str, draw: random.Random) -> dict[str, float]:
+def drive(root: Path, name: str) -> dict[str, int]:
     """Runs of a case, each killed at random moments until it comes through, compared with one that never was."""
+    draw = random.Random(name)
     place = root / "runs" / "".join(c for c in name if c.isalnum())
     job, found = job_of(root, place / "out", CASES[name]), Counter[str]()
     began = time.monotonic()
@@ -145,18 +144,4 @@ def drive(root: Path, name: str, draw: random.Random) -> dict[str, float]:
         assert not different, f"{name}: {sorted(different)} after {found['kills']} kills"
         left = [path for path in place.rglob("*") if path.is_file() and not path.is_relative_to(place / "out")]
         assert not left, f"{name} left {left}"
-    return {**found, "seconds": round(took, 2)}
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    root, *names = Path(sys.argv[1]), *sys.argv[2:]
-    if not (root / "maps").exists():
-        assert not killed(lambda: build(root))
-    draw = random.Random(0)
-    for name in names or CASES:
-        print(json.dumps({name: drive(root, name, draw)}), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("models"))
+def root(models):
+    return models
 
 
 @pytest.fixture(scope="module")

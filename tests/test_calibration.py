@@ -1,32 +1,14 @@
 """Calibration data: ready tensors, text with one or two tokenizers, the built-in text, and every refusal."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from calibrated import TEXT, load, make_tokenizer, text_side
 from safetensors.torch import save_file
-from theseus_transport.calibration import SideInfo, batches_of, load_calibration
+from theseus_transport.calibration import SideInfo, batches_of
 from theseus_transport.errors import InputRefused
 from tokenizers import Tokenizer as Engine
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
-
-TEXT = "The quick brown fox jumps over the lazy dog, then naps.\nÄpfel und Birnen — 3 kg für 5 €.\n" * 300
-
-
-def make_tokenizer(folder: Path, vocab_size: int, *, begin: bool = False) -> Path:
-    """A byte-level BPE trained on TEXT; `begin` puts a <s> before every text, as Llama's does."""
-    engine = Engine(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    engine.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<s>"], initial_alphabet=alphabet)
-    engine.train_from_iterator([TEXT], trainer)
-    if begin:
-        engine.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=engine, bos_token="<s>").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -37,10 +19,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer(tmp_path_factory.mktemp("large"), 330, begin=True)
-
-
-def text_side(folder: Path, name: str = "A", vocab_size: int = 400, **more: int) -> SideInfo:
-    return SideInfo(folder=folder, kind="text", name=name, vocab_size=vocab_size, **more)
 
 
 def vision_side(name: str = "V", image_size: int | tuple[int, int] = 4, tokens: int = 5) -> SideInfo:
@@ -58,10 +36,6 @@ def stored(folder: Path, **tensors: torch.Tensor) -> Path:
         folder / "data.safetensors",
     )
     return folder / "data.safetensors"
-
-
-def load(reference: object, source: SideInfo, target: SideInfo | None = None, **options: int):
-    return load_calibration(reference, source, target or source, **({"tokens_wanted": 1, "batch_size": 4} | options))
 
 
 def test_ready_ids(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -278,79 +252,6 @@ def test_builtin(small: Path, large: Path) -> None:
     assert found.fingerprint == again.fingerprint != other.fingerprint
     apart = load("builtin", text_side(small), text_side(large, "B"), tokens_wanted=500, sequence_length=64)
     assert "offsets" in apart.batches[0][0]
-
-
-# --- .jsonl ----------------------------------------------------------------------------------------------------------
-
-CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
-
-
-def lines(folder: Path, *records: object) -> Path:
-    path = folder / "data.jsonl"
-    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records), encoding="utf-8")
-    return path
-
-
-def decoded(found, folder: Path) -> str:
-    from transformers import AutoTokenizer
-
-    ids = [own["input_ids"][own["attention_mask"] == 1] for own, _ in found.batches]
-    return AutoTokenizer.from_pretrained(folder).decode(torch.cat(ids))
-
-
-def test_lines_of_text(tmp_path: Path, small: Path) -> None:
-    path = lines(tmp_path, {"text": "The quick brown fox.", "id": 1}, "", {"text": "Äpfel und Birnen"})
-    found = load(path, text_side(small), tokens_wanted=9)
-    assert decoded(found, small) == "The quick brown fox.\nÄpfel und Birnen\n" and "data.jsonl" in found.description
-
-
-def test_chats_through_the_template_or_by_role(tmp_path: Path, small: Path, large: Path) -> None:
-    chat = {"messages": [{"role": "user", "content": "over the lazy dog"}, {"role": "assistant", "content": "naps"}]}
-    path = lines(tmp_path, chat)
-    assert decoded(load(path, text_side(small)), small) == "user: over the lazy dog\nassistant: naps\n"
-    with_chat = make_tokenizer(tmp_path / "chat", 270)
-    (with_chat / "chat_template.jinja").write_text(CHAT)
-    for sides in ((with_chat, small), (small, with_chat)):  # the template of either: both read the same text
-        found = load(path, *(text_side(folder) for folder in sides))
-        assert decoded(found, small) == "<user>over the lazy dog\n<assistant>naps\n"
-    two = load(path, text_side(with_chat), text_side(large, "B"))
-    assert "offsets" in two.batches[0][1]
-
-
-BAD_LINES = {
-    "no JSON": ("{", "line 2: Expecting"),
-    "no object": ('"text"', "expected an object with either text or messages"),
-    "neither": ({"content": "x"}, "expected an object with either"),
-    "both": ({"text": "x", "messages": []}, "expected an object with either"),
-    "number": ({"text": 3}, "text is a int, expected a string"),
-    "no messages": ({"messages": []}, "messages must be a list"),
-    "parts": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages must be a list"),
-}
-
-
-@pytest.mark.parametrize("record, message", BAD_LINES.values(), ids=BAD_LINES)
-def test_bad_lines_are_named_or_counted(
-    tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture, record: object, message: str
-) -> None:
-    path = lines(tmp_path, {"text": "The quick"}, record, {"text": "brown fox"})
-    with pytest.raises(InputRefused, match=f"line 2: .*{message.removeprefix('line 2: ')}.*--skip-bad-inputs"):
-        load(path, text_side(small))
-    found = load(path, text_side(small), skip_bad=True)
-    assert decoded(found, small) == "The quick\nbrown fox\n" and "1 lines of data.jsonl cannot be read" in caplog.text
-
-
-def test_a_template_that_refuses_is_a_bad_line(tmp_path: Path) -> None:
-    strict = make_tokenizer(tmp_path / "strict", 270)
-    (strict / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-    path = lines(tmp_path, {"messages": [{"role": "user", "content": "x"}]})
-    with pytest.raises(InputRefused, match="line 1: the chat template refuses the messages: roles must alternate"):
-        load(path, text_side(strict))
-    path.write_bytes(b'{"text": "\xff"}\n')
-    with pytest.raises(InputRefused, match="line 1: .*utf-8"):
-        load(path, text_side(strict))
-    path.write_text("\n\n")
-    with pytest.raises(InputRefused, match="holds no text"):
-        load(path, text_side(strict))
 
 
 def test_a_batch_is_held_out_where_that_leaves_two(tmp_path: Path) -> None:

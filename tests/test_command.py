@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -21,8 +22,10 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tiny.build(tmp_path_factory.mktemp("models"))
+def root(models, tmp_path_factory):
+    root = tmp_path_factory.mktemp("more")
+    shutil.copytree(models, root, dirs_exist_ok=True)
+    torch.manual_seed(0)
     tiny.llama("target", depth=3).save_pretrained(root / "deep")
     tiny.llama("source").save_pretrained(root / "stranger")
     return root

@@ -39,8 +39,8 @@ ALL = 10**6  # more tokens than any calibration file here holds: all of it is us
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("models"))
+def root(models):
+    return models
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.delta import Adapter
 from theseus_transport.folder import differences, read_manifest
 from theseus_transport.writer import Planned, write_checkpoint
+from warm import apart
 
 KINDS = ("checkpoint", "adapter", "alignment")
 RANDOM = 8  # writers killed at random moments
@@ -106,9 +106,8 @@ def inspect(kind: str, place: Path) -> str:
     return "absent"
 
 
-def drive(kind: str, root: Path) -> None:
-    """Kill writers; prints how often what was found."""
-    torch.set_num_threads(1)
+def drive(kind: str, root: Path) -> dict[str, int]:
+    """Kill writers; how often what was found."""
     write, generator, found, moments = writer(kind), random.Random(0), Counter(), Counter()
 
     def again(out: Path) -> None:
@@ -133,19 +132,11 @@ def drive(kind: str, root: Path) -> None:
         moments["random"] += step is None
         if moments["random"] == RANDOM:
             break
-    print(json.dumps({**found, **moments}))
+    return {**found, **moments}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_every_step(kind: str, tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, kind, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = apart(drive, kind, tmp_path)
     assert found["steps"] > 20 and found["random"] == RANDOM, found
     assert all(found.get(state) for state in ("old", "new", "absent")), found
-
-
-if __name__ == "__main__":
-    drive(sys.argv[1], Path(sys.argv[2]))

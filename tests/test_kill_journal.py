@@ -1,11 +1,8 @@
 """SIGKILL at every step of a resumable run, and of its resumes; see test_kill.py."""
 
 import itertools
-import json
 import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +14,7 @@ from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.errors import AlreadyDone, InputRefused
 from theseus_transport.folder import differences
 from theseus_transport.writer import Output, Planned, write_checkpoints
+from warm import apart
 
 
 def go_on(out: Path) -> None:
@@ -48,9 +46,8 @@ def state_of(out: Path, new: dict[str, bytes]) -> str:
     return "+".join(sorted(found))
 
 
-def drive(root: Path) -> None:
-    """Kill runs that overwrite old folders, at every step once and again and again at random; prints what was found."""
-    torch.set_num_threads(1)
+def drive(root: Path) -> dict[str, int]:
+    """Kill runs that overwrite old folders, at every step once and again and again at random; what was found."""
     os.fsync = lambda descriptor: None  # what a killed process has written the system still has
     loop(root / "straight/out").run(shard_size=200)
     new = content(root / "straight/out")
@@ -77,21 +74,13 @@ def drive(root: Path) -> None:
     first = next(number for number in itertools.count() if not trial(number, iter([number])))
     for number in range(RANDOM):
         trial(first + 1 + number, (generator.randrange(first) for _ in itertools.count()))
-    print(json.dumps({**found, "steps": first}))
+    return {**found, "steps": first}
 
 
 RANDOM = 8  # runs killed at random steps, and their resumes again until one comes through
 
 
 def test_killed_at_every_step(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = apart(drive, tmp_path)
     assert found["steps"] > 50 and found["old"] > found["steps"] / 2, found
     assert all(found.get(state) for state in ("old", "new", "absent+old", "absent+new", "new+old")), found
-
-
-if __name__ == "__main__":
-    drive(Path(sys.argv[1]))

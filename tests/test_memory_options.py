@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import tiny
 from calls import FAST, call, identical, invoke, outcome_of, refused
 from theseus_transport.errors import InputRefused
 from theseus_transport.options import parse_size
@@ -11,8 +10,8 @@ from theseus_transport.passage import Passage
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("models"))
+def root(models):
+    return models
 
 
 def transport(root, out, *options, tuned="causal/tuned", command="transport"):

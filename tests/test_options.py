@@ -16,8 +16,8 @@ from theseus_transport.recipes import Recipe
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("models"))
+def root(models):
+    return models
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """The polar factor by iteration: optimal weights, the ratio tests of test_procrustes.py on every path, peak memory."""
 
 import os
-import subprocess
-import sys
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from theseus_transport import procrustes as module
 from theseus_transport.polar import ENTRY, LIFT, QUINTICS, START, polar_bytes, polar_factor, qdwh_weights
 from theseus_transport.procrustes import FLOOR, certify, procrustes
 from torch.utils._python_dispatch import TorchDispatchMode
+from warm import apart
 
 SINGLE = torch.finfo(torch.float32).eps
 # both ways to lift small values, both ways to decide which count
@@ -238,44 +239,38 @@ def test_cuda_iterates(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-PEAK = """
-import sys, torch
-from theseus_transport import procrustes as module
 
-def kib(name):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
+def kib(name: str) -> int:
+    return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
-rows, columns, kept = map(int, sys.argv[1:4])
-c = torch.randn(rows, columns, dtype=torch.float64)
-if kept < min(rows, columns):
-    c[:, kept:] = 0
-module.START = 1e-3  # memory is the same at every step: fewer do
-options = dict(floor=0.1, method=sys.argv[4])
-module.procrustes(c[:70, :80], **options)
-open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
-before = kib("VmRSS")
-polar = module.procrustes(c, **options)
-print((kib("VmHWM") - before) * 1024, int(polar.rank))
-"""
+
+def peak(shape: tuple[int, int], kept: int, method: str) -> tuple[int, int]:
+    """Bytes that one factor takes at its peak, and its rank."""
+    c = torch.randn(*shape, dtype=torch.float64)
+    if kept < min(shape):
+        c[:, kept:] = 0
+    module.START = 1e-3  # memory is the same at every step: fewer do
+    procrustes(c[:70, :80], floor=0.1, method=method)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = kib("VmRSS")
+    found = procrustes(c, floor=0.1, method=method)
+    return (kib("VmHWM") - before) * 1024, int(found.rank)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc of Linux")
 @pytest.mark.parametrize(
     "shape, rank, method, predicted, least",
     [
-        ((1024, 9000), 1024, "auto", "newton", 0.9),
-        ((15000, 600), 600, "iterate", "newton", 0.9),
-        ((500, 18000), 200, "iterate", "iterate", 0.9),
-        ((600, 9000), 600, "lapack", "lapack", 0.7),  # a bound: what gesdd asks for differs between wide and tall
+        ((1024, 4000), 1024, "auto", "newton", 0.9),
+        ((7500, 500), 500, "iterate", "newton", 0.9),
+        ((400, 9000), 150, "iterate", "iterate", 0.9),
+        ((400, 6000), 400, "lapack", "lapack", 0.7),  # a bound: what gesdd asks for differs between wide and tall
     ],
 )
 def test_peak_memory_is_as_predicted(
     shape: tuple[int, int], rank: int, method: str, predicted: str, least: float
 ) -> None:
     """In a process whose allocator returns every freed block, as it does anyway for those of 32 MiB and more."""
-    arguments = [sys.executable, "-c", PEAK, *map(str, shape), str(rank), method]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=True)
-    used, found = map(int, done.stdout.split())
+    used, found = apart(peak, shape, rank, method)
     expected = polar_bytes(*shape, method=predicted)  # type: ignore[arg-type]
     assert found == rank and least * expected <= used <= 1.1 * expected

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,9 @@ from abused import COMMIT, TINY, arguments, job_of, written
 from calls import identical, invoke, refused
 from safetensors.torch import save_file
 from theseus_transport import passage as passage_module
+from theseus_transport.cli import main
 from theseus_transport.job import Session
+from warm import apart, started
 
 
 @pytest.fixture
@@ -41,17 +42,19 @@ def stop() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("names", [[*killing.CASES][half::2] for half in (0, 1)], ids=["one half", "other half"])
-def test_killed_at_random_moments(names: list[str], tmp_path: Path) -> None:
-    """Every case goes on from every kill to the bytes of a run that was never killed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, killing.__file__, str(tmp_path), *names]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
-    assert done.returncode == 0, done.stderr
-    found = {name: row for line in done.stdout.splitlines() for name, row in json.loads(line).items()}
-    assert [*found] == names
-    for name, row in found.items():
-        assert row["kills"] >= killing.KILLS and row["behind a commit"] > 0, (name, row)
+@pytest.fixture(scope="module")
+def killed_models(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("killed")
+    shutil.copytree(models, root, dirs_exist_ok=True)
+    apart(killing.build, root)
+    return root
+
+
+@pytest.mark.parametrize("name", killing.CASES)
+def test_killed_at_random_moments(name: str, killed_models: Path) -> None:
+    """It goes on from every kill to the bytes of a run that was never killed."""
+    found = apart(killing.drive, killed_models, name)
+    assert found["kills"] >= killing.KILLS and found["behind a commit"] > 0, found
 
 
 # --- inputs that break ------------------------------------------------------------------------------------------------
@@ -188,19 +191,26 @@ def test_a_full_disk_in_the_middle(kind, root, monkeypatch):
     assert identical(root / "out", root / "once") and not (root / ".out.theseus").exists()
 
 
+def command(folder: Path, call: list[object]) -> None:
+    """The command as it is called, and what it prints in files."""
+    for descriptor, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.argv = ["theseus", *map(str, call)]
+    main()
+
+
 def test_an_interrupted_command_says_how_to_go_on(tmp_path):
     """SIGINT to a process of its own, behind a commit."""
     root = written(tmp_path, TINY, samples=128, length=16)  # 16 passes a block: it is at work when the signal comes
     call = [*arguments(root), "--tokens", 1024, "--json"]
-    command = [sys.executable, "-c", "from theseus_transport.cli import main; main()", *map(str, call)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment, journal = os.environ | {"OMP_NUM_THREADS": "1"}, root / ".out.theseus/journal.json"
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        while process.poll() is None and not (journal.exists() and json.loads(journal.read_text())["step"] > 1):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGINT)
-        told, said = process.communicate()
-    assert process.returncode == 130, said
+    journal = root / ".out.theseus/journal.json"
+    process = started(command, root, call)
+    while process.is_alive() and not (journal.exists() and json.loads(journal.read_text())["step"] > 1):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    told, said = ((root / name).read_text() for name in ("stdout", "stderr"))
+    assert process.exitcode == 130, said
     assert json.loads(told)["exit_code"] == 130 and "--resume" in json.loads(told)["error"]
     assert "interrupted; run again with --resume to go on after step" in said
     invoke(*call, "--resume")

@@ -3,15 +3,15 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from abused import written
+from calls import invoke
 from random_checkpoint import Geometry, write_adapter
+from warm import apart
 
 PAIR = Geometry("llama", 128, 384, 4, 4, 2, 300), Geometry("llama", 192, 512, 4, 6, 3, 300)
 SAMPLES, LENGTH = 5, 128  # more tokens than the widest space has features
@@ -19,26 +19,25 @@ MIB = 1 << 20
 FLAT = 1.05  # of the peak with fewer blocks
 OBJECTS = MIB // 2  # and so much a pair of blocks, for modules without weights and plans: 0.2 MiB were seen
 OVER, REREAD = 1.1, 1.02  # of what was predicted; of the bytes of weights
-COMMAND = """
-import sys
-from theseus_transport.cli import main
-try:
-    main()
-finally:
-    sys.stderr.write(open("/proc/self/status").read())  # ru_maxrss would count the process that started this one
-"""
 
 
-def measured(root: Path, tuned: str, *options: object) -> tuple[dict, int]:
+def kib(name: str, process: object = "self") -> int:
+    return int(re.search(rf"{name}:\s*(\d+) kB", Path(f"/proc/{process}/status").read_text())[1])
+
+
+def with_peak(*call: object) -> tuple[str, int]:
+    """What the command prints, and the peak in bytes of the process it is called in, as if that had imported it."""
+    mapped = kib("RssFile", os.getppid()) - kib("RssFile")  # a fork has the pages of libraries only once it reads them
+    told = invoke(*call).stdout
+    return told, (kib("VmHWM") + mapped) * 1024
+
+
+def measured(root: Path, tuned: str) -> tuple[dict, int]:
     """One run of the command in a process of its own: its outcome, and its peak in bytes."""
     folders = [root / name for name in ("source", tuned, "target", f"out-{tuned}")]
-    call = ["transport", *folders, "--calibration", root / "ids.safetensors", "--tokens", SAMPLES * LENGTH, *options]
-    steady = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc raises it, and holes of its heap vary by tens of MiB
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | steady
-    command = [sys.executable, "-c", COMMAND, *map(str, call), "--json", "--no-held-out"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout), int(re.search(r"VmHWM:\s*(\d+) kB", done.stderr)[1]) * 1024
+    call = ["transport", *folders, "--calibration", root / "ids.safetensors", "--tokens", SAMPLES * LENGTH]
+    told, peak = apart(with_peak, *call, "--json", "--no-held-out")
+    return json.loads(told), peak
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-import tiny
 import torch
 from broken import edited
 from calls import FAST, aligned, call, invoke, refused
@@ -14,8 +13,8 @@ from theseus_transport.journal import Work
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("models"))
+def root(models):
+    return models
 
 
 @pytest.fixture(scope="module")

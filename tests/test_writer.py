@@ -1,21 +1,15 @@
 """The writer: what it writes is whole and loads elsewhere, or it is not there at all."""
 
-import errno
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from theseus_transport import folder
 from theseus_transport.checkpoint import Checkpoint
-from theseus_transport.errors import InputRefused, NumericalError, ResourceError
-from theseus_transport.folder import check_writable, read_manifest
+from theseus_transport.errors import InputRefused
 from theseus_transport.folder import differences as verify
+from theseus_transport.folder import read_manifest
 from theseus_transport.writer import Output, Planned, planned_bytes, write_checkpoint, write_checkpoints
 
 
@@ -45,6 +39,13 @@ def same(found: Checkpoint, tensors: dict[str, torch.Tensor]) -> bool:
 
 def listing(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def failing(error: BaseException) -> list[Planned]:
+    def fail(rows: slice | None) -> torch.Tensor:
+        raise error
+
+    return [*plan({"fine": torch.ones(100)}), Planned("bad", (3,), torch.float32, fail)]
 
 
 def test_round_trip_in_one_file(tmp_path: Path) -> None:
@@ -136,149 +137,6 @@ def test_checkpoint_to_checkpoint(tmp_path: Path) -> None:
     entries = [Planned(n, opened.shapes[n], opened.dtypes[n], lambda _, n=n: opened[n]) for n in opened]
     write_checkpoint(tmp_path / "b", entries, inputs=[tmp_path / "a"])
     assert same(Checkpoint.open(tmp_path / "b"), some_tensors())
-
-
-def failing(error: BaseException) -> list[Planned]:
-    def fail(rows: slice | None) -> torch.Tensor:
-        raise error
-
-    return [*plan({"fine": torch.ones(100)}), Planned("bad", (3,), torch.float32, fail)]
-
-
-def made(tensor: torch.Tensor, *stops: int) -> Planned:
-    """A tensor, or tile, of another kind than planned."""
-    tiles = tuple(slice(start, stop) for start, stop in zip((0, *stops), stops, strict=False))
-    return Planned("s", (stops[-1] if stops else 3,), torch.float32, lambda rows: tensor, tiles)
-
-
-FAILURES = {
-    "exception": (failing(RuntimeError("boom")), RuntimeError, "boom"),
-    "interrupt": (failing(KeyboardInterrupt()), KeyboardInterrupt, None),
-    "disk full": (failing(OSError(errno.ENOSPC, "No space left")), ResourceError, "disk full, 412 bytes of tensors"),
-    "NaN": (plan({"ok": torch.ones(3), "q": torch.tensor([float("nan")])}), NumericalError, r"q \[1\].*1 NaN and 0"),
-    "Inf": (plan({"q": torch.tensor([float("inf")] * 2).half()}), NumericalError, "0 NaN and 2 Inf in torch.float16"),
-    "other shape": ([made(torch.ones(4))], ValueError, r"s \[3\] came out as \[4\] torch.float32, planned were \[3\]"),
-    "other dtype": ([made(torch.ones(3).half())], ValueError, "torch.float16, planned"),
-    "other rows": ([made(torch.ones(2), 2, 3)], ValueError, r"s \[3\], rows 2 to 2, came out as \[2\]"),
-    "NaN in a tile": ([made(torch.full((2,), torch.nan), 2, 4)], NumericalError, r"s \[4\], rows 0 to 1, .* 2 NaN"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("entries, error, message", FAILURES.values(), ids=FAILURES)
-@pytest.mark.parametrize("old", [False, True], ids=["absent", "old"])
-def test_failure_leaves_nothing(tmp_path: Path, entries: list, error: type, message: str, old: bool) -> None:
-    if old:
-        write_checkpoint(tmp_path / "out", plan(some_tensors()))
-    with pytest.raises(error, match=message):
-        write_checkpoint(tmp_path / "out", entries, overwrite=old, shard_size=100)
-    assert listing(tmp_path) == ({"out"} if old else set())
-    assert not old or (verify(tmp_path / "out") == [] and same(Checkpoint.open(tmp_path / "out"), some_tensors()))
-
-
-@pytest.mark.parametrize("step", [1, 2])
-def test_failure_of_a_rename_restores_the_old_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    write_checkpoint(tmp_path / "out", plan(some_tensors()))
-    calls, rename = [], os.rename
-
-    def flaky(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) == step:
-            raise OSError(errno.EIO, "disk on fire")
-        rename(source, target)
-
-    monkeypatch.setattr(folder.os, "rename", flaky)
-    with pytest.raises(OSError, match="disk on fire"):
-        write_checkpoint(tmp_path / "out", plan({"new": torch.ones(1)}), overwrite=True)
-    assert listing(tmp_path) == {"out"} and same(Checkpoint.open(tmp_path / "out"), some_tensors())
-
-
-def test_sigkill_leaves_the_target_absent_or_old(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_checkpoint(tmp_path / "old", plan(some_tensors()))
-    script = (
-        "import os, sys, threading, time, torch\nfrom theseus_transport.writer import Planned, write_checkpoint\n"
-        "def slow(rows):\n    os.write(1, b'writing\\n')\n    time.sleep(60)\n"  # one call: two threads' prints may mix
-        "one = Planned('a', (3,), torch.float32, lambda rows: torch.ones(3))\n"
-        "def write(folder):\n"
-        "    write_checkpoint(folder, [one, Planned('b', (3,), torch.float32, slow)], shard_size=1, overwrite=True)\n"
-        "for folder in sys.argv[1:]:\n    threading.Thread(target=write, args=(folder,)).start()\n"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "old"), str(tmp_path / "new")]
-    environment = os.environ | {"PYTHONPATH": str(Path(folder.__file__).parent.parent)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as child:
-        assert child.stdout is not None and [child.stdout.readline() for _ in range(2)] == [b"writing\n"] * 2
-        child.send_signal(signal.SIGKILL)
-    left = sorted(listing(tmp_path) - {"old"})  # SIGKILL cannot be caught: hidden folders stay, and are named later
-    assert [name.rpartition("-")[0] for name in left] == [".new.tmp", ".old.tmp"]
-    assert verify(tmp_path / "old") == [] and same(Checkpoint.open(tmp_path / "old"), some_tensors())
-    for name, hidden in (("new", left[0]), ("old", left[1])):
-        write_checkpoint(tmp_path / name, plan({"x": torch.ones(1)}), overwrite=True)
-        assert hidden in caplog.text and list(Checkpoint.open(tmp_path / name)) == ["x"]
-
-
-def test_overwrite_replaces_everything(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "out", plan(some_tensors()), shard_size=1, files={"old.txt": "old"})
-    with pytest.raises(InputRefused, match="is not empty; name another folder, or --overwrite"):
-        write_checkpoint(tmp_path / "out", plan({"new": torch.ones(1)}))
-    assert verify(tmp_path / "out") == []
-    write_checkpoint(tmp_path / "out", plan({"new": torch.ones(1)}), overwrite=True)
-    assert listing(tmp_path / "out") == {"model.safetensors", "theseus.json"} and listing(tmp_path) == {"out"}
-
-
-def test_overwrite_spares_what_it_did_not_write(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputRefused, match="holds no theseus.json, so it is not ours to replace"):
-        write_checkpoint(tmp_path, plan({"new": torch.ones(1)}), overwrite=True)
-    assert listing(tmp_path) == {"thesis.tex"}
-
-
-def test_targets(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for name in ("empty", "new/deep/er"):
-        write_checkpoint(tmp_path / name, plan({"a": torch.ones(1)}))
-        assert verify(tmp_path / name) == []
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-    write_checkpoint(tmp_path / "link", plan({"a": torch.ones(1)}))
-    assert (tmp_path / "link").is_symlink() and verify(tmp_path / "real") == []
-    mode = (tmp_path / "new").stat().st_mode
-    assert (tmp_path / "empty").stat().st_mode == mode, "readable to whom a plain mkdir makes it readable"
-
-
-def test_never_over_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tmp_path / "models/a"
-    write_checkpoint(model, plan({"a": torch.ones(1)}))
-    monkeypatch.chdir(tmp_path / "models")
-    for output in (model, model / "out", tmp_path / "models", tmp_path, "a", "../models/a/x"):
-        for inputs in ([model], [tmp_path / "elsewhere", model / "model.safetensors", model]):
-            with pytest.raises(InputRefused, match="overlaps the input"):
-                check_writable(output, 0, overwrite=True, inputs=inputs)
-    (tmp_path / "alias").symlink_to(model)
-    with pytest.raises(InputRefused, match="overlaps the input"):
-        check_writable(tmp_path / "alias" / "out", 0, inputs=[model])
-    check_writable(tmp_path / "models/b", 0, inputs=[model])
-    for output in ("/", Path.home(), Path.home().parent, ".", ".."):
-        with pytest.raises(InputRefused, match="home or working directory"):
-            check_writable(output, 0, overwrite=True)
-
-
-def test_check_writable_names_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_writable(tmp_path / "a/b/c", 1000)
-    assert listing(tmp_path) == set(), "checking writes nothing"
-    with pytest.raises(ResourceError, match=rf"needs {2**62} bytes, .* has \d+ free"):
-        check_writable(tmp_path / "out", 2**62)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputRefused, match="is a file; name a folder"):
-        check_writable(tmp_path / "file", 0)
-    with pytest.raises(InputRefused, match="not a folder that may be written"):
-        check_writable(tmp_path / "file" / "out", 0)
-    monkeypatch.setattr(folder.os, "access", lambda path, mode: False)
-    with pytest.raises(InputRefused, match="may be written"):
-        check_writable(tmp_path / "out", 0)
-    monkeypatch.setattr(folder.os.path, "ismount", lambda path: True)
-    with pytest.raises(InputRefused, match="is a mount point"):
-        check_writable(tmp_path / "out", 0)
 
 
 def tiled(*tiles: tuple[int, int]) -> Planned:

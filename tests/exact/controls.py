@@ -1,6 +1,6 @@
 """Align, transport, add, compare: what every control does."""
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ def cast(data: list[dict], dtype: torch.dtype) -> list[dict]:
     return [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in data]
 
 
-@lru_cache(maxsize=4)
+@cache
 def aligned(pair: Pair, dtype: torch.dtype, recipe: str = "coherent") -> tt.Alignment:
     """The bases of a pair do not depend on the delta: one alignment serves all its controls."""
     source, _, target, _ = pair.sides("linear")

@@ -6,6 +6,7 @@ is the same re-parametrisation, and the moved tuned model is what an exact trans
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .models import Move, Spec, tune
 from .move_around import deeper, scales_folded, stored_as, untied, with_registers, without_bias, zoomed
@@ -44,12 +45,18 @@ class Pair:
 
     def sides(self, kind: str) -> tuple[Spec, Spec, Spec, Spec]:
         """Source base, source tuned, target base, and the tuned target an exact transport must reach."""
-        small = self.base()
-        start, tuned = small, tune(small, kind, keep=self.keep)
-        if not self.narrow:
-            return start, tuned, move(start, self.moves), move(tuned, self.moves)
-        own = (residual(same, carry_final="head.weight" not in small.parts),)  # the small side gets gains of its own
-        return move(start, self.moves), move(tuned, self.moves), move(start, own), move(tuned, own)
+        small, source, target, moves = bases(self)
+        tuned = tune(small, kind, keep=self.keep)
+        return source, move(tuned, moves[0]), target, move(tuned, moves[1])
+
+
+@lru_cache(maxsize=4)  # they do not depend on the delta
+def bases(pair: Pair) -> tuple[Spec, Spec, Spec, tuple[Sequence[Move], Sequence[Move]]]:
+    """What both sides are moved from, source and target base, and the moves of each."""
+    small = pair.base()
+    own = (residual(same, carry_final="head.weight" not in small.parts),)  # the small side gets gains of its own
+    moves = (pair.moves, own) if pair.narrow else ((), pair.moves)
+    return small, move(small, moves[0]), move(small, moves[1]), moves
 
 
 def move(spec: Spec, moves: Sequence[Move]) -> Spec:

@@ -2,11 +2,11 @@
 
 
 def interrupted(case: str) -> str:
-    return f"tests/test_stream.py::test_an_interrupted_run_goes_on_to_the_same_bytes[{case}]"
+    return f"tests/test_stream_jobs.py::test_an_interrupted_run_goes_on_to_the_same_bytes[{case}]"
 
 
 def written(case: str) -> str:
-    return f"tests/test_stream.py::test_a_job_writes_what_whole_models_give[{case}]"
+    return f"tests/test_stream_jobs.py::test_a_job_writes_what_whole_models_give[{case}]"
 
 
 def abused(test: str) -> str:
@@ -27,7 +27,7 @@ STREAM_BUGS = [
      "        visits, loop = self._visits(), None\n"
      "        visits[self.work.step : self.work.step + bool(self.work.step)] = []\n"),
     ("maps dropped while tensors wait for them",
-     "tests/test_stream.py::test_rank_poor_first_maps_are_completed_at_the_end", PASSAGE,
+     "tests/test_stream_jobs.py::test_rank_poor_first_maps_are_completed_at_the_end", PASSAGE,
      "planner.plan.maps.keys() - self.sink.wanted() - ", "planner.plan.maps.keys() - "),
     ("the batch held out added up too", written("full"), STREAM,
      "        if i == self._held:\n", "        if False:\n"),

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from bugs import BUGS, Bug
 from run import ROOT, original, plant
+from warm import apart
 
 SAMPLE = ["certificate accepts T = 0", "T_in and T_out swapped where both are square"]
 UNNOTICED = Bug("unnoticed", BUGS[0].test, BUGS[0].file, BUGS[0].old, BUGS[0].old + "    # says nothing new\n")
@@ -22,8 +25,20 @@ def test_bug_can_be_planted(bug: Bug) -> None:
     text = original(bug)
     assert plant(bug, text) != text
     compile(plant(bug, text), bug.file, "exec")
-    file, _, name = bug.test.partition("::")
-    assert f"def {name.partition('[')[0]}(" in (ROOT / file).read_text()
+
+
+def unknown(tests: list[str]) -> str:
+    """What pytest says of the names that it does not find."""
+    with redirect_stderr(StringIO()) as said, redirect_stdout(StringIO()):
+        found = pytest.main(["--collect-only", "-p", "no:xdist", "-p", "no:cacheprovider", *tests])
+    return said.getvalue() or f"exit code {found}" * bool(found)
+
+
+def test_every_named_test_exists() -> None:
+    """With its parameters: what the runner would find only when it gets there."""
+    named = sorted({f"{ROOT}/{bug.test}" for bug in BUGS})
+    assert "::no_such_test" in apart(unknown, [f"{named[0].partition('::')[0]}::no_such_test"])
+    assert not apart(unknown, named)
 
 
 def test_names_are_unique() -> None:
