@@ -96,6 +96,8 @@ def row_of(blocks: int, found: dict[str, Any], folders: list[Path]) -> dict[str,
         "peak_gib": found["peak"] / 2**30,
         "predicted_gib": outcome["predicted_bytes"] / 2**30,
         "peak_over_predicted": found["peak"] / outcome["predicted_bytes"],
+        "device_peak_gib": (outcome["used_device_bytes"] or 0) / 2**30,
+        "predicted_device_gib": outcome["predicted_device_bytes"] / 2**30,
         "read_over_weights": outcome["bytes_read"] / weights,
         "seconds": found["seconds"],
         "tokens_per_second": outcome["tokens"] / found["seconds"],
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--lora", action="store_true", help="move an adapter of rank 8")
     parser.add_argument("--pair", nargs=2, default=PAIR, choices=GEOMETRIES, metavar=("SOURCE", "TARGET"))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--max-ram", help=f"default: {BUDGET}; with --whole what is there")
     parser.add_argument("--whole", action="store_true", help="beside the same with whole models, from Python")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -120,6 +123,7 @@ def main() -> None:
     budget = given.max_ram or (None if given.whole else BUDGET)
     about = {"pair": list(given.pair), "kind": kind, "tokens": SAMPLES * LENGTH, "max_ram": budget}
     options = ["--batch-size", given.batch_size, "--tokens", SAMPLES * LENGTH, "--no-held-out", "--json"]
+    options += ["--device", given.device]
     options += ["--max-ram", budget] if budget else []
     RESULTS.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -139,7 +143,7 @@ def main() -> None:
                 rows[-1]["whole_peak_gib"] = other["peak"] / 2**30
             print(json.dumps(rows[-1], indent=1), flush=True)
             told = {"machine": machine.facts(), **about, "results": rows}
-            name = f"stream-{given.pair[0]}-to-{given.pair[1]}-{kind}-cpu.json"
+            name = f"stream-{given.pair[0]}-to-{given.pair[1]}-{kind}-{given.device}.json"
             (RESULTS / name).write_text(json.dumps(told, indent=4) + "\n")
     for row in rows:
         assert row["peak_over_predicted"] <= OVER, row

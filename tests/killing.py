@@ -21,8 +21,7 @@ import theseus_transport as tt
 import tiny
 import torch
 from safetensors.torch import save_file
-from theseus_transport.align_job import AlignSession
-from theseus_transport.bases import AlignJob
+from theseus_transport.align_job import AlignJob, AlignSession
 from theseus_transport.errors import AlreadyDone
 from theseus_transport.job import Job, Session
 from transformers.models.llama import modeling_llama  # noqa: F401 - imported before the forks

@@ -10,6 +10,7 @@ from abused import MIDDLE, TINY, Pair, job_of, written
 from calls import identical
 from random_checkpoint import GEOMETRIES, Geometry, parameters
 from theseus_transport import plan as plan_module
+from theseus_transport.extent import Extent
 from theseus_transport.job import Session
 from theseus_transport.plan import Plan, Sizes, fitted
 from theseus_transport.spaces import Layout
@@ -31,11 +32,13 @@ class Shapes(dict):
 
 
 def sizes_of(pair: Pair, *, device: str = "cpu") -> Sizes:
-    """Of a job with the default number of tokens, in samples of 512."""
+    """Of a job with the default number of tokens, in samples of 512, and eight held out."""
     opened = tuple(Shapes(geometry) for geometry in pair)
     layouts = tuple(Layout.of(checkpoint.config) for checkpoint in opened)
     tokens = 4 * max(max(la.width, la.middle) for la in layouts)
-    return Sizes(opened, layouts, tt.Recipe(), opened[0], 512, tokens, torch.device(device))
+    rows = -(-tokens // 512) + 8
+    extent = Extent(rows, (512, 512), rows * 512 * 16)
+    return Sizes(opened, layouts, tt.Recipe(), opened[0], extent, torch.device(device))
 
 
 @pytest.fixture

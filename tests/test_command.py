@@ -12,7 +12,7 @@ import tiny
 import torch
 from broken import adapter, config, data, index, pickled, poisoned, tensors, text, without
 from safetensors.torch import load_file
-from theseus_transport import bases as bases_module
+from theseus_transport import __version__
 from theseus_transport import doctor as doctor_module
 from theseus_transport.cli import app
 from theseus_transport.passage import Passage
@@ -257,7 +257,7 @@ def test_what_happens_on_the_way_has_an_exit_code(root, tmp_path, monkeypatch, e
 
 
 def test_usage():
-    assert invoke("--version").stdout.strip() == bases_module.__version__
+    assert invoke("--version").stdout.strip() == __version__
     assert invoke().exit_code == 2 and invoke("transport").exit_code == 2
     assert "4 x the widest space" in re.sub(r"[\s│]+", " ", invoke("transport", "--help").stdout)
 

@@ -13,9 +13,8 @@ import torch
 from calls import held, identical
 from safetensors.torch import save_file
 from theseus_transport import passage as passage_module
-from theseus_transport.align_job import AlignSession
+from theseus_transport.align_job import AlignJob, AlignSession
 from theseus_transport.alignment import Alignment
-from theseus_transport.bases import AlignJob
 from theseus_transport.job import Job, Session
 from theseus_transport.output import write_update
 from whole import load_model

@@ -3,19 +3,57 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from .alignment import RECORD, Alignment, outline
-from .bases import AlignJob, Bases, Progress, check_room, content_hash, options_of, quiet
+from .bases import Bases, Progress, check_room, options_of, quiet
 from .checks import check_values
+from .identity import content_hash
 from .journal import Work
 from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
+from .recipes import Recipe
 from .sinks import Maps
 from .stored import planned_maps
 from .writer import Output
+
+
+@dataclass(frozen=True)
+class AlignJob:
+    """Which two bases to align, on what.
+
+    Attributes:
+        source, target: folders or hub ids of the base models.
+        out: folder to write.
+        calibration: a file, a folder of images, or ``builtin``.
+        tokens: calibration tokens, or None for four times the widest space.
+        held_out: measure the alignment on one batch it has not seen, where there are at least three.
+        skip_bad_inputs: leave out images and lines that cannot be read, rather than refusing them.
+        max_ram, max_memory: bytes the run may take of the host's memory and of the device's; None: what is there.
+        offload_folder: keep hidden states in files there, not in memory.
+        resume: go on with a run that was interrupted.
+    """
+
+    source: str
+    target: str
+    out: Path
+    calibration: str = "builtin"
+    recipe: Recipe = field(default_factory=Recipe)
+    device: str = "cpu"
+    tokens: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    held_out: bool = True
+    skip_bad_inputs: bool = False
+    overwrite: bool = False
+    allow_pickle: bool = False
+    max_ram: int | None = None
+    max_memory: int | None = None
+    offload_folder: Path | None = None
+    resume: bool = False
 
 
 class AlignSession:

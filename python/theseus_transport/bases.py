@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
-from . import __version__
 from .alignment import PLANNERS, Alignment, by_position, outline
-from .calibration import Calibration, SideInfo, expected_tokens, load_calibration
+from .calibration import Calibration, SideInfo, load_calibration
 from .checkpoint import Checkpoint
 from .checks import available_memory, check_dtypes, find_device, free_device_memory, read_layout, resident_memory
 from .depth import pair_streamed
 from .errors import InputRefused
+from .extent import Extent, extent
 from .folder import check_writable
-from .headers import digest
+from .hidden import own_folder
+from .identity import content_hash, recorded_base, reference_of, versions
 from .journal import Work
 from .links import Blocks
 from .models import Base
@@ -34,43 +32,11 @@ from .spaces import Layout
 from .weights import Window
 from .workplace import unfinished_key
 
+if TYPE_CHECKING:
+    from .align_job import AlignJob
+
 Progress = Callable[[str, int], Callable[[], object]]  # stage and its number of steps -> call after every step
 SIDES = ("source", "target")
-
-
-@dataclass(frozen=True)
-class AlignJob:
-    """Which two bases to align, on what.
-
-    Attributes:
-        source, target: folders or hub ids of the base models.
-        out: folder to write.
-        calibration: a file, a folder of images, or ``builtin``.
-        tokens: calibration tokens, or None for four times the widest space.
-        held_out: measure the alignment on one batch it has not seen, where there are at least three.
-        skip_bad_inputs: leave out images and lines that cannot be read, rather than refusing them.
-        max_ram, max_memory: bytes the run may take of the host's memory and of the device's; None: what is there.
-        offload_folder: keep hidden states in files there, not in memory.
-        resume: go on with a run that was interrupted.
-    """
-
-    source: str
-    target: str
-    out: Path
-    calibration: str = "builtin"
-    recipe: Recipe = field(default_factory=Recipe)
-    device: str = "cpu"
-    tokens: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    held_out: bool = True
-    skip_bad_inputs: bool = False
-    overwrite: bool = False
-    allow_pickle: bool = False
-    max_ram: int | None = None
-    max_memory: int | None = None
-    offload_folder: Path | None = None
-    resume: bool = False
 
 
 class Bases:
@@ -86,7 +52,7 @@ class Bases:
             if not 0 <= (getattr(job, name) or 0) < 2**63:
                 raise InputRefused(f"{name} is {getattr(job, name)}; give a number from 0 to 2^63 - 1")
         self.job, self.device = job, find_device(job.device)
-        self.references = tuple(_reference(r) for r in (job.source, job.target))
+        self.references = tuple(reference_of(r) for r in (job.source, job.target))
         self.checkpoints = tuple(Checkpoint.open(r, allow_pickle=job.allow_pickle) for r in (job.source, job.target))
         for name, checkpoint in zip(("SOURCE", "TARGET"), self.checkpoints, strict=True):
             if checkpoint.kind == "adapter":
@@ -132,17 +98,15 @@ class Bases:
             ResourceError: it does not fit.
         """
         job, free = self.job, available_memory()
-        length, tokens = expected_tokens(job.calibration, [self._side(i) for i in range(2)], self.tokens_wanted)
         sizes = Sizes(
-            (self.source, self.target),
-            self.layouts,
-            self.recipe(),
-            tuned,
-            length,
-            tokens,
-            self.device,
-            aligned,
-            None if keys is None else self._wanted(keys),
+            checkpoints=(self.source, self.target),
+            layouts=self.layouts,
+            recipe=self.recipe(),
+            tuned=tuned,
+            extent=Extent(0, (0, 0), 0) if aligned else self._extent(),
+            device=self.device,
+            aligned=aligned,
+            wanted=None if keys is None else self._wanted(keys),
         )
         budget = job.max_ram, job.max_memory
         self.plan = fitted(
@@ -155,8 +119,21 @@ class Bases:
         )
         return self.plan
 
+    def _extent(self) -> Extent:
+        job = self.job
+        extra = job.batch_size if job.held_out else 0
+        infos = self._side(0), self._side(1)
+        return extent(job.calibration, infos, wanted=self.tokens_wanted, extra=extra, seed=job.seed)
+
     def _wanted(self, keys: frozenset[str]) -> frozenset[str]:
-        """Links and layers of the target that rules and vectors need, and all that few token types may add."""
+        """Links and layers of the target that rules and vectors need, and all that few token types may add.
+
+        Where depths differ no pairing is known yet: then of every block what any block needs.
+        """
+        if self.layouts[0].depth != self.layouts[1].depth:
+            layers = self.layouts[1].layers()
+            slots = {layer.slot for layer in layers if layer.name in keys}
+            keys |= {layer.name for layer in layers if layer.slot in slots}
         recipe, blocks = self.recipe(), by_position(*self.layouts)
         planner = PLANNERS[recipe.name](*self._models(), blocks, recipe)
         behind_norms = {name for name, link in planner.links.items() if link.target.norm}
@@ -200,7 +177,14 @@ class Bases:
         """For every target block the source block that feeds it; where depths differ, after a pass over both models."""
         if self.layouts[0].depth == self.layouts[1].depth:
             return by_position(*self.layouts)
-        return pair_streamed(self.windows, self.layouts, data.batches, self.device, self.job.offload_folder)
+        options: dict[str, Any] = {"folder": self._hidden, "ahead": self.plan.choice.ahead}
+        return pair_streamed(self.windows, self.layouts, data.batches, self.device, **options)
+
+    @property
+    def _hidden(self) -> Path | None:
+        """Where files of hidden states lie, if not in memory or with the journal."""
+        offload = self.job.offload_folder
+        return offload and own_folder(offload, self.job.out)
 
     def key(self, data: Calibration | None, *more: Checkpoint, whole: bool = False, **options: Any) -> dict[str, Any]:
         """All that decides what is written, as JSON: a run goes on only where it is the same.
@@ -223,8 +207,7 @@ class Bases:
             draft: the outline of this pairing of blocks.
         """
         recipe, choice, bases = draft.recipe, self.plan.choice, self._models()
-        folder = self.job.offload_folder
-        toward = None
+        folder, toward = self._hidden, None
         if recipe.name == "coherent" and recipe.null == "completed" and not work.state:  # else it is in there
             toward = all_together(
                 bases, self.windows, draft.blocks, data, self.device, folder=folder, halves=choice.halves
@@ -290,31 +273,6 @@ def options_of(job: Any) -> dict[str, Any]:
 def quiet(stage: str, steps: int) -> Callable[[], object]:
     """Progress that nobody watches."""
     return lambda: None
-
-
-def recorded_base(alignment: Alignment, side: str) -> dict[str, Any]:
-    """What an alignment's provenance says of a base; {} where it is edited, or was made in Python."""
-    provenance: Any = alignment.provenance
-    found = provenance.get(side) if isinstance(provenance, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def content_hash(checkpoint: Checkpoint) -> str:
-    """BLAKE2b over names and whole contents of all files."""
-    rows = checkpoint.fingerprint(full=True)["files"]
-    return digest(json.dumps(sorted((name, row["blake2b"]) for name, row in rows.items())).encode())
-
-
-def versions() -> dict[str, str]:
-    return {"theseus": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _reference(given: str) -> str:
-    """A folder by its absolute path, so that it is found from elsewhere; a hub id as it is."""
-    with suppress(OSError):
-        if (path := Path(given).expanduser()).exists():
-            return str(path.resolve())
-    return given
 
 
 def _side(checkpoint: Checkpoint, layout: Layout, name: str) -> SideInfo:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .batches import MAIN_INPUT, Tensors, batches_of
+from .batches import Tensors, batches_of
 from .checkpoint import Checkpoint, check_finite
 from .errors import InputRefused
 from .images import Preprocessor, find_images, read_images
@@ -20,7 +19,6 @@ from .text import Tokenizer, builtin_pieces, read_pieces, read_records, rows_of_
 log = logging.getLogger(__name__)
 
 KEYS = ("input_ids", "attention_mask", "pixel_values", "offsets")
-MAIN = tuple(MAIN_INPUT.values())
 LENGTH = 512  # tokens of a row of text
 
 
@@ -112,7 +110,8 @@ def load_calibration(
         sides = rows_of_text(groups, tokenizers, tokens=tokens_wanted + extra * length, length=length, seed=seed)
         for side, info in zip(sides, infos, strict=True):
             _check_ids(f"the tokenizer of {info.name}", side["input_ids"], info)
-    sides = _sample(sides, infos, tokens_wanted, extra, seed)
+    if (kept := drawn_rows(_counts(sides, infos), tokens_wanted, extra, seed)) is not None:
+        sides = _rows(sides, kept)
     origin = f"text of Python {platform.python_version()}" if builtin else path.name
     counts = _counts(sides, infos)
     rows = len(counts) - extra
@@ -132,19 +131,14 @@ def load_calibration(
     )
 
 
-def expected_tokens(reference: str, infos: Sequence[SideInfo], wanted: int) -> tuple[int, int]:
-    """Tokens of a sample, and of all samples, of what :func:`load_calibration` will give, at most; nothing is read."""
-    path = Path(reference).expanduser()
-    length = min([LENGTH, *(info.max_positions for info in infos if info.max_positions)])
-    if infos[0].kind == "vision":
-        length = max(info.tokens_per_image for info in infos)
-    if not (path.suffix == ".safetensors" and path.is_file()):
-        return length, wanted
-    shapes = [s for name, s in Checkpoint.open(path).shapes.items() if name.endswith(MAIN) and len(s) > 1]
-    if infos[0].kind == "text":
-        length = max((shape[1] for shape in shapes), default=1)
-    there = length * max((shape[0] for shape in shapes), default=1)
-    return length, min(wanted, there)
+def drawn_rows(counts: torch.Tensor, wanted: int, extra: int, seed: int) -> torch.Tensor | None:
+    """As many rows as hold `wanted` tokens and `extra` more, at random, in their order; None: all are needed.
+
+    `counts` are tokens per row [n].
+    """
+    drawn = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
+    enough = int((counts[drawn].cumsum(0) < wanted).sum()) + 1 + extra
+    return None if enough >= len(counts) else drawn[:enough].sort().values
 
 
 def _ready_tensors(path: Path, source: SideInfo, target: SideInfo) -> tuple[Tensors, Tensors]:
@@ -265,19 +259,6 @@ def _counts(sides: tuple[Tensors, Tensors], infos: tuple[SideInfo, SideInfo]) ->
         for side, info in zip(sides, infos, strict=True)
     ]
     return torch.minimum(*per_side)
-
-
-def _sample(
-    sides: tuple[Tensors, Tensors], infos: tuple[SideInfo, SideInfo], wanted: int, extra: int, seed: int
-) -> tuple[Tensors, Tensors]:
-    """As many rows as hold `wanted` tokens and `extra` more, at random, in their order; all where they hold fewer."""
-    counts = _counts(sides, infos)
-    drawn = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
-    enough = int((counts[drawn].cumsum(0) < wanted).sum()) + 1 + extra
-    if enough >= len(counts):
-        return sides
-    kept = drawn[:enough].sort().values
-    return _rows(sides, kept)
 
 
 def _rows(sides: tuple[Tensors, Tensors], kept: slice | torch.Tensor) -> tuple[Tensors, Tensors]:

@@ -63,8 +63,7 @@ def transport(dry_run: bool, as_json: bool, recipe: dict[str, Any], **given: Any
 def align(dry_run: bool, as_json: bool, recipe: dict[str, Any], maps: str, **given: Any) -> None:
     """Align SOURCE and TARGET once; `theseus apply` then moves any tune of SOURCE through MAPS."""
     with errors(as_json):
-        from .align_job import AlignSession
-        from .bases import AlignJob
+        from .align_job import AlignJob, AlignSession
         from .recipes import Recipe
 
         _run(AlignSession(AlignJob(recipe=Recipe(**recipe), out=Path(maps), **_sized(given))), dry_run, as_json)

@@ -21,6 +21,7 @@ from .capture import backbone, run_model
 from .errors import InputRefused, NumericalError
 from .hidden import temporary
 from .spaces import Layout
+from .stand_ins import hidden_of, state_of
 from .stream import alone
 from .tokens import RowMixing
 from .weights import Window
@@ -57,12 +58,14 @@ def pair_streamed(
     layouts: tuple[Layout, Layout],
     batches: Sequence[tuple[Batch, Batch]],
     device: torch.device,
+    *,
     folder: Path | None = None,
+    ahead: bool = True,
 ) -> list[int | None]:
     """The same, of models that are read block by block; all of both is read once.
 
     Args:
-        folder: for files of hidden states; None: they stay in memory.
+        folder: for files of hidden states; None: they stay in memory. ahead: blocks are read before they run.
     """
     rows, share = [mixings(layouts, *pair) for pair in batches], -(-TOKENS // len(batches))
     updates: list[list[list[Tensor]]] = [[], []]
@@ -72,7 +75,8 @@ def pair_streamed(
             for b in range(layout.depth):
                 found.append([])
                 window.hold(side.names(b))
-                window.prefetch(side.names(b + 1))
+                if ahead:
+                    window.prefetch(side.names(b + 1))
                 with torch.no_grad(), side.skeleton.filled(b) as block:
                     for i in range(len(batches)):
                         before = side.hidden[i].to(device)
@@ -95,9 +99,7 @@ def block_updates(model: nn.Module, layout: Layout, batch: Batch, keep: Callable
     found: dict[int, Tensor] = {}
 
     def add(b: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
-        after = result[0] if isinstance(result, tuple) else result
-        found[b] = keep((after - before).detach().flatten(0, -2))
+        found[b] = keep((state_of(result) - hidden_of(args, kwargs)).detach().flatten(0, -2))
 
     spelled = layout.family.spelled(name for name, _ in inside.named_modules())
     with ExitStack() as stack, torch.no_grad():

@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .spaces import Layout
+from .stand_ins import Nothing, Reached, state_of
 
 Half = Literal["attention", "mlp"]
 HALVES: tuple[Half, Half] = ("attention", "mlp")
@@ -61,7 +61,8 @@ class Halves:
         try:
             self._block(*args, **kwargs)
         except Reached as reached:
-            return reached.state
+            between: Tensor = reached.state
+            return between
         finally:
             for handle in handles:
                 handle.remove()
@@ -75,30 +76,3 @@ class Halves:
             return state_of(self._block(*args, **kwargs))
         finally:
             setattr(self._parent, self._own, attention)
-
-
-class Reached(Exception):  # noqa: N818 - no error: the forward pass has come as far as it is wanted
-    """The hidden states between the halves."""
-
-    def __init__(self, state: Tensor) -> None:
-        super().__init__()
-        self.state = state
-
-
-class Nothing(nn.Module):
-    """In place of attention: zero."""
-
-    def __init__(self, parts: int) -> None:
-        """In so many parts of a tuple, of which the first is hidden states; 0: by itself."""
-        super().__init__()
-        self._parts = parts
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        zero = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
-        return (zero, *[None] * (self._parts - 1)) if self._parts else zero
-
-
-def state_of(result: Any) -> Tensor:
-    """Hidden states of what a block returns."""
-    state: Tensor = result[0] if isinstance(result, tuple) else result
-    return state

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import ReadFailed
+from .headers import digest
+
+
+def own_folder(offload: Path, out: Path) -> Path:
+    """Where the run that writes ``out`` keeps its files in an offload folder; the same for one that goes on."""
+    return offload / f"theseus-{digest(str(out.expanduser().resolve()).encode())[:12]}"
 
 
 @contextmanager
 def temporary(folder: Path | None) -> Iterator[Path | None]:
-    """A place in a folder for the files of a pass that nobody resumes; None stays None: such states lie in memory."""
+    """A place in a run's own folder for a pass that nobody resumes; None stays None: its states lie in memory."""
     if folder is None:
         yield None
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="theseus-", dir=folder) as place:
-        yield Path(place)
+    place = folder / "before"
+    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
+    place.mkdir(parents=True)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):  # the loop's files lie there
+            folder.rmdir()
 
 
 class Hidden:

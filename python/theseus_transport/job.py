@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from .align_job import AlignSession
+from .align_job import AlignJob, AlignSession
 from .alignment import Alignment, outline
-from .bases import AlignJob, Bases, Progress, check_room, options_of, quiet, recorded_base
+from .bases import Bases, Progress, check_room, options_of, quiet
 from .calibration import Calibration
 from .changes import first_change
 from .checkpoint import Checkpoint
@@ -23,6 +23,7 @@ from .checks import check_dtypes, check_left, check_rows, check_tune, check_valu
 from .delta import Adapter, Delta
 from .errors import AlreadyDone, InputRefused, NothingToResume, NumericalError
 from .folder import MANIFEST, differences, read_manifest
+from .identity import recorded_base
 from .journal import Work
 from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
 from .output import Kind, Written, described_outputs, planned

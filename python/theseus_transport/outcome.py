@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .alignment import Alignment
-from .bases import versions
 from .checkpoint import Checkpoint
+from .identity import versions
 from .weights import Window
 
 RUNS = ("overwrite", "resume", "max_ram", "max_memory", "offload_folder")  # of a job, what its result does not show
@@ -41,6 +43,8 @@ class Outcome:
     lost_heads: dict[int, list[int]] = field(default_factory=dict)
     alphas: list[dict[str, Any]] = field(default_factory=list)
     used_bytes: int | None = None
+    predicted_device_bytes: int = 0
+    used_device_bytes: int | None = None
     bytes_read: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     written: str | None = None
@@ -67,6 +71,8 @@ class Clock:
         outcome.seconds, outcome.written = self.seconds, str(out)
         outcome.bytes_read = sum(window.bytes_read for window in windows)
         outcome.used_bytes = peak_memory()
+        if outcome.predicted_device_bytes:
+            outcome.used_device_bytes = torch.cuda.max_memory_allocated(outcome.job["device"])
         return outcome
 
 
@@ -88,6 +94,7 @@ def begun(session: Any, **known: Any) -> Outcome:
         "bytes_out": session.bytes_out,
         "plan": session.plan.choice.words,
         "predicted_bytes": session.plan.peak,
+        "predicted_device_bytes": session.plan.device_peak,
         "predicted_seconds": session.seconds,
     }
     return Outcome(**{**start, **known})
@@ -108,8 +115,9 @@ def told(alignment: Alignment) -> dict[str, Any]:
 
 def told_in_manifest(outcome: Outcome) -> dict[str, Any]:
     """What a manifest records: nothing that another run of the same job would measure otherwise."""
-    predicted = {"plan": "", "predicted_bytes": 0, "predicted_seconds": {}}
-    return {**asdict(outcome), **predicted, "seconds": {}, "used_bytes": None, "bytes_read": None}
+    predicted = {"plan": "", "predicted_bytes": 0, "predicted_device_bytes": 0, "predicted_seconds": {}}
+    measured: dict[str, Any] = {"seconds": {}, "used_bytes": None, "used_device_bytes": None, "bytes_read": None}
+    return {**asdict(outcome), **predicted, **measured}
 
 
 def describe(job: Any, *checkpoints: Checkpoint) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from .calibration import Calibration
 from .capture import Capture
 from .coherent import together
 from .errors import InputRefused, NumericalError
-from .headers import digest
 from .hidden import temporary
 from .journal import Work
 from .links import Blocks, moment_links
@@ -69,7 +68,7 @@ class Passage:
         decompose: where maps are made of moments, if not on ``device``.
         tiles: of columns in which moments are added up, each by a pass of its own through the blocks.
         halves: attention and MLP of a block run one after the other.
-        resident: keep hidden states in memory; folder: for their files, by default the work's own.
+        resident: keep hidden states in memory; folder: for their files, of this run alone, by default the work's.
         rows, visits: how well maps fit, and what was visited, once the pass is over; seconds: by stage.
     """
 
@@ -144,7 +143,7 @@ class Passage:
             return Path(self.work.state["folder"])
         if self.folder is None:
             return self.work.folder / "hidden"
-        return self.folder / f"theseus-{digest(str(self.work.folder).encode())[:12]}"
+        return self.folder
 
     def _visits(self) -> list[Visit]:
         """The schedule; once the first map turns out to lack directions, deeper spaces are wanted as well."""

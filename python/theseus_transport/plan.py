@@ -13,6 +13,7 @@ from .moves import move_bytes
 from .polar import polar_bytes
 from .sizes import Sizes
 from .upload import BUFFER, RING
+from .whitening import whiten_bytes
 
 RUNTIME = 560 << 20  # bytes: the interpreter with torch, transformers and this package once everything is in use
 Bytes = dict[str, int]  # by stage
@@ -82,45 +83,59 @@ class Plan:
 
 def stages(sizes: Sizes, choice: Choice) -> Plan:
     """The peak of every stage of a run."""
-    (source, target), gpu = sizes.layouts, sizes.device.type == "cuda"
-    numbers, spaces, stored = sizes.elementwise, sizes.spaces, sum(sizes.stored)
-    rows = choice.batch_size * sizes.length
-    count = sizes.tokens + rows  # one batch is held out
-    hidden = count * sum(la.width * n for la, n in zip(sizes.layouts, numbers, strict=True))
-    calls = 2 * count * sizes.length * (source.family.modality == "text")  # masks: a byte for every two tokens
-    held = (2 if choice.ahead else 1) * stored + sizes.tune
-    kept = rows * sum(s * numbers[0] + t * numbers[1] for s, t in spaces)
-    pending = rows * sum(s for s, _ in spaces) * numbers[0]
-    passing = rows * max((3 * la.middle + 2 * la.width) * n for la, n in zip(sizes.layouts, numbers, strict=True))
-    crosses = [8 * s * t for s, t in spaces]
-    grams = sum(8 * (s * s + t * t) for s, t in spaces) if sizes.recipe.whiten_power else 0
-    square = 8 * source.width * target.width
-    maps = sizes.maps + 2 * square  # of the next block's input, and the sum of z's crosses
+    gpu, extent = sizes.device.type == "cuda", sizes.extent
+    on_device, batch = gpu and choice.polar == "device", choice.batch_size
+    spaces, stored, slots = sizes.spaces, sum(sizes.stored), 2 if choice.ahead else 1
+    source, target = sizes.layouts
+    paired = source.depth != target.depth  # by a pass before
+    sides = list(zip(sizes.layouts, extent.lengths, sizes.elementwise, strict=True))
+    # the forward pass: hidden states, masks of a byte a pair of tokens, what a block makes, rows that wait or are kept
+    hidden = sum(la.width * length * n for la, length, n in sides)  # of a sample
+    hidden *= extent.samples if choice.resident else batch
+    masks = extent.samples * sum(length**2 for _, length, _ in sides) if source.family.modality == "text" else 0
+    inside = batch * max((3 * la.middle + 2 * la.width) * length * n for la, length, n in sides)
+    features = [sum(side) for side in zip(*spaces, strict=True)]
+    waiting = batch * extent.lengths[0] * features[0] * sizes.elementwise[0]
+    kept = batch * extent.lengths[1] * sum(map(prod, zip(features, sizes.elementwise, strict=True)))
+    # moments and maps
+    crosses = [8 * prod(widths) for widths in spaces]
+    grams = [8 * (own**2 + other**2) for own, other in spaces] if sizes.recipe.whiten_power else [0]
+    product = max(*crosses, *grams) // 2  # of a chunk, in float32
+    z = 2 * 8 * source.width * target.width  # the next block's map, and the sum of z's crosses
     widest = max(spaces, key=prod)
-    polar = polar_bytes(*widest, method="iterate" if gpu and choice.polar == "device" else choice.method)
-    move = max(move_bytes(*pair) for pair in sizes.matrices)
-    base = RUNTIME + (hidden if choice.resident else hidden // max(1, count // rows))
-    base += 2 * RING * BUFFER if gpu else calls
-    slots = (2 if choice.ahead else 1) * stored if gpu else 0
-    run = slots + sum(sizes.cast[choice.halves]) + pending + passing + max(crosses) // 2 + kept
-    on_device = gpu and choice.polar == "device"
-    host = {
-        "forward": base + held + (0 if gpu else run + sum(crosses) + grams + 2 * square),
-        "maps": base + held + kept + (0 if on_device else sum(crosses) + grams + polar + 2 * square),
-        "moves": base + held + (0 if on_device else maps) + (move // 2 if gpu else move) + kept // 2,
-        "tables": RUNTIME + 4 * min(TILE, sizes.table) + 2 * square,
-    }
+    polar = polar_bytes(*widest, method="iterate" if on_device else choice.method)
+    if sizes.recipe.whiten_power:
+        polar = max(polar + max(crosses), whiten_bytes(*widest, center=sizes.recipe.center))
+    elif sizes.recipe.center:
+        polar += max(crosses)
+    made = sum(crosses) + sum(grams) + polar + kept + z
+    move, maps = max(move_bytes(*pair) for pair in sizes.matrices), sizes.maps + z
     largest = 8 * max(prod(own) for own, _ in sizes.matrices)
+    tables = 4 * min(TILE, sizes.table) + z
+    run = (sizes.cast_half if choice.halves else sizes.cast) + inside + waiting + kept + product
+    base = RUNTIME + hidden + extent.nbytes + slots * stored + sizes.tune + (2 * RING * BUFFER if gpu else masks)
+    host = {
+        "calibration": RUNTIME + extent.loading,
+        "pairing": base + (0 if gpu else sizes.cast + inside) if paired else 0,
+        "forward": base + (0 if gpu else run + sum(crosses) + sum(grams) + z),
+        "maps": base + (kept if on_device else made),
+        "moves": base + kept + (0 if on_device else maps) + (move // 2 if gpu else move),
+        "tables": RUNTIME + hidden + tables,
+    }
+    upload = masks + slots * stored
     device = {
-        "forward": calls + run + sum(crosses) // choice.tiles + grams + (2 * square if on_device else 0),
-        "maps": calls + sum(crosses) + grams + polar_bytes(*widest, method="iterate") + kept if on_device else 0,
-        "moves": (maps if on_device and not sizes.aligned else 8 * prod(widest)) + largest + move,
-        "tables": host["tables"] - RUNTIME,
+        "pairing": upload + sizes.cast + inside if paired else 0,
+        "forward": upload + run + sum(crosses) // choice.tiles + sum(grams) + (z if on_device else 0),
+        "maps": upload + made if on_device else 0,
+        "moves": upload + (maps if on_device else 8 * prod(widest)) + largest + move,
+        "tables": tables,
     }
     if sizes.aligned:
-        host["moves"] = RUNTIME + stored + sizes.tune + maps + move
-        host, device = ({stage: peaks[stage] for stage in ("moves", "tables")} for peaks in (host, device))
-    return Plan(choice, host, {stage: peak for stage, peak in device.items() if peak} if gpu else {})
+        host = {"moves": RUNTIME + stored + sizes.tune + maps + move, "tables": RUNTIME + tables}
+        device = {"moves": 8 * prod(widest) + largest + move, "tables": tables}
+    return Plan(
+        choice, *({stage: peak for stage, peak in peaks.items() if peak} for peaks in (host, device if gpu else {}))
+    )
 
 
 def fitted(

@@ -150,6 +150,9 @@ def report(outcome: Outcome) -> RenderableType:
     facts.add_row("calibration", escape(outcome.calibration))
     used = "" if outcome.used_bytes is None else f", {size(outcome.used_bytes)} used"
     facts.add_row("memory", f"{size(outcome.predicted_bytes)} predicted{used} ({outcome.plan})")
+    if outcome.predicted_device_bytes:
+        used = "" if outcome.used_device_bytes is None else f", {size(outcome.used_device_bytes)} used"
+        facts.add_row("device memory", f"{size(outcome.predicted_device_bytes)} predicted{used}")
     if outcome.skipped:
         facts.add_row("skipped", outcome.skipped)
     if outcome.bytes_read is not None:

@@ -10,6 +10,7 @@ import torch
 
 from .alignment import by_position, outline
 from .checkpoint import Checkpoint
+from .extent import Extent
 from .halves import HALVES, Half, of_half
 from .links import block_of, moment_links
 from .recipes import Recipe
@@ -21,11 +22,11 @@ Widths = tuple[int, int]  # of source and target
 
 @dataclass(frozen=True)
 class Sizes:
-    """What memory depends on, in bytes where not said otherwise.
+    """What memory depends on, and what follows from it: in bytes where not said otherwise.
 
     Attributes:
         tuned: a full tune of the source, or None.
-        length: tokens of a sample; tokens: of all samples.
+        extent: of the calibration.
         aligned: the maps are there already.
         wanted: links and layers of the target that something moves through; None: all.
     """
@@ -34,8 +35,7 @@ class Sizes:
     layouts: tuple[Layout, Layout]
     recipe: Recipe
     tuned: Checkpoint | None
-    length: int
-    tokens: int
+    extent: Extent
     device: torch.device
     aligned: bool = False
     wanted: frozenset[str] | None = None
@@ -51,13 +51,15 @@ class Sizes:
         return [_largest(c, la, None) for c, la in zip(self.checkpoints, self.layouts, strict=True)]
 
     @cached_property
-    def cast(self) -> dict[bool, list[int]]:
-        """What of the largest block, or (True) of the larger half of one, is converted before it runs, once it is."""
-        sides = list(zip(self.checkpoints, self.layouts, strict=True))
-        return {
-            True: [max(_largest(c, la, half, cast=True) for half in HALVES) for c, la in sides],
-            False: [_largest(c, la, None, cast=True) for c, la in sides],
-        }
+    def cast(self) -> int:
+        """What of the largest blocks of both models is converted before it runs, once it is."""
+        return sum(_largest(*side, None, cast=True) for side in zip(self.checkpoints, self.layouts, strict=True))
+
+    @cached_property
+    def cast_half(self) -> int:
+        """The same where halves of blocks run one after the other."""
+        sides = zip(self.checkpoints, self.layouts, strict=True)
+        return sum(max(_largest(*side, half, cast=True) for half in HALVES) for side in sides)
 
     @cached_property
     def tune(self) -> int:

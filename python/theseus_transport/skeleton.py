@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -21,11 +20,11 @@ from .errors import InputRefused
 from .halves import Half, Halves, of_half
 from .models import BELONG
 from .spaces import Layout
+from .stand_ins import Call, Recorders, Rows
 from .upload import Upload
 from .weights import Window
 
 TOWERS: dict[str, Any] = {"clip": transformers.CLIPVisionModel, "siglip": transformers.SiglipVisionModel}
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside hidden states
 
 
 class Skeleton:
@@ -142,63 +141,6 @@ class Skeleton:
     def _assign(self, name: str, parameter: nn.Parameter) -> None:
         module, _, own = name.rpartition(".")
         self.model.get_submodule(module)._parameters[own] = parameter
-
-
-class Rows(nn.Module):
-    """An embedding of which only some rows are there."""
-
-    def __init__(self, ids: Tensor, weight: Tensor) -> None:
-        """With sorted ids [n] and their rows [n, width]."""
-        super().__init__()
-        self.ids, self.weight = ids, weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(torch.searchsorted(self.ids, ids), self.weight)
-
-
-class Recorders:
-    """Stand-ins for blocks that note what they are called with and hand hidden states on."""
-
-    def __init__(self, depth: int) -> None:
-        self.modules = [Recorder(self, b) for b in range(depth)]
-        self.first: Tensor | None = None
-        self.wrapped = False  # whether the model expects a tuple of a block
-        self.calls: list[Call] = []
-
-    def caught(self, run: Callable[[], object]) -> tuple[Tensor, list[Call]]:
-        """The first block's input, and what else each block is called with, when the model runs."""
-        for _ in range(2):  # once more where it turns out that blocks return tuples
-            self.calls, self.first = [], None
-            with suppress(Reached):
-                run()
-            if self.first is not None and len(self.calls) == len(self.modules):
-                return self.first, self.calls
-            self.wrapped = True
-        raise InputRefused(f"block {len(self.calls)} of {len(self.modules)} did not run; is the depth the config's?")
-
-
-class Reached(Exception):  # noqa: N818 - no error: the forward pass has come as far as it is wanted
-    """The last block was called, or one with hidden states that show another calling convention."""
-
-
-class Recorder(nn.Module):
-    """In place of one block."""
-
-    def __init__(self, recorders: Recorders, b: int) -> None:
-        super().__init__()
-        self._recorders, self._b = (recorders,), b  # in a tuple: no module of this one
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        (recorders,) = self._recorders
-        named = dict(kwargs)
-        hidden, rest = (args[0], args[1:]) if args else (named.pop("hidden_states"), ())
-        recorders.first = hidden if recorders.first is None else recorders.first
-        if not isinstance(hidden, Tensor) or hidden.shape != recorders.first.shape:
-            raise Reached
-        recorders.calls.append((rest, named))
-        if self._b + 1 == len(recorders.modules):
-            raise Reached
-        return (hidden,) if recorders.wrapped else hidden
 
 
 def _built(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype) -> nn.Module:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from .batches import Batch, mixings
 from .capture import Capture
-from .halves import Half, layers_of, state_of
+from .halves import Half, layers_of
 from .hidden import Hidden
 from .moments import CrossMoment
 from .schedule import Visit
-from .skeleton import Call, Skeleton
+from .skeleton import Skeleton
 from .spaces import Layout, by_block
+from .stand_ins import Call, state_of
 from .weights import Window
 
 SIDES = ("source", "target")

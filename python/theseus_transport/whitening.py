@@ -25,6 +25,17 @@ def whiten(cross: Tensor, grams: tuple[Tensor, Tensor], *, power: float, eps: fl
     return left @ cross.double() @ right
 
 
+def whiten_bytes(source: int, target: int, *, center: bool) -> int:
+    """Peak bytes of :func:`whiten` between spaces so wide, beside the moments, with centred copies of these.
+
+    eigh holds the symmetrised Gram, the vectors and twice as much to work in, one power beside it; then both powers, a
+    product and the result.
+    """
+    own, other, both = source**2, target**2, source * target
+    powers, product = max(4 * own, own + 4 * other), own + other + 2 * both
+    return 8 * (max(powers, product) + center * (own + other + both))
+
+
 def _inverse_power(gram: Tensor, power: float, eps: float) -> Tensor:
     """(G + eps)^-power of a symmetric G, no eigenvalue of G + eps counting as less than eps."""
     if not bool(torch.isfinite(gram).all()):

@@ -16,9 +16,8 @@ ALIGN_JOB, BASES, CAPTURE, DEPTH, HALVES, JOB, PASSAGE, SIZES = (
 
 # fmt: off
 CHOICE_BUGS = [
-    ("attention added twice", HALVES_SHOW, HALVES,
-     'zero = torch.zeros_like(args[0] if args else kwargs["hidden_states"])',
-     'zero = args[0] if args else kwargs["hidden_states"]'),
+    ("attention added twice", HALVES_SHOW, "theseus_transport/stand_ins.py",
+     "zero = torch.zeros_like(hidden_of(args, kwargs))", "zero = hidden_of(args, kwargs)"),
     ("what the first half saw forgotten", HALVES_SHOW, CAPTURE,
      "own if before is None else {**before, **own}", "own"),
     ("the weights of both halves for one",
@@ -33,7 +32,7 @@ CHOICE_BUGS = [
     ("spaces behind norms not counted", ADAPTER, BASES,
      "frozenset(planner.needed(keys) | behind_norms | keys)", "frozenset()"),
     ("samples that are not there counted", "tests/test_choices.py::test_a_plan_counts_the_samples_there_are",
-     "theseus_transport/calibration.py", "return length, min(wanted, there)", "return length, wanted"),
+     "theseus_transport/extent.py", "samples, one = rows if kept", "samples, one = rows + 10**6 if kept"),
     ("blocks paired in memory", FILES, DEPTH, "with temporary(folder) as place:", "with temporary(None) as place:"),
     ("the sum over depth in memory", FILES, PASSAGE,
      "with temporary(folder) as place:", "with temporary(None) as place:"),

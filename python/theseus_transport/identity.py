@@ -1,0 +1,41 @@
+"""Which files, and which versions, a result was made of."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import __version__
+from .alignment import Alignment
+from .checkpoint import Checkpoint
+from .headers import digest
+
+
+def recorded_base(alignment: Alignment, side: str) -> dict[str, Any]:
+    """What an alignment's provenance says of a base; {} where it is edited, or was made in Python."""
+    provenance: Any = alignment.provenance
+    found = provenance.get(side) if isinstance(provenance, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def content_hash(checkpoint: Checkpoint) -> str:
+    """BLAKE2b over names and whole contents of all files."""
+    rows = checkpoint.fingerprint(full=True)["files"]
+    return digest(json.dumps(sorted((name, row["blake2b"]) for name, row in rows.items())).encode())
+
+
+def versions() -> dict[str, str]:
+    return {"theseus": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def reference_of(given: str) -> str:
+    """A folder by its absolute path, so that it is found from elsewhere; a hub id as it is."""
+    with suppress(OSError):
+        if (path := Path(given).expanduser()).exists():
+            return str(path.resolve())
+    return given
