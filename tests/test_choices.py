@@ -11,7 +11,7 @@ from calls import held, identical
 from random_checkpoint import write_adapter, write_random
 from theseus_transport import folder as folder_module
 from theseus_transport.align_job import AlignSession
-from theseus_transport.hidden import Hidden
+from theseus_transport.hidden import Hidden, own_folder
 from theseus_transport.job import Session
 from theseus_transport.passage import Passage
 
@@ -66,6 +66,16 @@ def test_passes_before_the_loop_keep_hidden_states_in_files(root, tmp_path, monk
     job = job_of(root, tmp_path / "out", recipe=tt.Recipe(null="completed"), offload_folder=tmp_path / "offload")
     Session(replace(job, target=str(root / "deeper"))).run()
     assert begun == [(True, False)] * 6  # of both models: pairing of blocks, the sum over depth, the loop
+
+
+def test_what_a_killed_pass_left_goes_with_the_next_run(root, tmp_path):
+    """Its files lie in the folder that the same job takes again."""
+    job = job_of(root, tmp_path / "out", offload_folder=tmp_path / "offload")
+    left = own_folder(job.offload_folder, job.out) / "before"
+    left.mkdir(parents=True)
+    (left / "alone-3.bin").write_bytes(b"hidden states")
+    Session(replace(job, target=str(root / "deeper"))).run()
+    assert list(job.offload_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("choice", [{"polar": "cpu"}, {"polar": "cpu", "tiles": 2}], ids=["maps", "tiles"])
