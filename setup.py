@@ -104,6 +104,8 @@ def find_archs(nvcc: str) -> list[str]:
         if not (match := re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", arch)):
             names = ", ".join(NAMED_ARCHS)
             raise refuse(f"TORCH_CUDA_ARCH_LIST names {arch!r}; write 9.0, 9.0+PTX or one of {names}")
+        if float(match[1]) < 8:
+            raise refuse(f"TORCH_CUDA_ARCH_LIST names {arch}; the kernels need 8.0 (Ampere) or newer")
         if match[1] not in known:
             unknown = f"TORCH_CUDA_ARCH_LIST names {arch}, unknown to {nvcc} (CUDA {nvcc_release(nvcc)})"
             raise refuse(f"{unknown}; it knows {', '.join(known)}")

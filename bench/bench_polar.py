@@ -49,6 +49,8 @@ def test_polar(store, rows: int, columns: int, count: int, rank: str) -> None:
     gram = DEVICE == "cuda" and min(rows, columns) >= GRAM_FROM
     few = c[:FEW] if DEVICE == "cuda" and count > 1 else c
     plain = by_gram if gram else by_svd
+    # as neurons are: their rank is that of correlations; only a single map has it
+    alike = tuple(torch.ones(d, dtype=c.dtype, device=DEVICE) for d in (rows, columns)) if count == 1 else None
     found = procrustes.procrustes(c, floor=FLOOR, method="iterate")
     # Both are right to eps over the smallest kept share: the gap, and through a Gram over its square.
     allowed = 30 * torch.finfo(c.dtype).eps * max(rows, columns) / found.gap.min() ** (2 if gram else 1)
@@ -60,13 +62,20 @@ def test_polar(store, rows: int, columns: int, count: int, rank: str) -> None:
         {
             "ours": lambda: procrustes.procrustes(c, floor=FLOOR, method="iterate"),
             "bare": lambda: polar.polar_factor(c, floor=FLOOR, eigh=DEVICE == "cpu"),
+            **(
+                {"weighed": lambda: procrustes.procrustes(c, floor=FLOOR, method="iterate", energies=alike)}
+                if alike
+                else {}
+            ),
             "torch": lambda: plain(few),
         }
     )
     if few is not c:
         seconds["torch"] = [each * count / len(few) for each in seconds["torch"]]
     row = {"case": f"{count} x {rows} x {columns}, {rank} rank, beside {'eigh of the Gram' if gram else 'svd'}"}
-    row |= {f"{name} ms": 1e3 * min(each) for name, each in seconds.items()}  # bare: without certificate
+    row |= {
+        f"{name} ms": 1e3 * min(each) for name, each in seconds.items()
+    }  # bare: without certificate; weighed: with energies
     row |= {"error": float(error)}
     if DEVICE == "cuda":
         row |= {"target ms": CUDA[rows, columns, count]}

@@ -28,12 +28,19 @@ NATIVE = ROOT / "build" / "gpu"
 LIMIT = 570  # seconds for everything
 BENCHES = {"cross_moment": 120, "transport": 60, "small_svd": 120, "polar": 120, "job": 180}  # seconds at most
 SPARED = "job"  # its official recipe decomposes on the CPU: on a slow one it is stopped, and that is no failure
-NEEDED = {  # module: what cannot be without it
+NEEDED = {  # module: what cannot be without it, and then nothing is checked
     "torch": "check",
     "pybind11": "build",
     "setuptools": "build",
+    "ninja": "build",  # or a program of that name
     "pytest": "tests and benches",
-    "hypothesis": "tests of svd",
+}
+WANTED = {  # module: a word in the files that are left out without it; theseus_transport imports these
+    "numpy": "theseus_transport",
+    "scipy": "theseus_transport",
+    "safetensors": "theseus_transport",
+    "transformers": "theseus_transport",
+    "hypothesis": "hypothesis",
 }
 REFUSED = ("Device not supported", "No attachable process", "ERROR_NOT_SUPPORTED")  # compute-sanitizer's words
 
@@ -124,7 +131,14 @@ def reasons() -> list[str]:
 
 
 def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    return importlib.util.find_spec(module) is not None or (module == "ninja" and shutil.which(module) is not None)
+
+
+def left_out(path: str) -> str:
+    """Why a file of tests or benches cannot run here, or nothing."""
+    text = (ROOT / path.partition("::")[0]).read_text()
+    missing = [name for name, word in WANTED.items() if word in text and not _has(name)]
+    return f"{' and '.join(missing)} missing" if missing else ""
 
 
 def native(checks: Checks, arch: str) -> list[Path]:
@@ -252,11 +266,14 @@ def main() -> int:
     if checks.steps[-1].state == "passed":
         programs = native(checks, arch.replace(".", ""))
         pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        checks.run("tests over CUDA tensors", [*pytest, *tests_over_devices()], most=180)
+        for path in (tests := tests_over_devices()):
+            if why := left_out(path):
+                checks.add(Step(path, "not run", 0, why))
+        checks.run("tests over CUDA tensors", [*pytest, *(t for t in tests if not left_out(t))], most=180)
         for bench, most in BENCHES.items():
             path = f"bench/bench_{bench}.py"
-            if not (ROOT / path).exists():
-                checks.add(Step(path, "not run", 0, "there is no such bench"))
+            if why := left_out(path) if (ROOT / path).exists() else "there is no such bench":
+                checks.add(Step(path, "not run", 0, why))
                 continue
             command = [*pytest, path, "-o", "python_files=bench_*.py", "-o", "addopts=-rs"]
             checks.run(path, command, most=most, optional=bench == SPARED)

@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cuda/grouped_moment.h"
+#include "dispatch.h"
 #include "spaces.h"
 #include "stream.h"
 
@@ -120,28 +120,93 @@ const char* run_plain(const CrossMomentArgs& args, const Tensor& like, void* str
   return cuda::cross_moment(args, wide, chunks[0], chunks[1], stream);
 }
 
-// Scratch goes back to torch while the kernels wait in its stream, as torch's own operations do.
+// What launches of one call share. Scratch goes back to torch while the kernels wait in its stream, as torch's own
+// operations do.
+struct Launches {
+  const Spaces& spaces;
+  const Tensor& like;
+  cuda::Device device;
+  void* stream;
+
+  void check(const char* error) const { STD_TORCH_CHECK(!error, spaces.op, ": ", error); }
+
+  void run_grouped(const std::vector<MomentGroup>& groups) const {
+    const int count = static_cast<int>(groups.size());
+    const auto bytes = static_cast<int64_t>(cuda::grouped_moment_workspace(groups.data(), count, device.processors));
+    const Tensor workspace = scratch(1, bytes, ScalarType::Byte, like);
+    check(cuda::grouped_moment(groups.data(), count, device.processors, workspace.mutable_data_ptr(), stream));
+  }
+
+  // Groups of which rows are made ahead of the launch, a chunk at a time.
+  void run_ahead(const std::vector<MomentGroup>& groups) const {
+    struct Made {
+      Tensor rows, unused;
+    };
+    std::vector<std::array<std::optional<Made>, 2>> made(groups.size());
+    int64_t most = 0;
+    for (size_t g = 0; g < groups.size(); ++g) {
+      most = std::max(most, groups[g].args.rows);
+      for (int s = 0; s < 2; ++s) {
+        if (!cuda::made_ahead(groups[g], s)) continue;
+        const int64_t columns = cuda::all_heads(groups[g], s).width;
+        made[g][s] = Made{scratch(std::min(groups[g].args.rows, cuda::kChunk), columns, ScalarType::Float, like),
+                          scratch(2, columns, ScalarType::Double, like)};
+      }
+    }
+    for (int64_t begin = 0; begin < most; begin += cuda::kChunk) {
+      std::vector<MomentGroup> parts;
+      for (size_t g = 0; g < groups.size(); ++g) {
+        const int64_t rows = std::min(groups[g].args.rows - begin, cuda::kChunk);
+        if (rows <= 0) continue;
+        MomentGroup part = cuda::rows_of(groups[g], begin, rows);
+        for (int s = 0; s < 2; ++s) {
+          if (!made[g][s]) continue;
+          float* out = made[g][s]->rows.mutable_data_ptr<float>();
+          check(cuda::make_rows(cuda::all_heads(groups[g], s), begin, rows, out, stream));
+          part = cuda::reading(part, s, out, made[g][s]->unused.mutable_data_ptr<double>());
+        }
+        parts.push_back(part);
+      }
+      run_grouped(parts);
+    }
+  }
+
+  // A space through the library's GEMM: 16-bit products added up in float32, at most kLibraryRows of them.
+  void run_library(const CrossMomentArgs& args, const Tensor& tokens) const {
+    using torch::stable::detail::from;
+    const Side &x = args.source, &y = args.target;
+    const Tensor product = scratch(x.width, y.width, ScalarType::Float, like);
+    std::array<StableIValue, 4> stack{from(view(x.tokens, {x.width, args.rows}, {1, x.stride}, tokens)),
+                                      from(view(y.tokens, {args.rows, y.width}, {y.stride, 1}, tokens)),
+                                      from(ScalarType::Float), from(product)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // takes over the returned handle
+    check(cuda::add(product.const_data_ptr<float>(), args.cross, product.numel(), stream));
+    for (const Side* side : {&x, &y}) check(cuda::make_rows(*side, 0, args.rows, nullptr, stream));
+  }
+};
+
 void launch(const Spaces& spaces, const std::vector<MomentGroup>& groups) {
   const Tensor& like = spaces.source[0];
   const int32_t index = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
-  void* stream = current_cuda_stream(index);
-  const auto check = [&](const char* error) { STD_TORCH_CHECK(!error, spaces.op, ": ", error); };
-  cuda::Device device;
-  check(cuda::find_device(index, device));
-  std::vector<MomentGroup> grouped;
-  for (const MomentGroup& group : groups) {
-    if (cuda::takes_tensor_cores(group, device)) {
-      grouped.push_back(group);
+  Launches launches{spaces, like, {}, current_cuda_stream(index)};
+  launches.check(cuda::find_device(index, launches.device));
+  std::vector<MomentGroup> grouped, ahead;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const MomentGroup& group = groups[i];
+    if (group.args.rows == 0) continue;
+    if (cuda::dispatches(group)) {
+      launches.run_library(group.args, spaces.source[i]);
+    } else if (cuda::takes_tensor_cores(group, launches.device)) {
+      (cuda::made_ahead(group, 0) || cuda::made_ahead(group, 1) ? ahead : grouped).push_back(group);
     } else {
-      for (int64_t head = 0; head < group.heads && group.args.rows > 0; ++head)
-        check(run_plain(head_of(group, head), like, stream));
+      for (int64_t head = 0; head < group.heads; ++head)
+        launches.check(run_plain(head_of(group, head), like, launches.stream));
     }
   }
-  const int count = static_cast<int>(grouped.size());
-  const auto bytes = static_cast<int64_t>(cuda::grouped_moment_workspace(grouped.data(), count, device.processors));
-  const Tensor workspace = scratch(1, bytes, ScalarType::Byte, like);
-  check(cuda::grouped_moment(grouped.data(), count, device.processors, workspace.mutable_data_ptr(), stream));
+  launches.run_grouped(grouped);
+  launches.run_ahead(ahead);
 }
 #endif
 

@@ -71,6 +71,12 @@ constexpr int64_t kChunk = 4096;  // rows prepared per launch
 // An entry outside its range becomes NaN: the host cannot look at it without waiting. Returns null or CUDA's message.
 const char* cross_moment(const CrossMomentArgs& args, bool in_float64, void* source_chunk, void* target_chunk, void* stream);
 
+// Rows [begin, begin + rows) of X, all columns, into out [rows, width] unless it is null; sums and energies added.
+const char* make_rows(const Side& side, int64_t begin, int64_t rows, float* out, void* stream);
+
+// master[i] += product[i]
+const char* add(const float* product, double* master, int64_t count, void* stream);
+
 }  // namespace cuda
 
 }  // namespace theseus

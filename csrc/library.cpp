@@ -16,4 +16,5 @@ STABLE_TORCH_LIBRARY(theseus_ext, m) {
       "Tensor(d!)[] source_energy, Tensor(e!)[] target_energy) -> ()");
   m.def("svd(Tensor matrices) -> (Tensor, Tensor, Tensor)");
   m.def("svdvals(Tensor matrices) -> Tensor");
+  m.def("polar(Tensor matrices, float floor) -> (Tensor, Tensor)");
 }

@@ -1,4 +1,4 @@
-// svd and svdvals. On the CPU the matrices of a batch are shared out over torch's threads, each through torch's own
+// svd, svdvals and polar. On the CPU the matrices of a batch are shared out over torch's threads, each through torch's own
 // LAPACK; on a GPU small ones go to the Jacobi kernel.
 #include <algorithm>
 #include <array>
@@ -88,9 +88,31 @@ Tensor svdvals_cpu(const Tensor& input) {
   return out;
 }
 
+// Columns of U become zero whose singular value is at most floor times the largest.
+template <class T>
+void leave_out(const std::array<Tensor, 3>& found, double floor) {
+  T* u = found[0].mutable_data_ptr<T>();
+  const T* s = found[1].const_data_ptr<T>();
+  const int64_t m = found[0].size(1), k = found[0].size(2);
+  for (int64_t i = 0; i < found[0].numel(); ++i) {
+    const T* values = s + i / (m * k) * k;
+    if (values[i % k] <= static_cast<T>(floor) * values[0]) u[i] = 0;
+  }
+}
+
+std::tuple<Tensor, Tensor> polar_cpu(const Tensor& input, double floor) {
+  using torch::stable::detail::from;
+  const auto [u, s, vh] = svd_cpu(input);
+  s.scalar_type() == ScalarType::Double ? leave_out<double>({u, s, vh}, floor) : leave_out<float>({u, s, vh}, floor);
+  std::array<StableIValue, 2> stack{from(u), from(vh)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), s};
+}
+
 #ifdef THESEUS_CUDA
 // Values of a matrix that holds NaN or Inf, or did not converge, are NaN: the host cannot look at it without waiting.
-void launch(const Tensor& matrices, const Tensor& s, const Tensor* u, const Tensor* vh) {
+void launch(const Tensor& matrices, const Tensor& s, const Tensor* u, const Tensor* vh, const Tensor* polar,
+            double floor) {
   if (matrices.numel() == 0) return;
   const int64_t m = matrices.size(1), n = matrices.size(2);
   STD_TORCH_CHECK(m <= cuda::kLargestSvd && n <= cuda::kLargestSvd, "svd: matrices on a GPU have at most ",
@@ -102,9 +124,10 @@ void launch(const Tensor& matrices, const Tensor& s, const Tensor* u, const Tens
   check(cuda::find_device(index, device));
   const cuda::SmallSvdArgs args{matrices.const_data_ptr(),
                                 matrices.scalar_type() == ScalarType::Double ? Dtype::float64 : Dtype::float32,
-                                matrices.size(0), static_cast<int>(m), static_cast<int>(n), m * n, n, 0,
+                                matrices.size(0), static_cast<int>(m), static_cast<int>(n), m * n, n, floor,
                                 s.mutable_data_ptr(), u ? u->mutable_data_ptr() : nullptr,
-                                vh ? vh->mutable_data_ptr() : nullptr, nullptr, nullptr};
+                                vh ? vh->mutable_data_ptr() : nullptr, polar ? polar->mutable_data_ptr() : nullptr,
+                                nullptr};
   const std::array<int64_t, 1> bytes{static_cast<int64_t>(cuda::small_svd_workspace(args, device.shared_limit))};
   const Tensor workspace =
       torch::stable::empty({bytes.data(), 1}, ScalarType::Byte, std::nullopt, matrices.device());
@@ -114,15 +137,23 @@ void launch(const Tensor& matrices, const Tensor& s, const Tensor* u, const Tens
 std::tuple<Tensor, Tensor, Tensor> svd_cuda(const Tensor& input) {
   const Tensor matrices = checked(input);
   const std::array<Tensor, 3> out = results(matrices);
-  launch(matrices, out[1], &out[0], &out[2]);
+  launch(matrices, out[1], &out[0], &out[2], nullptr, 0);
   return {out[0], out[1], out[2]};
 }
 
 Tensor svdvals_cuda(const Tensor& input) {
   const Tensor matrices = checked(input);
   const Tensor out = empty<2>({matrices.size(0), std::min(matrices.size(1), matrices.size(2))}, matrices);
-  launch(matrices, out, nullptr, nullptr);
+  launch(matrices, out, nullptr, nullptr, nullptr, 0);
   return out;
+}
+
+std::tuple<Tensor, Tensor> polar_cuda(const Tensor& input, double floor) {
+  const Tensor matrices = checked(input);
+  const int64_t batch = matrices.size(0), m = matrices.size(1), n = matrices.size(2);
+  const Tensor out = empty<3>({batch, m, n}, matrices), s = empty<2>({batch, std::min(m, n)}, matrices);
+  launch(matrices, s, nullptr, nullptr, &out, floor);
+  return {out, s};
 }
 #endif
 
@@ -132,10 +163,12 @@ Tensor svdvals_cuda(const Tensor& input) {
 STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CPU, m) {
   m.impl("svd", TORCH_BOX(&theseus::svd_cpu));
   m.impl("svdvals", TORCH_BOX(&theseus::svdvals_cpu));
+  m.impl("polar", TORCH_BOX(&theseus::polar_cpu));
 }
 #ifdef THESEUS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CUDA, m) {
   m.impl("svd", TORCH_BOX(&theseus::svd_cuda));
   m.impl("svdvals", TORCH_BOX(&theseus::svdvals_cuda));
+  m.impl("polar", TORCH_BOX(&theseus::polar_cuda));
 }
 #endif

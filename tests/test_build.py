@@ -23,7 +23,7 @@ def test_stream_symbol_is_there_exactly_under_a_cuda_torch():
 
 
 def test_kernels_are_registered_for_what_was_built():
-    for op in ("cross_moment_", "cross_moments_", "svd", "svdvals"):
+    for op in ("cross_moment_", "cross_moments_", "svd", "svdvals", "polar"):
 
         def has(key: str, op: str = op) -> bool:
             return torch._C._dispatch_has_kernel_for_dispatch_key(f"theseus_ext::{op}", key)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from exact.models import LLAMA, LLAMA_HEADLESS, VIT, base, batches
 from theseus_transport import InputRefused, tokens
@@ -107,6 +107,44 @@ def test_splits_of_batches_equal_the_whole(text: Models) -> None:
         assert split.energies[name].centred == pytest.approx(energy.centred, rel=1e-11)
 
 
+@pytest.mark.parametrize("together", [2, 5, 100])
+def test_spaces_added_together_are_those_added_alone(text: Models, together: int) -> None:
+    """As on a GPU, where several wait for one launch: moments, Grams and energies, of masked tokens too."""
+    batch = {**ids(3, 7), "attention_mask": (torch.arange(7) < torch.tensor([[7], [3], [5]])).long()}
+
+    def run(together: int) -> Capture:
+        with capture(*text, layouts(text), grams=True) as found:
+            found._together = together
+            found.run(batch, batch)
+            found.run(ids(2, 7), ids(2, 7))
+            assert not found._waiting and not found._outputs
+        return found
+
+    many, one = run(together), run(1)
+    for name, moment in one.moments.items():
+        assert moment.count == many.moments[name].count == 15 + 14
+        for ours, other in zip((moment, *one.grams[name]), (many.moments[name], *many.grams[name]), strict=True):
+            assert torch.equal(ours.augmented, other.augmented), name
+    for name, energy in one.energies.items():
+        assert torch.equal(energy.source, many.energies[name].source), name
+        assert torch.equal(energy.target, many.energies[name].target) and energy.centred == many.energies[name].centred
+
+
+@pytest.mark.parametrize("width, count", [(896, 3), (100, 2), (128, 2), (63, 4), (4096, 7)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tiles_of_columns_follow_each_other(width: int, count: int, device: str) -> None:
+    """On a GPU they begin where tokens are copied 16 bytes at a time, unless there are too few columns."""
+    tiles = [
+        Capture._columns(SimpleNamespace(_tile=(k, count), _device=torch.device(device)), width)  # type: ignore[arg-type]
+        for k in range(count)
+    ]
+    assert [i for tile in tiles for i in range(width)[tile]] == list(range(width))
+    aligned = device == "cuda" and width >= 64 * count
+    most = 64 if aligned else 1  # longer than another at most by this, but for the last, which may be shorter
+    assert max(t.stop - t.start for t in tiles) - min(t.stop - t.start for t in tiles[:-1]) <= most
+    assert not aligned or all(t.start % 64 == 0 and t.stop > t.start for t in tiles)
+
+
 def test_masked_tokens_have_no_influence(text: Models) -> None:
     mask = (torch.arange(7) < torch.tensor([[4], [7]])).long()
     first, second = ({"input_ids": torch.where(mask == 1, ids(2, 7)["input_ids"], pad)} for pad in (0, 13))
@@ -167,6 +205,19 @@ def test_images_of_two_grids_are_interpolated() -> None:
         return x if side else torch.stack([mixing(one) for one in x])
 
     assert_moments(found, rows, [tuple(zip(IMAGE_MODELS, sides, strict=True))])
+
+
+def test_grams_follow_their_own_mixing() -> None:
+    """Of a source that is interpolated and a target that is not, each with the rows that moments take of it."""
+    sides = [batches(spec, seed=1, count=1, shape=(3,))[0] for spec in IMAGES]
+    with capture(*IMAGE_MODELS, layouts(IMAGE_MODELS), grams=True) as found:
+        found.run(*sides)
+    for name, moment in found.moments.items():
+        energies = moment.source_energy, moment.target_energy
+        for gram, energy in zip(found.grams[name], energies, strict=True):
+            torch.testing.assert_close(gram.cross.diagonal(), energy, **ROUNDING)
+            torch.testing.assert_close(gram.source_energy, energy, **ROUNDING)
+            assert gram.count == moment.count
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -278,21 +329,3 @@ def test_models_are_as_they_were(text: Models, use: Callable[[Models], None]) ->
     for model, kept in zip(text, state, strict=True):
         assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
         assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("together", [2, 5, 100])
-def test_spaces_added_together_are_those_added_one_by_one(together, monkeypatch):
-    """As on a GPU, where one launch serves the spaces of a block."""
-    torch.manual_seed(0)
-    models = tiny.llama("source"), tiny.llama("target")
-    layouts = tuple(Layout.of(model) for model in models)
-    batch = {"input_ids": torch.randint(0, 300, (2, 16)), "attention_mask": torch.ones(2, 16).triu(-4)[:2].long()}
-    found = []
-    for number in (1, together):
-        with capture(*models, layouts) as seen:
-            seen._together = number
-            seen.run(batch, batch)
-            assert not seen._waiting
-        found.append(seen.moments)
-    for name, moment in found[0].items():
-        assert torch.equal(moment.augmented, found[1][name].augmented) and moment.count == found[1][name].count

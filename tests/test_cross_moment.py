@@ -104,6 +104,30 @@ def test_mixings(device, dtype, kind, side):
     check(*tensors, **{f"{s}_mixing": mixing() for s in sides})
 
 
+@pytest.mark.parametrize("rows", [300, 4100])
+@pytest.mark.parametrize("side", ["source", "target", "both"])
+def test_mixings_of_wide_spaces(device, rows, side):
+    """On a GPU rows that many tiles of the other side read are mixed once, 4096 at a time (csrc/dispatch.h)."""
+    sides = ("source", "target") if side == "both" else (side,)
+    lengths = {s: 500 if s in sides else rows for s in ("source", "target")}
+    tensors = [
+        randn(lengths["source"], 330, device=device),
+        randn(lengths["target"], 290, dtype=torch.bfloat16, device=device),
+    ]
+    check(*tensors, **{f"{s}_mixing": csr(rows, 500, device) for s in sides})
+
+
+@pytest.mark.parametrize("rows", [200, 4097])
+def test_large_plain_products(gpu, rows):
+    """Those the library multiplies (csrc/dispatch.h), and a row more than it takes."""
+    x, y = (randn(rows, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    ours = moments(theseus_ext.cross_moment_, x, y)
+    exact = x[:, :64].double().T @ y.double()
+    assert error(ours["cross"][:64], exact) <= rows * 2**-23  # as many additions in float32, each cut or rounded
+    torch.testing.assert_close(ours["source_sum"], x.double().sum(0), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(ours["target_energy"], y.double().square().sum(0), rtol=1e-12, atol=1e-9)
+
+
 def test_every_argument_counts(device):
     """Small integers: every value is exact, so equality tells whether each argument reached its place."""
     source = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], device=device)

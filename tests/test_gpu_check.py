@@ -22,12 +22,34 @@ def test_without_a_gpu_it_says_so_and_fails() -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu_check, "_has", lambda name: name not in ("pytest", "pybind11"))
+    monkeypatch.setattr(gpu_check, "_has", lambda name: name not in ("pytest", "pybind11", "ninja", "scipy"))
     assert gpu_check.main() == 1
     assert capsys.readouterr().out.splitlines() == [
         "gpu-check: pybind11 is missing: without it no build",
+        "gpu-check: ninja is missing: without it no build",
         "gpu-check: pytest is missing: without it no tests and benches",
     ]
+
+
+def test_ninja_is_a_module_or_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    for program in ("/usr/bin/ninja", None):
+        monkeypatch.setattr(gpu_check.shutil, "which", lambda name, program=program: program)
+        assert gpu_check._has("ninja") == bool(program) and not gpu_check._has("pytest")
+
+
+def test_what_only_the_package_needs_leaves_out_its_files_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [*gpu_check.tests_over_devices(), *(f"bench/bench_{name}.py" for name in gpu_check.BENCHES)]
+    assert not any(gpu_check.left_out(path) for path in files)
+    monkeypatch.setattr(gpu_check, "_has", lambda name: name not in ("scipy", "transformers"))
+    left = {path: why for path in files if (why := gpu_check.left_out(path))}
+    assert {"tests/test_polar.py::test_cuda_iterates", "bench/bench_polar.py", "bench/bench_job.py"} <= left.keys()
+    assert set(left.values()) == {"scipy and transformers missing"}
+    assert not {"tests/test_cross_moment.py", "tests/test_svd.py", "bench/bench_cross_moment.py"} & left.keys()
+    monkeypatch.setattr(gpu_check, "_has", lambda name: name != "hypothesis")
+    assert gpu_check.left_out("tests/test_svd.py") == "hypothesis missing"
+    imported = {"numpy", "scipy", "safetensors", "transformers"}
+    assert imported <= {name for name, word in gpu_check.WANTED.items() if word == "theseus_transport"}
 
 
 def test_tests_over_devices_are_found() -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nohost import NoHost
 from theseus_transport import InputRefused, tokens
-from theseus_transport.moments import CrossMoment, Energy, affine
+from theseus_transport.moments import CrossMoment, Energy, add_energies, affine, update_together
 from theseus_transport.tokens import RowMixing
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -179,3 +180,18 @@ def test_energies_of_mixed_rows_and_of_several_chunks() -> None:
     torch.testing.assert_close(found.target, mixing(y).square().sum(0), **ROUNDING)
     own = mixing(y) - mixing(y).mean(1, keepdim=True)
     assert found.centred[1] == pytest.approx(float(own.square().sum()), rel=1e-12)
+
+
+def test_nothing_waits_for_a_device_while_tokens_are_added() -> None:
+    """Of several outputs and spaces at once; what is added is what each alone would be."""
+    draw, mixing = Draw(5), tokens.linear(9, 14)
+    rows = [draw(9, width) for width in (4, 7)]
+    alone = [Energy.zeros(x.shape[1], 2) for x in rows]
+    for energy, x in zip(alone, rows, strict=True):
+        energy.add(0, x, mixing)
+    energies, moments = [Energy.zeros(x.shape[1], 2) for x in rows], [CrossMoment.zeros(x.shape[1], 4) for x in rows]
+    with NoHost():
+        add_energies(energies, 0, rows, mixing)
+        update_together(moments, [(x, rows[0]) for x in rows], (mixing, mixing))
+    for one, other in zip(energies, alone, strict=True):
+        assert torch.equal(one.source, other.source) and one.centred == other.centred and one.centred[0] > 0

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from nohost import NoHost
+from theseus_transport import pairing, polar
 from theseus_transport.moments import CrossMoment
-from theseus_transport.pairing import HeadPairing, pair_heads, similarity
+from theseus_transport.pairing import HeadPairing, nuclear, pair_heads, similarity
 
 TOKENS, SIZE = 60, 5
 
@@ -118,3 +120,21 @@ def test_pairing_is_the_same_every_time() -> None:
     tied = source[:, [0, 0, 1, 1]]  # ties are broken, but always alike
     first, again = (pair(tied, tied, 2, 2) for _ in range(2))
     assert torch.equal(first.query, again.query) and first.lost == again.lost
+
+
+@pytest.mark.parametrize("largest", [4, 128], ids=["products", "rotations"])
+def test_a_device_decomposes_heads_where_they_lie(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the CPU were one: the scores alone are fetched, and no value is read on the way to those of wide heads."""
+    source = contexts(6)
+    source[:, 2] = 0  # a silent head
+    found = moment(source, disguised(source, [4, 2, 0, 5, 1, 3], SIZE + 3))
+    expected, fetched, real = similarity(found, (6, 6)), [], torch.Tensor.cpu
+    for place in (pairing, polar):
+        monkeypatch.setattr(place, "remote", lambda x: True)
+    monkeypatch.setattr(pairing, "LARGEST_ON_CUDA", largest)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: (fetched.append(x.shape), real(x))[1])
+    torch.testing.assert_close(similarity(found, (6, 6)), expected, rtol=0, atol=6 * 1e-6)  # 6 directions at the floor
+    assert fetched == [(6, 6)]
+    if largest == 4:
+        with NoHost():
+            nuclear(torch.randn(2, 3, 7, 5, dtype=torch.float64))

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nohost import NoHost
 from test_procrustes import EPS, SHAPES, THRESHOLD, VALUES, draw, known, ratios
 from theseus_transport import NumericalError, polar
 from theseus_transport import procrustes as module
 from theseus_transport.polar import ENTRY, LIFT, QUINTICS, START, polar_bytes, polar_factor, qdwh_weights
 from theseus_transport.procrustes import FLOOR, certify, procrustes
-from torch.utils._python_dispatch import TorchDispatchMode
 from warm import apart
 
 SINGLE = torch.finfo(torch.float32).eps
@@ -164,21 +164,68 @@ def test_what_float32_steps_cost() -> None:
         certify(t, c, rank, floor=FLOOR)
 
 
-class NoHost(TorchDispatchMode):
-    """Fails where a value is read on the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default), func
-        return func(*args, **(kwargs or {}))
+@pytest.fixture
+def afar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every tensor lay on a device that works while the host goes on."""
+    for place in (polar, module):
+        monkeypatch.setattr(place, "remote", lambda x: True)
 
 
 @pytest.mark.parametrize("polynomial", [True, False])
-def test_no_value_is_read_on_the_host(polynomial: bool) -> None:
+def test_no_value_is_read_on_the_host(polynomial: bool, afar: None) -> None:
     c = draw(3, 9, 6)
     with NoHost():
         polar_factor(c, floor=FLOOR, eigh=False, polynomial=polynomial)
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHost():
-        float(c.sum())
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (3, 9, 6)], ids=str)
+@pytest.mark.parametrize("weighed", [False, True], ids=["", "with energies"])
+def test_a_device_is_not_waited_for_before_the_certificate(
+    shape: tuple[int, ...], weighed: bool, afar: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Certified(Exception):
+        pass
+
+    def certify(t: torch.Tensor, *_: object, **__: object) -> None:
+        raise Certified
+
+    monkeypatch.setattr(module, "certify", certify)
+    energies = tuple(torch.ones(d).double() for d in shape[-2:]) if weighed else None
+    with pytest.raises(Certified), NoHost():
+        procrustes(draw(*shape), energies=energies)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda c: float(c.sum()),
+        lambda c: bool((c > 0).all()),
+        lambda c: c[c > 0],
+        lambda c: torch.equal(c, c),
+        lambda c: torch.linalg.matrix_norm(c, ord=2),
+        lambda c: torch.linalg.eigh(c @ c.mT),
+        lambda c: torch.linalg.inv(c @ c.mT),
+        lambda c: torch.linalg.cholesky(c @ c.mT),
+        lambda c: torch.cholesky_inverse(torch.linalg.cholesky_ex(c @ c.mT)[0]),
+        lambda c: torch.linalg.qr(c),
+    ],
+    ids=["float", "bool", "mask", "equal", "spectral norm", "eigh", "inv", "cholesky", "cholesky_inverse", "qr"],
+)
+def test_what_waits_is_seen(wait) -> None:
+    with pytest.raises(AssertionError), NoHost():
+        wait(draw(3, 5, 6))
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_largest_eigenvalue_is_found_to_a_percent(name: str) -> None:
+    for k in (1, 2, 5, 40, 130):
+        values = VALUES[name](k)
+        u = torch.linalg.qr(draw(k, k))[0]
+        h = torch.stack([(u * values) @ u.T, torch.zeros(k, k).double()])
+        with NoHost():
+            found = polar.largest_eigenvalue(lambda v, h=h: h @ v, h)
+        exact = float(values.max())
+        assert 0.99 * exact <= float(found[0]) <= exact * (1 + THRESHOLD * EPS * k) and found[1] == 0, k
 
 
 # --- as procrustes dispatches it -------------------------------------------------------------------------------------
@@ -197,13 +244,77 @@ def test_iterate_equals_lapack(shape: tuple[int, ...]) -> None:
     assert found.map.contiguous().numpy().tobytes() == again.map.contiguous().numpy().tobytes()
 
 
+@pytest.mark.parametrize("small", ["products", "rotations"])
+@pytest.mark.parametrize("name", VALUES)
+def test_a_device_finds_what_lapack_finds(name: str, small: str, afar: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ways there, on the CPU, with the ratios of any other; energies change nothing where features are alike."""
+    if small == "rotations":
+        monkeypatch.setattr(module.theseus_ext, "cuda_problem", lambda device: None)
+        monkeypatch.setattr(module, "polar_factor", None)  # so a call of it would fail
+    for shape in SHAPES:
+        values = VALUES[name](min(shape))
+        u, v, c = known(shape, values)
+        rank = int((values > 0).sum())
+        exact = float(values[rank - 1] / values[0]) if rank else 0.0
+        assert module.takes_jacobi(c) == (small == "rotations")
+        for energies in (None, tuple(torch.ones(d).double() for d in shape))[: 1 if small == "rotations" else 2]:
+            found = procrustes(c, energies=energies)
+            assert int(found.rank) == rank and float(found.gap) == pytest.approx(exact, rel=0.01), shape
+            worst = ratios(c, found.map, u[:, :rank] @ v[:, :rank].T, exact)
+            assert max(worst.values()) <= THRESHOLD, (shape, worst)
+
+
+def test_what_goes_to_rotations(afar: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small maps, where the kernel is there; what fails its certificate there goes on to products."""
+    c, most = draw(2, 9, 7), module.JACOBI_UP_TO
+    assert not module.takes_jacobi(c)  # no kernel was built for this device
+    monkeypatch.setattr(module.theseus_ext, "cuda_problem", lambda device: None)
+    assert module.takes_jacobi(torch.empty(3, most, 1)) and module.takes_jacobi(torch.empty(most, most))
+    assert not module.takes_jacobi(torch.empty(3, most + 1, 2)) and not module.takes_jacobi(torch.empty(2, most + 1))
+    exact, real = procrustes(c, method="lapack"), module.theseus_ext.polar
+    monkeypatch.setattr(module.theseus_ext, "polar", lambda c, floor: (1.001 * real(c, floor)[0], real(c, floor)[1]))
+    torch.testing.assert_close(procrustes(c).map, exact.map, rtol=0, atol=1e-11)  # eps over gaps of 1e-3 and more
+    monkeypatch.setattr(module, "remote", lambda x: False)
+    assert not module.takes_jacobi(c)
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (9, 9)], ids=str)
+@pytest.mark.parametrize("name", ["rank-deficient", "graded", "zero"])
+def test_a_device_completes_as_lapack_does(
+    shape: tuple[int, int], name: str, afar: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Toward something new, something of rank 2 more, what the data said already, and nothing."""
+    c = known(shape, VALUES[name](9))[2]
+    low = draw(shape[0], 2, seed=3) @ draw(2, shape[1], seed=4)
+    for toward in (draw(*shape, seed=5), low * 1e-30, c, torch.zeros(shape).double()):
+        exact = procrustes(c, null="completed", toward=toward, method="lapack")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_svd", None)  # so a call of it would fail
+            found = procrustes(c, null="completed", toward=toward)
+        assert torch.equal(found.rank, exact.rank) and float(found.gap) == pytest.approx(float(exact.gap), rel=0.01)
+        torch.testing.assert_close(found.map, exact.map, rtol=0, atol=1e-8)  # eps over gaps of 1e-5, and of ``toward``
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6)], ids=str)
+def test_a_device_says_what_is_not_finite(shape: tuple[int, ...], value: float, afar: None) -> None:
+    c = draw(*shape)
+    c[..., 2, 3] = value
+    with pytest.raises(NumericalError, match=re.escape(f"the cross-moment {list(shape)} holds NaN or Inf")):
+        procrustes(c)
+
+
+def test_a_device_counts_comparable_features(afar: None) -> None:
+    test_iterate_counts_comparable_features()
+
+
 def test_iterate_counts_comparable_features() -> None:
     """One massive feature: the rank is that of the correlations, whichever way."""
     x = draw(60, 9)
     x[:, 0] *= 1e8
     cross, energies = x.T @ x, (x.square().sum(0),) * 2
     cross[:, 5:] = 0
-    for method in ("iterate", "lapack"):
+    for method in ("auto", "iterate", "lapack"):
         assert int(procrustes(cross, method=method).rank) == 1
         assert int(procrustes(cross, method=method, energies=energies).rank) == 5
 

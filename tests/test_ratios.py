@@ -80,7 +80,7 @@ def test_iterated_polar_factor(name: str, scale: float) -> None:
         polar = _newton(c * scale, FLOOR)
         assert polar is not None and int(polar.rank) == len(values), shape
         gap = float(values.min() / values.max())
-        assert float(polar.gap) == pytest.approx(gap, rel=0.02)  # `_largest` to a percent, twice
+        assert float(polar.gap) == pytest.approx(gap, rel=0.02)  # two estimates, to a percent each
         worst = ratios(c / norm(c), polar.map, u @ v.T, gap)
         assert max(worst.values()) <= THRESHOLD, (shape, worst)
 

@@ -167,7 +167,7 @@ def test_nvcc_is_found_where_the_environment_says(setup_py, monkeypatch, toolkit
     (None, ["8.0", "9.0+PTX"]),  # of 8.0, 9.0, 10.0 and 12.0 this nvcc knows two; the last is also the PTX
     ("", ["8.0", "9.0+PTX"]),
     ("8.6", ["8.6"]),
-    ("7.5 8.0;9.0+PTX", ["7.5", "8.0", "9.0+PTX"]),
+    ("8.0 8.6;9.0+PTX", ["8.0", "8.6", "9.0+PTX"]),
     ("9.0a", ["9.0a"]),
     ("Ampere", ["8.0", "8.6+PTX"]),
     ("Ampere;Hopper", ["8.0", "8.6+PTX", "9.0+PTX"]),
@@ -181,6 +181,7 @@ def test_architectures(setup_py, monkeypatch, toolkit: Path, wish: str | None, a
 @pytest.mark.parametrize("wish, message", [
     ("8.0;10.0+PTX", r"names 10.0\+PTX, unknown to .*nvcc \(CUDA 12.4\); it knows 7.5, 8.0, 8.6, 9.0$"),
     ("Blackwell", "names 10.0, unknown to"),
+    ("7.5;8.0", r"names 7.5; the kernels need 8.0 \(Ampere\) or newer"),
     ("sm_90", r"names 'sm_90'; write 9.0, 9.0\+PTX or one of Ampere, Ada, Hopper, Blackwell"),
     ("90", "names '90'; write"),
     ("9.0+ptx", "names '9.0.ptx'; write"),

@@ -1,4 +1,4 @@
-"""theseus_ext.svd and svdvals: on the CPU torch's results bit for bit, on a GPU within bounds; contracts, errors."""
+"""theseus_ext.svd, svdvals, polar: on the CPU torch's results bit for bit, on a GPU within bounds; contracts."""
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ QUICK = settings(
 DTYPES = (torch.float64, torch.float32)
 SHAPES = [(3, 3), (1, 1, 1), (7, 33, 17), (7, 17, 33), (2, 3, 5, 4), (5, 128, 128), (9, 1, 6)]
 EMPTY = [(0, 3, 4), (3, 0, 4), (3, 4, 0), (2, 0, 3, 3), (0, 0)]
+FLOOR = 1e-4
 OPS = (torch.ops.theseus_ext.svd.default, torch.ops.theseus_ext.svdvals.default)
 
 
@@ -67,6 +68,56 @@ def test_restores_what_it_took_apart(device: str, batch: int, m: int, n: int, ra
     assert bool((torch.linalg.matrix_norm(vh @ vh.mT - eye) <= 30 * unit).all())
     assert bool((s.diff(dim=-1) <= 0).all() and (s >= 0).all())
     torch.testing.assert_close(theseus_ext.svdvals(matrices), s, rtol=0, atol=float(scale.max()) if batch else 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 128, 100)], ids=str)
+def test_polar_is_the_factor_above_the_floor(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Values on either side of the floor, and a zero matrix; the bound is that of any polar factor, over its gap."""
+    *batch, m, n = shape
+    k, share = min(m, n), 10 * FLOOR
+    u, v = (torch.linalg.qr(draw(*batch, d, k))[0] for d in (m, n))
+    values = torch.linspace(1, 2 * share, k).double() * (torch.arange(k) % 3 != 2)
+    values = torch.where(torch.arange(k) % 3 == 1, values * FLOOR / 2, values)
+    values[0] = 1
+    matrices = ((u * values) @ v.mT).to(device, dtype)
+    if len(shape) > 3:
+        matrices[0] = 0
+    found, s = theseus_ext.polar(matrices, FLOOR)
+    unit = torch.finfo(dtype).eps * max(m, n)  # LAPACK's tests allow 30 of these
+    torch.testing.assert_close(s, theseus_ext.svdvals(matrices), rtol=0, atol=30 * unit)
+    kept = values > FLOOR
+    expected = (u * kept) @ v.mT * (matrices != 0).any(-1, keepdim=True).any(-2, keepdim=True).cpu()
+    bound = 60 * unit / float(values[kept].min())
+    assert float(torch.linalg.matrix_norm(found.double().cpu() - expected).max()) <= bound
+    size = torch.linalg.matrix_norm(found @ found.mT @ found - found)
+    assert float(size.max()) <= 30 * unit * k**0.5 and found.dtype == s.dtype == dtype
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_polar_of_what_is_not_finite(value: float, device: str) -> None:
+    """The CPU says so; a device, which is not waited for, gives NaN for that matrix and no other."""
+    matrices = draw(3, 5, 4)
+    matrices[1, 2, 3] = value
+    if device == "cpu":
+        with pytest.raises(torch.linalg.LinAlgError, match=r"^svd of \[3, 5, 4\]: matrix 1 of 3 holds NaN or Inf$"):
+            theseus_ext.polar(matrices, FLOOR)
+        return
+    found, s = theseus_ext.polar(matrices.to(device), FLOOR)
+    assert s.isnan().all(-1).tolist() == found.isnan().flatten(1).any(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4), (0, 5, 4), (2, 0, 3)], ids=str)
+def test_polar_as_an_op(shape: tuple[int, ...], device: str) -> None:
+    op = torch.ops.theseus_ext.polar.default
+    torch.library.opcheck(op, (draw(*shape).to(device), FLOOR))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, (draw(*shape).to(device).requires_grad_(), FLOOR), test_utils=tests)
+    assert not any(x.requires_grad for x in theseus_ext.polar(draw(*shape).requires_grad_(), FLOOR))
+    real, meta = (theseus_ext.polar(x, FLOOR) for x in (draw(*shape), draw(*shape).to("meta")))
+    assert [x.shape for x in real] == [x.shape for x in meta]
+    whole = torch.compile(lambda x: op(x * 2, FLOOR)[0], fullgraph=True, backend="aot_eager")
+    assert torch.equal(whole(draw(*shape)), theseus_ext.polar(draw(*shape) * 2, FLOOR)[0])
 
 
 def test_strides_are_free_and_inputs_stay_as_they_were(device: str) -> None:

@@ -12,6 +12,16 @@ except ImportError as error:
 
 from theseus_ext import reference
 from theseus_ext.devices import cuda_problem
-from theseus_ext.ops import Mixing, cross_moment_, cross_moments_, svd, svdvals
+from theseus_ext.ops import Mixing, cross_moment_, cross_moments_, polar, svd, svdvals
 
-__all__ = ["Mixing", "build_info", "cross_moment_", "cross_moments_", "cuda_problem", "reference", "svd", "svdvals"]
+__all__ = [
+    "Mixing",
+    "build_info",
+    "cross_moment_",
+    "cross_moments_",
+    "cuda_problem",
+    "polar",
+    "reference",
+    "svd",
+    "svdvals",
+]

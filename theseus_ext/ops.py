@@ -1,6 +1,7 @@
 """The operations as users call them; every check a user can trip comes first, from ``checks``."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from theseus_ext.checks import MASTERS, TOKEN_DTYPES, Mixing, check_lists, check_space
 from theseus_ext.devices import cuda_problem
 
-__all__ = ["TOKEN_DTYPES", "Mixing", "cross_moment_", "cross_moments_", "svd", "svdvals"]
+__all__ = ["TOKEN_DTYPES", "Mixing", "cross_moment_", "cross_moments_", "polar", "svd", "svdvals"]
 
 LARGEST_ON_CUDA = 128  # rows and columns, as csrc/cuda/small_svd.h
 
@@ -149,6 +150,30 @@ def svdvals(matrices: Tensor) -> Tensor:
     return batched
 
 
+def polar(matrices: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Partial polar factors ``U Vh`` of a batch over singular values above ``floor`` times the largest; and all values.
+
+    Where :func:`svd` shares out or has a kernel, so does this; on CUDA the kernel writes no vectors. Nothing is waited
+    for there: what holds NaN or Inf, or did not converge, has NaN values and a map that is no partial isometry. No
+    gradient flows.
+
+    Args:
+        matrices: [..., m, n], float64 or float32; strides are free.
+
+    Returns:
+        [..., m, n] and [..., min(m, n)], largest value first.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype that does not fit.
+        torch.linalg.LinAlgError: a matrix holds NaN or Inf, or its decomposition did not converge (not on CUDA).
+    """
+    if _elsewhere(matrices):
+        u, s, vh = svd(matrices)
+        return (u * (s > floor * s[..., :1])[..., None, :]) @ vh, s
+    factors, s = _shared_out(partial(torch.ops.theseus_ext.polar, floor=floor), matrices, converged=False)
+    return factors.reshape(matrices.shape), s.reshape(*matrices.shape[:-2], *s.shape[1:])
+
+
 def _elsewhere(matrices: Tensor) -> bool:
     if matrices.dim() < 2:
         raise ValueError(f"matrices is {list(matrices.shape)}, expected [..., m, n]")
@@ -159,7 +184,8 @@ def _elsewhere(matrices: Tensor) -> bool:
     return matrices.device.type != "cpu"
 
 
-def _shared_out(op: Callable[[Tensor], Any], matrices: Tensor) -> Any:
+def _shared_out(op: Callable[[Tensor], Any], matrices: Tensor, *, converged: bool = True) -> Any:
+    """``op`` of the batch, and whether it ``converged`` is asked where the op does not tell."""
     batch, size = matrices.shape[:-2], matrices.shape[-2:]
     flat = matrices.detach().reshape(batch.numel(), *size).contiguous()
     try:
@@ -174,7 +200,7 @@ def _shared_out(op: Callable[[Tensor], Any], matrices: Tensor) -> Any:
         told = str(error).splitlines()[0].rpartition(".cpp:")[2].partition(", ")[2]
         why = told or "LAPACK did not converge, or found no memory to work in"
         raise torch.linalg.LinAlgError(f"svd of {list(matrices.shape)}: {why}") from error
-    if matrices.is_cuda:
+    if matrices.is_cuda and converged:
         _check_converged(flat, found if isinstance(found, Tensor) else found[1], matrices.shape)
     return found
 
@@ -251,7 +277,13 @@ def _svd_fake(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return matrices.new_empty(batch, m, k), matrices.new_empty(batch, k), matrices.new_empty(batch, k, n)
 
 
+@torch.library.register_fake("theseus_ext::polar")
+def _polar_fake(matrices: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    batch, m, n = matrices.shape
+    return matrices.new_empty(batch, m, n), matrices.new_empty(batch, min(m, n))
+
+
 # No gradient flows: autograd looks through the ops, and the wrappers refuse masters that ask for one.
 _library = torch.library.Library("theseus_ext", "IMPL")
-for _op in ("cross_moment_", "cross_moments_", "svd", "svdvals"):
+for _op in ("cross_moment_", "cross_moments_", "svd", "svdvals", "polar"):
     _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")

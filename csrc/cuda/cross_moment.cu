@@ -18,7 +18,7 @@ constexpr int kPrepareShared = 2 * kWarps * kLanes * static_cast<int>(sizeof(dou
 
 // out [rows, width] = rows [begin, begin + rows) of X, unless null; sum and energy += theirs.
 template <class T>
-THESEUS_KERNEL(kWarps* kLanes)
+THESEUS_KERNEL(kWarps* kLanes, 2)
 prepare(const THESEUS_GRID_CONSTANT Side side, int64_t begin, int64_t rows, T* out) {
   double* sums = shared<double>(0, kWarps * kLanes);  // [warp][lane]
   double* energies = shared<double>(kPrepareShared / 2, kWarps * kLanes);
@@ -61,7 +61,7 @@ constexpr int kProductShared = 2 * kDepth * kTile * static_cast<int>(sizeof(T));
 
 // cross [width_x, width_y] += x^T y, x [rows, width_x], y [rows, width_y]
 template <class T>
-THESEUS_KERNEL(kThreads)
+THESEUS_KERNEL(kThreads, 2)
 product(const T* x, int64_t width_x, const T* y, int64_t width_y, int64_t rows, double* cross) {
   T* tile_x = shared<T>(0, kDepth * kTile);
   T* tile_y = shared<T>(kProductShared<T> / 2, kDepth * kTile);
@@ -90,6 +90,17 @@ product(const T* x, int64_t width_x, const T* y, int64_t width_y, int64_t rows, 
   }
 }
 
+// master[i] += product[i]; a thread takes every kThreads-th of its block's kThreads * kAdds.
+constexpr int kAdds = 4;
+THESEUS_KERNEL(kThreads, 4) add_product(const float* product, double* master, int64_t count) {
+  const int64_t first = static_cast<int64_t>(block_index()) * kThreads * kAdds + thread_index();
+  THESEUS_UNROLL
+  for (int j = 0; j < kAdds; ++j) {
+    const int64_t i = first + j * kThreads;
+    if (i < count) master[i] += product[i];
+  }
+}
+
 template <class T>
 const char* run(const CrossMomentArgs& args, T* source_chunk, T* target_chunk, void* stream) {
   const Side &source = args.source, &target = args.target;
@@ -112,6 +123,16 @@ const char* run(const CrossMomentArgs& args, T* source_chunk, T* target_chunk, v
 }
 
 }  // namespace
+
+const char* make_rows(const Side& side, int64_t begin, int64_t rows, float* out, void* stream) {
+  return launch(prepare<float>, (side.width + kLanes - 1) / kLanes, kWarps * kLanes, kPrepareShared, stream, side, begin,
+                rows, out);
+}
+
+const char* add(const float* product, double* master, int64_t count, void* stream) {
+  constexpr int kBlock = kThreads * kAdds;
+  return launch(add_product, (count + kBlock - 1) / kBlock, kThreads, 0, stream, product, master, count);
+}
 
 const char* cross_moment(const CrossMomentArgs& args, bool in_float64, void* source_chunk, void* target_chunk,
                          void* stream) {

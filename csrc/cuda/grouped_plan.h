@@ -12,7 +12,6 @@ namespace theseus::cuda {
 constexpr int kPanel = 128;  // a block owns kPanel x kPanel outputs of one head
 constexpr int kReduceThreads = 256;
 constexpr int kMostGroups = 15;   // what fits the 4 KiB a kernel's parameters may have
-constexpr int64_t kMostRows = 32768;  // of a slice, so few additions in a float32 second accumulator
 constexpr int64_t kBlockCost = 128;  // rows' worth of time that starting, filling and storing a block takes (a guess)
 // Rows' worth of time that a block's 64 KiB of partial sums, written and read again, take of the whole GPU's bandwidth:
 // on an H200 3.7 and, where a row is six products, 0.5 (docs/performance.md; model).
@@ -23,9 +22,8 @@ enum class Format : int32_t { bfloat16, float16, float32 };  // how tokens lie i
 struct Group {
   Side source, target;                // of one head
   bool source_direct, target_direct;  // copied asynchronously, 16 bytes at a time
-  int64_t rows, slice_rows;           // slice s has rows [s slice_rows, (s + 1) slice_rows)
-  int64_t heads;
-  int slices, source_tiles, target_tiles;
+  int rows, slice_rows;               // slice s has rows [s slice_rows, (s + 1) slice_rows)
+  int heads, heads_of_tile, slices, source_tiles, target_tiles;
   int first_block, first_reduction;  // this group's blocks of the two kernels begin here
   double* cross;
   float* partial;          // [slices, heads, source.width, target.width], or null: one slice adds into cross itself
@@ -42,9 +40,22 @@ static_assert(sizeof(Plan) <= 4096, "the parameters of a kernel");
 
 inline int64_t tiles(int64_t width) { return std::max<int64_t>(1, (width + kPanel - 1) / kPanel); }
 
+// Heads of half a tile's width lie in pairs along a tile's diagonal: half of its warps have work, not a quarter.
+inline int heads_of_tile(const MomentGroup& group) {
+  return group.args.source.width == kPanel / 2 && group.args.target.width == kPanel / 2 ? 2 : 1;
+}
+
 inline int64_t blocks_of(const MomentGroup& group, int64_t slice_rows) {
-  return tiles(group.args.source.width) * tiles(group.args.target.width) * group.heads *
+  const int64_t together = heads_of_tile(group);
+  return tiles(group.args.source.width) * tiles(group.args.target.width) * ((group.heads + together - 1) / together) *
          ((group.args.rows + slice_rows - 1) / slice_rows);
+}
+
+// Kernels count rows, tokens and columns in int, with room for a stage or a tile beyond the end.
+inline bool fits_int(const MomentGroup& group) {
+  const Side &source = group.args.source, &target = group.args.target;
+  return std::max({group.args.rows, source.token_count, target.token_count, group.heads * source.width,
+                   group.heads * target.width}) < int64_t{1} << 30;
 }
 
 inline bool is_selection(const Side& side) { return !side.row_ptr && !side.weight; }
@@ -57,6 +68,24 @@ inline Format format_of(const MomentGroup& group) {
                                           : Format::float32;
 }
 
+// Rows [begin, begin + rows) of a group.
+inline MomentGroup rows_of(MomentGroup group, int64_t begin, int64_t rows) {
+  group.args.rows = rows;
+  for (Side* side : {&group.args.source, &group.args.target}) {
+    if (side->row_ptr) {
+      side->row_ptr += begin;  // whose entries are counted from the first row on
+    } else if (side->column) {
+      side->column += begin, side->entries -= begin;
+      if (side->weight) side->weight += begin;
+    } else {
+      const int64_t size = side->dtype == Dtype::float64 ? 8 : side->dtype == Dtype::float32 ? 4 : 2;  // bytes
+      side->tokens = static_cast<const char*>(side->tokens) + begin * side->stride * size;
+      side->token_count -= begin;
+    }
+  }
+  return group;
+}
+
 inline bool is_direct(const Side& side, Format format, int64_t heads) {
   const int64_t bytes = format == Format::float32 ? 4 : 2;
   return is_selection(side) && (format != Format::float32 || side.dtype == Dtype::float32) &&
@@ -65,14 +94,14 @@ inline bool is_direct(const Side& side, Format format, int64_t heads) {
 }
 
 // The number of rows per slice with which the fullest multiprocessor is done first.
-inline int64_t choose_slice_rows(const MomentGroup* const* groups, int count, Format format, int processors) {
+inline int64_t choose_slice_rows(const MomentGroup* groups, int count, Format format, int processors) {
   const int64_t partial = format == Format::float32 ? kPartialCostFloat32 : kPartialCost;
   int64_t most = 1, best = 0, best_cost = 0;
-  for (int g = 0; g < count; ++g) most = std::max(most, groups[g]->args.rows);
-  for (int64_t slices = (most + kMostRows - 1) / kMostRows, last = slices + 64; slices < last; ++slices) {
+  for (int g = 0; g < count; ++g) most = std::max(most, groups[g].args.rows);
+  for (int64_t slices = 1; slices <= 64; ++slices) {
     const int64_t rows = ((most + slices - 1) / slices + 31) / 32 * 32;  // whole stages of every format
     int64_t blocks = 0;
-    for (int g = 0; g < count; ++g) blocks += blocks_of(*groups[g], rows);
+    for (int g = 0; g < count; ++g) blocks += blocks_of(groups[g], rows);
     const int64_t cost =
         (blocks + processors - 1) / processors * (rows + kBlockCost) + (rows < most ? blocks * partial : 0);
     if (best == 0 || cost < best_cost) best = rows, best_cost = cost;
@@ -82,7 +111,7 @@ inline int64_t choose_slice_rows(const MomentGroup* const* groups, int count, Fo
 
 // Plans one launch of `count` <= kMostGroups groups of one format; adds to `bytes` what it needs of `workspace`, which
 // may be null.
-inline Plan make_plan(const MomentGroup* const* groups, int count, Format format, int processors, void* workspace,
+inline Plan make_plan(const MomentGroup* groups, int count, Format format, int processors, void* workspace,
                       size_t& bytes) {
   Plan plan;
   const int64_t slice_rows = choose_slice_rows(groups, count, format, processors);
@@ -92,29 +121,30 @@ inline Plan make_plan(const MomentGroup* const* groups, int count, Format format
     return pointer;
   };
   for (int g = 0; g < count; ++g) {
-    const CrossMomentArgs& args = groups[g]->args;
+    const CrossMomentArgs& args = groups[g].args;
     Group& group = plan.group[plan.count++];
     group = {};
     group.source = args.source, group.target = args.target, group.cross = args.cross;
-    group.rows = args.rows, group.heads = groups[g]->heads;
+    group.rows = static_cast<int>(args.rows), group.heads = static_cast<int>(groups[g].heads);
+    group.heads_of_tile = heads_of_tile(groups[g]);
     group.source_direct = is_direct(args.source, format, group.heads);
     group.target_direct = is_direct(args.target, format, group.heads);
-    group.slice_rows = slice_rows;
+    group.slice_rows = static_cast<int>(slice_rows);
     group.slices = static_cast<int>((args.rows + slice_rows - 1) / slice_rows);
     group.source_tiles = static_cast<int>(tiles(args.source.width));
     group.target_tiles = static_cast<int>(tiles(args.target.width));
-    const int64_t outputs = group.heads * args.source.width * args.target.width;
-    const int64_t columns = group.heads * (args.source.width + args.target.width);
+    const int64_t outputs = groups[g].heads * args.source.width * args.target.width;
+    const int64_t columns = groups[g].heads * (args.source.width + args.target.width);
     if (group.slices > 1) group.partial = take(group.slices * outputs, group.partial);
     group.source_moments =
-        take(2 * group.slices * group.target_tiles * group.heads * args.source.width, group.source_moments);
+        take(2 * groups[g].heads * group.slices * group.target_tiles * args.source.width, group.source_moments);
     group.target_moments =
-        take(2 * group.slices * group.source_tiles * group.heads * args.target.width, group.target_moments);
+        take(2 * groups[g].heads * group.slices * group.source_tiles * args.target.width, group.target_moments);
     group.first_block = plan.blocks;
     group.first_reduction = plan.reductions;
-    plan.blocks += static_cast<int>(blocks_of(*groups[g], slice_rows));
+    plan.blocks += static_cast<int>(blocks_of(groups[g], slice_rows));
     plan.reductions +=
-        static_cast<int>(((group.slices > 1 ? outputs : 0) + columns + kReduceThreads - 1) / kReduceThreads);
+        static_cast<int>(((group.slices > 1 ? (outputs + 3) / 4 : 0) + columns + kReduceThreads - 1) / kReduceThreads);
   }
   return plan;
 }

@@ -16,9 +16,10 @@ struct Shape {
   static constexpr int kParts = kSplit ? 3 : 1;                       // bfloat16 parts a value is the exact sum of
   static constexpr int kDepth = kSplit ? 16 : 32;                     // rows per stage
   static constexpr int kStages = kSplit ? 3 : 4;                      // stages in flight
-  // Rows a tensor core accumulates before they are added to the second accumulator. It rounds every addition toward
-  // zero (Fasi, Higham, Mikaitis and Pranesh 2021): six of them per 16 rows would show beside float32's own rounding.
-  static constexpr int kFlush = kSplit ? 64 : 1024;
+  // Rows accumulated before they are added to the second accumulator. Tensor cores cut every sum toward zero (Fasi,
+  // Higham, Mikaitis and Pranesh 2021): up to a last place of float32 every eight rows, and all in one direction. So
+  // bfloat16 and float16 stay there for 128 rows; of float32 every 16 start from zero and are added outside, rounded.
+  static constexpr int kFlush = kSplit ? 1024 : 128;
   static constexpr int kPerVector = 16 / sizeof(R);                   // elements of 16 bytes
   static constexpr int kVectors = kPanel / kPerVector;                // 16-byte vectors of a row
   static constexpr int kPasses = kDepth * kVectors / kMomentThreads;  // vectors of a side that a thread moves per stage
@@ -57,16 +58,16 @@ THESEUS_DEVICE typename Multiplied<R>::type* operand(int stage, int side) {
                    : shared<M>((stage % S::kStages * 2 + side) * S::kStageBytes, S::kDepth * kPanel);
 }
 
-// One side of a block's outputs: `columns` <= kPanel columns from `first` of the tokens, rows [.., end).
+// One side of a block's outputs: `columns` <= kPanel columns from `first` of the tokens, rows [.., end). Counted in int:
+// 64 bits would take registers that the accumulators need.
 struct Panel {
   const Side& side;
   bool direct;
-  int64_t first, end;
-  int columns;
+  int first, end, columns;
 };
 
 template <class R>
-THESEUS_DEVICE Vector mixed(const Panel& panel, int64_t row, int64_t column, int valid) {
+THESEUS_DEVICE Vector mixed(const Panel& panel, int row, int column, int valid) {
   Vector out = {};
   if (row >= panel.end) return out;
   if constexpr (Shape<R>::kSplit) {
@@ -89,17 +90,18 @@ THESEUS_DEVICE Vector mixed(const Panel& panel, int64_t row, int64_t column, int
 // The tokens of the rows this thread moves in the stage that begins at `row`. Asked for a stage early: a gather waits
 // for memory twice.
 template <class R>
-THESEUS_DEVICE void look_up(const Panel& panel, int64_t row, int64_t (&token)[Shape<R>::kPasses]) {
+THESEUS_DEVICE void look_up(const Panel& panel, int row, int (&token)[Shape<R>::kPasses]) {
   using S = Shape<R>;
   THESEUS_UNROLL
   for (int pass = 0; pass < S::kPasses; ++pass)
     if (panel.direct)
-      token[pass] = token_of(panel.side, row + (thread_index() + pass * kMomentThreads) / S::kVectors, panel.end);
+      token[pass] = static_cast<int>(
+          token_of(panel.side, row + (thread_index() + pass * kMomentThreads) / S::kVectors, panel.end));
 }
 
 // Starts moving the stage that begins at `row` to `to` [kDepth, kPanel].
 template <class R>
-THESEUS_DEVICE void fill(const Panel& panel, int64_t row, const int64_t (&token)[Shape<R>::kPasses], R* to) {
+THESEUS_DEVICE void fill(const Panel& panel, int row, const int (&token)[Shape<R>::kPasses], R* to) {
   using S = Shape<R>;
   THESEUS_UNROLL
   for (int pass = 0; pass < S::kPasses; ++pass) {
@@ -107,7 +109,7 @@ THESEUS_DEVICE void fill(const Panel& panel, int64_t row, const int64_t (&token)
     R* vector = to + turned(r, v, S::kVectors) * S::kPerVector;
     const int rest = panel.columns - v * S::kPerVector;
     const int valid = rest < 0 ? 0 : rest < S::kPerVector ? rest : S::kPerVector;
-    const int64_t column = panel.first + v * S::kPerVector;
+    const int column = panel.first + v * S::kPerVector;
     if (!panel.direct) {
       store_vector(vector, mixed<R>(panel, row + r, column, valid));
     } else if (token[pass] < 0) {
@@ -140,17 +142,17 @@ THESEUS_DEVICE void split_stage(int stage) {
   for (int side = 0; side < 2; ++side) {
     const float* from = raw<float>(stage, side);
     bfloat16* to = operand<float>(stage, side);
+    // Of eight neighbours four read their second vector first: together they then touch every bank once.
+    const int late = v / 4 % 2;
+    const Vector one = load_vector(from + turned(row, 2 * v + late, S::kVectors) * 4),
+                 other = load_vector(from + turned(row, 2 * v + 1 - late, S::kVectors) * 4);
     Vector out[3] = {};
     THESEUS_UNROLL
-    for (int i = 0; i < 8; i += 4) {
-      const Vector in = load_vector(from + turned(row, 2 * v + i / 4, S::kVectors) * 4);
+    for (int j = 0; j < 8; ++j) {
+      uint32_t part[3];
+      split(float_of(late == j / 4 ? one.word[j % 4] : other.word[j % 4]), part);
       THESEUS_UNROLL
-      for (int j = i; j < i + 4; ++j) {
-        uint32_t part[3];
-        split(float_of(in.word[j % 4]), part);
-        THESEUS_UNROLL
-        for (int p = 0; p < 3; ++p) out[p].word[j / 2] |= part[p] << 16 * (j % 2);
-      }
+      for (int p = 0; p < 3; ++p) out[p].word[j / 2] |= part[p] << 16 * (j % 2);
     }
     THESEUS_UNROLL
     for (int p = 0; p < 3; ++p) store_vector(to + p * S::kDepth * kPanel + turned(row, v, kVectors) * 8, out[p]);

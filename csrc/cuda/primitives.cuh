@@ -39,7 +39,7 @@ enum class Fact { processors, shared_limit, major, minor };  // of a device: see
 
 #define THESEUS_DEVICE __device__ __forceinline__
 #define THESEUS_BOTH __host__ __device__
-#define THESEUS_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define THESEUS_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)  // threads; blocks that registers allow for
 #define THESEUS_GRID_CONSTANT __grid_constant__  // a parameter read where it lies, however it is indexed
 #define THESEUS_UNROLL _Pragma("unroll")
 
@@ -69,6 +69,14 @@ THESEUS_DEVICE T shuffle(T value, int mask) {
 // One 16-byte access.
 THESEUS_DEVICE Vector load_vector(const void* from) { return *static_cast<const Vector*>(from); }
 THESEUS_DEVICE void store_vector(void* to, const Vector& value) { *static_cast<Vector*>(to) = value; }
+// Two numbers, by one 16-byte access.
+THESEUS_DEVICE void load_pair(const double* from, double (&pair)[2]) {
+  const double2 both = *reinterpret_cast<const double2*>(from);
+  pair[0] = both.x, pair[1] = both.y;
+}
+THESEUS_DEVICE void store_pair(double* to, const double (&pair)[2]) {
+  *reinterpret_cast<double2*>(to) = make_double2(pair[0], pair[1]);
+}
 
 // Starts copying `bytes` (0 to 16) from global memory to 16 bytes of shared memory, zeros after them; both aligned
 // to 16.
@@ -95,9 +103,10 @@ THESEUS_DEVICE void load_matrices(const void* row, uint32_t (&out)[4]) {
 
 // c += a b in float32: a 16x16, b 16x8, c 16x8. With g = lane / 4 and t = 2 (lane % 4), a pair of 16-bit elements per
 // word: a[0], a[1]: rows g, g + 8, columns t, t + 1; a[2], a[3]: the same rows, columns t + 8, t + 9; b[0], b[1]: rows
-// t, t + 1 and t + 8, t + 9 of column g; c[0], c[1]: row g, columns t, t + 1; c[2], c[3]: row g + 8.
+// t, t + 1 and t + 8, t + 9 of column g; c[0], c[1]: row g, columns t, t + 1; c[2], c[3]: row g + 8. The sum is cut
+// toward zero, not rounded (Fasi, Higham, Mikaitis and Pranesh 2021).
 #define THESEUS_MMA(type)                                                   \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type       \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type       \
                ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])             \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))

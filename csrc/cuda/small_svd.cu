@@ -4,113 +4,15 @@
 // the columns are only badly scaled.) Simulated and compiled, not yet run on a GPU.
 #include "small_svd.h"
 
-#include "primitives.cuh"
+#include <algorithm>
+
+#include "small_svd.cuh"
 
 namespace theseus::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kMostPerLane = kLargestSvd / kWarp;
-
 template <class T>
-struct Limits;
-template <>
-struct Limits<float> {
-  static constexpr float kEpsilon = 0x1p-23f;
-  static constexpr float kNull = 0x1p-100f;  // squared norm, in a matrix of largest entry 1 to 2, that counts as zero
-  static constexpr float kSteep = 0x1p14f;   // sqrt(1 + x^2) = x
-};
-template <>
-struct Limits<double> {
-  static constexpr double kEpsilon = 0x1p-52;
-  static constexpr double kNull = 0x1p-900;
-  static constexpr double kSteep = 0x1p28;
-};
-
-// The matrix as Jacobi wants it, rows >= columns: column j is `rows` elements of A, then `columns` of V.
-struct Layout {
-  bool transposed;
-  int rows, columns, stride;  // of A as it is worked on; an odd stride puts neighbours of a row into different banks
-
-  THESEUS_BOTH explicit Layout(const SmallSvdArgs& args)
-      : transposed(args.rows < args.columns),
-        rows(transposed ? args.columns : args.rows),
-        columns(transposed ? args.rows : args.columns),
-        stride((rows + columns) | 1) {}
-  THESEUS_BOTH int elements() const { return columns * stride; }
-};
-
-constexpr int kFixedBytes = kLargestSvd * 8 + kLargestSvd * 4 + kWarps * 8;  // values, order, one number per warp
-
-template <class T>
-THESEUS_DEVICE T absolute(T x) {
-  return x < 0 ? -x : x;
-}
-
-template <class T>
-THESEUS_DEVICE T warp_sum(T value) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle(value, mask);
-  return value;
-}
-
-// The largest of the block's values, NaN if one is; in all threads. `slots`: one number per warp; the caller meets a
-// barrier before the next call.
-template <class T>
-THESEUS_DEVICE T block_max(T value, T* slots) {
-  const auto larger = [](T x, T y) { return x >= y || x != x ? x : y; };
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = larger(value, shuffle(value, mask));
-  if (thread_index() % kWarp == 0) slots[thread_index() / kWarp] = value;
-  sync_block();
-  T most = slots[0];
-  for (int warp = 1; warp < kWarps; ++warp) most = larger(most, slots[warp]);
-  return most;
-}
-
-// Makes columns p and q of A orthogonal and turns those of V, `turned` numbers, with them. Returns whether there was
-// something to do.
-template <class T>
-THESEUS_DEVICE bool rotate(T* p, T* q, int rows, int turned, T tolerance) {
-  const int lane = thread_index() % kWarp;
-  T x[kMostPerLane] = {}, y[kMostPerLane] = {};
-  T pp = 0, qq = 0, pq = 0;
-  THESEUS_UNROLL
-  for (int i = 0; i < kMostPerLane; ++i) {
-    if (lane + i * kWarp < rows) x[i] = p[lane + i * kWarp], y[i] = q[lane + i * kWarp];
-    pp = multiply_add(x[i], x[i], pp), qq = multiply_add(y[i], y[i], qq), pq = multiply_add(x[i], y[i], pq);
-  }
-  pp = warp_sum(pp), qq = warp_sum(qq), pq = warp_sum(pq);
-  if (!(pp >= Limits<T>::kNull && qq >= Limits<T>::kNull)) return false;
-  if (!(absolute(pq) > tolerance * square_root(pp) * square_root(qq))) return false;
-  // t = tan of the angle that zeroes pq: t^2 + 2 z t - 1 = 0, the smaller root.
-  const T z = (qq - pp) / (2 * pq), size = absolute(z);
-  const T steep = size > Limits<T>::kSteep ? 2 * size : size + square_root(multiply_add(size, size, T(1)));
-  const T t = (z < 0 ? T(-1) : T(1)) / steep;
-  const T cosine = 1 / square_root(multiply_add(t, t, T(1))), sine = cosine * t;
-  THESEUS_UNROLL
-  for (int i = 0; i < kMostPerLane; ++i) {
-    if (lane + i * kWarp >= rows) continue;
-    p[lane + i * kWarp] = cosine * x[i] - sine * y[i];
-    q[lane + i * kWarp] = sine * x[i] + cosine * y[i];
-  }
-  for (int i = rows + lane; i < rows + turned; i += kWarp) {
-    const T v = p[i], w = q[i];
-    p[i] = cosine * v - sine * w;
-    q[i] = sine * v + cosine * w;
-  }
-  return true;
-}
-
-// Pair `pair` of round `round` of a tournament of `players`, an even number: each meets each once in players - 1
-// rounds.
-THESEUS_DEVICE void find_pair(int round, int pair, int players, int& p, int& q) {
-  const int circle = players - 1;
-  p = pair == 0 ? circle : (round + pair) % circle;
-  q = (round - pair + circle) % circle;
-}
-
-template <class T>
-THESEUS_KERNEL(kThreads)
+THESEUS_KERNEL(kThreads, sizeof(T) == 4 ? 5 : 3)
 jacobi(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
   const Layout layout(args);
   const int rows = layout.rows, columns = layout.columns, stride = layout.stride;
@@ -137,16 +39,16 @@ jacobi(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
     const T x = finite ? scale_by(a[row * args.row_stride + col], -exponent) : static_cast<T>(not_a_number());
     column[layout.transposed ? row * stride + col : col * stride + row] = x;
   }
-  for (int i = thread_index(); i < columns * columns; i += kThreads)
+  const int turned = layout.vectors ? columns : 0;
+  for (int i = thread_index(); i < columns * turned; i += kThreads)
     column[i / columns * stride + rows + i % columns] = i / columns == i % columns;
   sync_block();
 
   const T tolerance = Limits<T>::kEpsilon * square_root(static_cast<T>(rows));
   const int players = columns + columns % 2;  // one rests if there is an odd number
-  const bool with_vectors = args.u || args.vh || args.polar;
-  const int turned = with_vectors ? columns : 0;
+  bool busy = columns > 1;
   int sweeps = 0;
-  for (bool busy = columns > 1; busy && sweeps <= kMostSweeps; ++sweeps) {
+  for (; busy && sweeps < kMostSweeps; ++sweeps) {
     bool rotated = false;
     for (int round = 0; round < players - 1; ++round) {
       for (int pair = warp; pair < players / 2; pair += kWarps) {
@@ -183,10 +85,10 @@ jacobi(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
 
   T *s = static_cast<T*>(args.s) + matrix * columns, *polar = static_cast<T*>(args.polar);
   T *u = static_cast<T*>(args.u), *vh = static_cast<T*>(args.vh);
-  const bool converged = sweeps <= kMostSweeps;
+  const bool converged = !busy;
   for (int j = thread_index(); j < columns; j += kThreads)
     s[j] = converged ? scale_by(value[order[j]], exponent) : static_cast<T>(not_a_number());
-  if (args.sweeps && thread_index() == 0) args.sweeps[matrix] = sweeps;
+  if (args.sweeps && thread_index() == 0) args.sweeps[matrix] = converged ? sweeps : kMostSweeps + 1;
 
   for (int j = warp; j < columns; j += kWarps)
     for (int i = lane; i < rows && value[j] != 0; i += kWarp) column[j * stride + i] /= value[j];
@@ -216,7 +118,7 @@ jacobi(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
 // of the unit vectors the one that the others span least, of which at least 1 / rows (squared) is left, made orthogonal
 // to them twice (Gram-Schmidt). A block owns a matrix.
 template <class T>
-THESEUS_KERNEL(kThreads)
+THESEUS_KERNEL(kThreads, 2)
 complete(const THESEUS_GRID_CONSTANT SmallSvdArgs args) {
   const Layout layout(args);
   const int rows = layout.rows, columns = layout.columns;
@@ -261,8 +163,7 @@ complete(const THESEUS_GRID_CONSTANT SmallSvdArgs args) {
     for (int i = lane; i < rows; i += kWarp) square = multiply_add(at(i, rank), at(i, rank), square);
     const T size = square_root(warp_sum(square));  // the same in every warp
     sync_block();
-    for (int i = thread_index(); i < rows; i += kThreads) at(i, rank) /= size;
-    sync_block();
+    for (int i = thread_index(); i < rows; i += kThreads) at(i, rank) /= size;  // read next by the same threads
   }
 }
 
@@ -271,28 +172,49 @@ int shared_bytes(const SmallSvdArgs& args) {
   return kFixedBytes + Layout(args).elements() * static_cast<int>(sizeof(T));
 }
 
+// Matrices [first, first + count) of args.
 template <class T>
-const char* run(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream) {
+SmallSvdArgs part_of(SmallSvdArgs args, int64_t first, int64_t count) {
+  const int k = std::min(args.rows, args.columns);
+  const auto skip = [first](void*& results, int64_t each) {
+    if (results) results = static_cast<T*>(results) + first * each;
+  };
+  args.a = static_cast<const T*>(args.a) + first * args.matrix_stride;
+  args.count = count;
+  skip(args.s, k), skip(args.u, args.rows * k), skip(args.vh, k * args.columns);
+  skip(args.polar, args.rows * args.columns);
+  if (args.sweeps) args.sweeps += first;
+  return args;
+}
+
+template <class T>
+const char* run(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream, int64_t at_once) {
   const bool fits = shared_bytes<T>(args) <= shared_limit;
-  const char* error = launch(jacobi<T>, args.count, kThreads, fits ? shared_bytes<T>(args) : kFixedBytes, stream, args,
-                             fits ? nullptr : static_cast<T*>(workspace));
-  if (error || !(Layout(args).transposed ? args.vh : args.u)) return error;
-  return launch(complete<T>, args.count, kThreads, kLargestSvd * static_cast<int>(sizeof(T)), stream, args);
+  const char* error = nullptr;
+  for (int64_t first = 0; first < args.count && !error; first += at_once) {
+    const SmallSvdArgs part = part_of<T>(args, first, std::min(at_once, args.count - first));
+    error = launch(jacobi<T>, part.count, kThreads, fits ? shared_bytes<T>(args) : kFixedBytes, stream, part,
+                   fits ? nullptr : static_cast<T*>(workspace));
+    if (error || !(Layout(args).transposed ? part.vh : part.u)) continue;
+    error = launch(complete<T>, part.count, kThreads, kLargestSvd * static_cast<int>(sizeof(T)), stream, part);
+  }
+  return error;
 }
 
 }  // namespace
 
-size_t small_svd_workspace(const SmallSvdArgs& args, int shared_limit) {
+size_t small_svd_workspace(const SmallSvdArgs& args, int shared_limit, int64_t at_once) {
   const int size = args.dtype == Dtype::float64 ? 8 : 4;
   const int bytes = args.dtype == Dtype::float64 ? shared_bytes<double>(args) : shared_bytes<float>(args);
-  return bytes <= shared_limit ? 0 : static_cast<size_t>(args.count) * Layout(args).elements() * size;
+  return bytes <= shared_limit ? 0 : static_cast<size_t>(std::min(args.count, at_once)) * Layout(args).elements() * size;
 }
 
-const char* small_svd(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream) {
+const char* small_svd(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream,
+                      int64_t at_once) {
   if (args.rows < 1 || args.columns < 1 || args.rows > kLargestSvd || args.columns > kLargestSvd)
     return "small_svd takes matrices of 1 to 128 rows and columns";
-  if (args.dtype == Dtype::float64) return run<double>(args, shared_limit, workspace, stream);
-  if (args.dtype == Dtype::float32) return run<float>(args, shared_limit, workspace, stream);
+  if (args.dtype == Dtype::float64) return run<double>(args, shared_limit, workspace, stream, at_once);
+  if (args.dtype == Dtype::float32) return run<float>(args, shared_limit, workspace, stream, at_once);
   return "small_svd works in float32 and float64";
 }
 

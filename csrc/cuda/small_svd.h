@@ -11,6 +11,7 @@ namespace theseus::cuda {
 
 constexpr int kLargestSvd = 128;  // rows and columns
 constexpr int kMostSweeps = 30;
+constexpr int64_t kMostSvdsAtOnce = 4096;  // of a launch, and so of a workspace: 1 GiB of 128 x 128 in float64
 
 struct SmallSvdArgs {
   const void* a;  // [count, rows, columns], unit column stride
@@ -28,11 +29,12 @@ struct SmallSvdArgs {
 
 // One-sided Jacobi, a block per matrix. Every result comes with small relative residuals
 // (tests/emulated/test_small_svd.cpp); NaN or Inf in a matrix makes its values and polar factor NaN. `shared_limit`:
-// bytes of shared memory a block may have on this device; what does not fit is worked on in `workspace`. Returns null
-// or what is wrong.
-const char* small_svd(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream);
+// bytes of shared memory a block may have on this device; what does not fit is worked on in `workspace`. More than
+// `at_once` matrices take several launches. Returns null or what is wrong.
+const char* small_svd(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream,
+                      int64_t at_once = kMostSvdsAtOnce);
 
 // Bytes of device memory `workspace` must have, aligned to 16.
-size_t small_svd_workspace(const SmallSvdArgs& args, int shared_limit);
+size_t small_svd_workspace(const SmallSvdArgs& args, int shared_limit, int64_t at_once = kMostSvdsAtOnce);
 
 }  // namespace theseus::cuda

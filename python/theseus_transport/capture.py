@@ -15,12 +15,13 @@ from .batches import MAIN_INPUT, Batch, Mixings, mixings
 from .errors import InputRefused
 from .family import Slot
 from .links import Blocks, Link, energy_links, moment_links
-from .moments import CrossMoment, Energy, Grams, update_together
+from .moments import CrossMoment, Energy, Grams, add_energies, update_together
 from .opened import open_attention
 from .spaces import Layout, Space
 
 SIDES = "source", "target"
 TOGETHER = 5  # spaces of a block: attention, context, MLP, middle and what follows
+ALIGNED = 64  # columns at which a tile may begin on a GPU: whole 16-byte vectors of any dtype, half of a kernel's tile
 
 
 class Capture:
@@ -55,6 +56,7 @@ class Capture:
         self._side = 0  # whose modules run; source and target may be one module
         self._pending: dict[str, Tensor] = {}
         self._waiting: dict[str, tuple[Tensor, Tensor]] = {}  # pairs of rows that are added together
+        self._outputs: dict[str, Tensor] = {}  # and those of the present side whose energies are
         self._together = TOGETHER if device.type == "cuda" else 1  # on the CPU waiting would only take memory
         self._seen: set[tuple[int, str]] = set()
         self.links = {**moments, **outputs}
@@ -73,6 +75,12 @@ class Capture:
         self.moments = {name: CrossMoment.zeros(*size, device) for name, size in spaces.items()}
         self.energies = {name: Energy.zeros(*sizes(link)) for name, link in outputs.items()}
         self.grams: dict[str, Grams] = {n: (gram(li.source), gram(li.target)) for n, li in moments.items() if grams}
+
+    def to(self, device: torch.device) -> None:
+        """Move what was added up."""
+        self.moments = {name: moment.to(device) for name, moment in self.moments.items()}
+        self.energies = {name: energy.to(device) for name, energy in self.energies.items()}
+        self.grams = {name: (own.to(device), other.to(device)) for name, (own, other) in self.grams.items()}
 
     def behind(self, other: Capture) -> Capture:
         """Itself, with what another one saw of other links in front of what this one did."""
@@ -105,11 +113,13 @@ class Capture:
         """
         self._pending.clear()
         self._waiting.clear()
+        self._outputs.clear()
         self._seen.clear()
         self._mixings = tuple(m and m.to(self._device) for m in rows)  # type: ignore[assignment]
         with torch.no_grad():
             for self._side, run in enumerate((source, target)):
                 run()
+                self._flush_outputs()
             self._flush()
         if unseen := [name for name in self.links if not {(0, name), (1, name)} <= self._seen]:
             name = min(unseen)
@@ -132,7 +142,9 @@ class Capture:
             )
         if name in self.energies:
             if self.kept is None:
-                self.energies[name].add(side, rows, mixing)
+                self._outputs[name] = rows
+                if len(self._outputs) == self._together:
+                    self._flush_outputs()
         elif side == 0:
             self._pending[name] = rows
         elif name in self._pending:
@@ -144,21 +156,30 @@ class Capture:
             own, other = (x if m is None else m(x) for x, m in zip(sides, self._mixings, strict=True))
             self.kept[name] = own, other
             return
-        self._waiting[name] = source, target[:, self._columns(target.shape[1])]
+        self._waiting[name] = sides
         if len(self._waiting) == self._together:
             self._flush()
-        for gram, x, mixing in zip(self.grams.get(name, ()), sides, self._mixings, strict=False):  # maybe none
-            gram.update(x, x, mixing, mixing)
 
     def _flush(self) -> None:
         """Add what waits to be added."""
-        names, rows = list(self._waiting), list(self._waiting.values())
-        update_together([self.moments[name] for name in names], rows, self._mixings)
+        rows = [(own, other[:, self._columns(other.shape[1])]) for own, other in self._waiting.values()]
+        update_together([self.moments[name] for name in self._waiting], rows, self._mixings)
+        for side, mixing in enumerate(self._mixings if self.grams else ()):
+            both = [(pair[side], pair[side]) for pair in self._waiting.values()]
+            update_together([self.grams[name][side] for name in self._waiting], both, (mixing, mixing))
         self._waiting.clear()
+
+    def _flush_outputs(self) -> None:
+        """The same for energies, of the present side."""
+        energies = [self.energies[name] for name in self._outputs]
+        add_energies(energies, self._side, list(self._outputs.values()), self._mixings[self._side])
+        self._outputs.clear()
 
     def _columns(self, width: int) -> slice:
         k, n = self._tile
-        return slice(k * width // n, (k + 1) * width // n)
+        unit = ALIGNED if self._device.type == "cuda" and width >= n * ALIGNED else 1
+        first, last = (unit * (i * -(-width // unit) // n) for i in (k, k + 1))
+        return slice(first, min(last, width))
 
     @contextmanager
     def opened(self) -> Iterator[Capture]:

@@ -35,21 +35,22 @@ def head_maps(p: Planner, b: int) -> None:
 
     def energies(energy: tuple[Tensor, Tensor], counts: tuple[int, int], chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Per target kv head, (source, target) energy over its heads; a source head counts once per copy."""
-        per = [v.unflatten(0, (n, -1)).sum(1).cpu() for v, n in zip(energy, counts, strict=True)]
+        place = context.cross.device  # of moments; energies may lie elsewhere
+        per = [v.unflatten(0, (n, -1)).sum(1).to(place) for v, n in zip(energy, counts, strict=True)]
         per[0] = per[0][chosen]
         return tuple(_by_group(v, target.kv_heads) for v in per)  # type: ignore[return-value]
 
     def cross_of(role: Role, counts: tuple[int, int], chosen: Tensor) -> Tensor:
         """Cross of paired heads of q or k, before rotary embedding: [kv_heads_T, head_dim_S, head_dim_T]."""
-        moment = p.moments[f"{b}.attention"].augmented.cpu()
-        w_s, w_t = (base.augmented(n).cpu() for base, n in zip((p.source, p.target), names[role], strict=True))
+        moment = p.moments[f"{b}.attention"].augmented
+        w_s, w_t = (base.augmented(n).to(moment) for base, n in zip((p.source, p.target), names[role], strict=True))
         left = (w_s @ moment).unflatten(0, (counts[0], -1))[chosen]
         return _by_group(left @ w_t.unflatten(0, (counts[1], -1)).mT, target.kv_heads)
 
     def blocks(polar: Polar, scale: Tensor, chosen: Tensor, of_group: Tensor, count: int) -> maps.Heads:
         return maps.Heads(chosen, (polar.map.cpu() * scale[:, None, None])[of_group], count)
 
-    cross = context.cross.cpu().unflatten(1, (target.heads, -1)).unflatten(0, (source.heads, -1)).transpose(1, 2)
+    cross = context.cross.unflatten(1, (target.heads, -1)).unflatten(0, (source.heads, -1)).transpose(1, 2)
     paired = _by_group(cross[pairing.query, torch.arange(target.heads)], target.kv_heads)
     t_context = procrustes(paired, null=recipe.null, floor=recipe.floor)
     e_context = energies((context.source_energy, context.target_energy), heads, pairing.query)
@@ -101,7 +102,7 @@ def scale_of(source: float, target: float, recipe: Recipe) -> float:
 
 def _ratios(energies: tuple[Tensor, Tensor], recipe: Recipe) -> Tensor:
     return torch.tensor(
-        [scale_of(float(s), float(t), recipe) for s, t in zip(*energies, strict=True)], dtype=torch.float64
+        [scale_of(s, t, recipe) for s, t in zip(*(e.tolist() for e in energies), strict=True)], dtype=torch.float64
     )
 
 

@@ -166,19 +166,26 @@ class Energy:
 
     Attributes:
         source, target: [out_S] and [out_T], sums of squares over tokens.
-        centred: (source, target) totals after removing the mean over features of every token; what a LayerNorm reads.
+        totals: [2], of source and target after removing the mean over features of every token; what a LayerNorm reads.
     """
 
     source: Tensor
     target: Tensor
-    centred: tuple[float, float] = (0.0, 0.0)
+    totals: Tensor
 
     @classmethod
     def zeros(cls, source: int, target: int, device: torch.device | str = "cpu") -> Energy:
-        return cls(
-            torch.zeros(source, dtype=torch.float64, device=device),
-            torch.zeros(target, dtype=torch.float64, device=device),
-        )
+        return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in (source, target, 2)))
+
+    def to(self, device: torch.device | str) -> Energy:
+        """The same on another device."""
+        return Energy(self.source.to(device), self.target.to(device), self.totals.to(device))
+
+    @property
+    def centred(self) -> tuple[float, float]:
+        """The totals, read: waits for the device."""
+        own, other = self.totals.tolist()
+        return own, other
 
     def update(
         self,
@@ -193,17 +200,20 @@ class Energy:
 
     def add(self, side: int, rows: Tensor, mixing: RowMixing | None = None) -> None:
         """Add the tokens of one side, 0 for the source: no energy needs both."""
-        total = rows.sum(1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32))
-        moment = CrossMoment.zeros(rows.shape[1], 1, rows.device)
-        moment.update(rows, total, mixing, mixing)
-        energy, centred = (self.source, self.target)[side], list(self.centred)
-        energy += moment.source_energy
-        centred[side] += float(moment.source_energy.sum() - moment.target_energy / rows.shape[1])
-        self.centred = (centred[0], centred[1])
+        add_energies([self], side, [rows], mixing)
 
     def __add__(self, other: Energy) -> Energy:
-        both = (self.centred[0] + other.centred[0], self.centred[1] + other.centred[1])
-        return Energy(self.source + other.source, self.target + other.target, both)
+        return Energy(self.source + other.source, self.target + other.target, self.totals + other.totals)
+
+
+def add_energies(energies: Sequence[Energy], side: int, rows: Sequence[Tensor], mixing: RowMixing | None) -> None:
+    """:meth:`Energy.add` of several outputs at once; nothing waits for the device."""
+    sums = [x.sum(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)) for x in rows]
+    moments = [CrossMoment.zeros(x.shape[1], 1, x.device) for x in rows]
+    update_together(moments, list(zip(rows, sums, strict=True)), (mixing, mixing))
+    for energy, x, moment in zip(energies, rows, moments, strict=True):
+        (energy.source, energy.target)[side].add_(moment.source_energy)
+        energy.totals[side : side + 1] += moment.source_energy.sum() - moment.target_energy / x.shape[1]
 
 
 def update_together(

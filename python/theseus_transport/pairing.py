@@ -11,8 +11,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import theseus_ext
+from theseus_ext.ops import LARGEST_ON_CUDA
 
 from .moments import CrossMoment
+from .polar import polar_factor, remote
+from .procrustes import FLOOR
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,24 @@ def pair_heads(context: CrossMoment, heads: tuple[int, int], kv_heads: tuple[int
 
 
 def similarity(context: CrossMoment, heads: tuple[int, int]) -> Tensor:
-    """nuc(C_ij) / sqrt(E_i E_j), float64 [heads_S, heads_T]; 0 for a head without energy."""
-    blocks = context.cross.unflatten(1, (heads[1], -1)).unflatten(0, (heads[0], -1)).transpose(1, 2).cpu()
+    """nuc(C_ij) / sqrt(E_i E_j), float64 [heads_S, heads_T] on the CPU; 0 for a head without energy."""
+    blocks = context.cross.unflatten(1, (heads[1], -1)).unflatten(0, (heads[0], -1)).transpose(1, 2)
     energies = [
-        e.unflatten(0, (n, -1)).sum(1).cpu()
+        e.unflatten(0, (n, -1)).sum(1)
         for e, n in zip((context.source_energy, context.target_energy), heads, strict=True)
     ]
     norm = (energies[0][:, None] * energies[1]).sqrt()
-    nuclear = theseus_ext.svdvals(blocks).sum(-1)
-    return torch.where(norm > 0, nuclear / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
+    return torch.where(norm > 0, nuclear(blocks) / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0).cpu()
+
+
+def nuclear(c: Tensor) -> Tensor:
+    """Nuclear norms [...] of C [..., dS, dT], taken where C lies.
+
+    On a device those that its svdvals would take one by one are tr(T^T C) of the iterated T, to the floor.
+    """
+    if not remote(c) or max(c.shape[-2:]) <= LARGEST_ON_CUDA:
+        return theseus_ext.svdvals(c).sum(-1)
+    return (polar_factor(c, floor=FLOOR, eigh=False)[0] * c).sum((-2, -1))
 
 
 def _assign(score: Tensor) -> tuple[Tensor, float]:

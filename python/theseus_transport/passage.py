@@ -174,9 +174,7 @@ class Passage:
             seen = loop.visit(visit, first=k == 0, done=done)
         with self._timed("maps"):
             if self.decompose is not None:
-                place = self.decompose
-                seen.moments = {name: moment.to(place) for name, moment in seen.moments.items()}
-                seen.grams = {name: (own.to(place), other.to(place)) for name, (own, other) in seen.grams.items()}
+                seen.to(self.decompose)
             planner.add(seen.moments, seen.energies, seen.grams)
             seen.moments, seen.energies, seen.grams = {}, {}, {}  # the planner alone holds them, and frees them
             if None not in visit.blocks:

@@ -15,6 +15,7 @@ from .sizes import Sizes
 from .upload import BUFFER, RING
 from .whitening import whiten_bytes
 
+ROWS_AHEAD = 4096  # of every space, mixed by a kernel of their own before moments are taken
 RUNTIME = 560 << 20  # bytes: the interpreter with torch, transformers and this package once everything is in use
 Bytes = dict[str, int]  # by stage
 Limits = tuple[int | None, int | None]  # bytes of host and device
@@ -108,6 +109,10 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
         polar = max(polar + max(crosses), whiten_bytes(*widest, center=sizes.recipe.center))
     elif sizes.recipe.center:
         polar += max(crosses)
+    if gpu:  # outputs that wait for a launch, and rows that are mixed ahead of it
+        inside, product = 2 * inside, product + ROWS_AHEAD * 4 * sum(features)
+    if on_device:  # C twice more where it lacks directions
+        polar += 2 * max(crosses)
     made = sum(crosses) + sum(grams) + polar + kept + z
     move, maps = max(move_bytes(*pair) for pair in sizes.matrices), sizes.maps + z
     largest = 8 * max(prod(own) for own, _ in sizes.matrices)

@@ -142,7 +142,7 @@ class Planner(ABC):
                 tensors |= {f"moments/{name}/{i}/{part}": getattr(m, part) for part in PARTS}
         for name, e in self.energies.items():
             tensors |= {f"energies/{name}/source": e.source, f"energies/{name}/target": e.target}
-            tensors[f"energies/{name}/centred"] = torch.tensor(e.centred, dtype=torch.float64)
+            tensors[f"energies/{name}/centred"] = e.totals
         tensors |= {n: t for n, t in (("together", self.together), ("toward", self.toward)) if t is not None}
         return {
             "plan": plan,
@@ -174,8 +174,7 @@ class Planner(ABC):
             if both:
                 self.grams[name] = both[0], both[1]
         for name in state["energies"]:
-            own, other, centred = (held(f"energies/{name}/{part}") for part in ("source", "target", "centred"))
-            self.energies[name] = Energy(own, other, (float(centred[0]), float(centred[1])))
+            self.energies[name] = Energy(*(held(f"energies/{name}/{part}") for part in ("source", "target", "centred")))
         self.together, self.toward = (held(n) if n in tensors else None for n in ("together", "toward"))
         self.seen, self.ahead, self.finished = set(state["seen"]), state["ahead"], state["finished"]
 

@@ -13,6 +13,7 @@ Newton-Schulz for improving the sign function computation" (2014). None of this 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ GENTLE = 1e-2  # weights are those of no smaller value: a step's rounding grows 
 POLYNOMIAL_UP_TO = 1024  # smaller sides up to this take polynomials alone: a batch of products beats one of Cholesky
 TAME = 1e-100  # C whose largest entry lies between this and its inverse needs no scaling: squares are representable
 BUFFERS = 8 << 20  # bytes the BLAS keeps for itself, once
+STRIP = 2048  # rows or columns multiplied at a time on a device: strips of fewer leave it waiting
 FULL_RATE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # compute capabilities with float64 at half of float32 or more
 
 # f(s) = a s + b s^3 + c s^5, minimax to 1 where its singular values lie.
@@ -66,7 +68,7 @@ def polar_factor(
     polynomial = k <= POLYNOMIAL_UP_TO if polynomial is None else polynomial
     x = orthogonalise(wide / unit, start, mixed=mixed, polynomial=polynomial)
     h = torch.empty_like(wide[:, :, :k])
-    for rows in blocks(k):
+    for rows in blocks(k, x):
         h[:, rows] = (wide[:, rows] / unit) @ x.mT
     h = (h + h.mT).div_(2)
     projector, rank, gap = _by_eigenvalues(h, floor, least) if eigh else _by_sign(h, floor, start)
@@ -112,9 +114,20 @@ def _rational(x: Tensor, a: float, b: float, c: float) -> None:
     """X <- (b/c) X + (a - b/c) (1 + c X X^T)^-1 X."""
     z = (x @ x.mT).mul_(c)
     z.diagonal(dim1=-2, dim2=-1).add_(1)
-    z = torch.cholesky_inverse(torch.linalg.cholesky_ex(z)[0]).mul_(a - b / c)
+    z = _inverse(z).mul_(a - b / c)
     z.diagonal(dim1=-2, dim2=-1).add_(b / c)
     _apply(z, x)
+
+
+def _inverse(z: Tensor) -> Tensor:
+    """Z^-1 of positive definite matrices."""
+    factor = torch.linalg.cholesky_ex(z)[0]
+    if not remote(z):
+        return torch.cholesky_inverse(factor)
+    eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device).expand_as(z)
+    half = torch.linalg.solve_triangular(factor, eye, upper=False)  # cholesky_inverse waits for its error code
+    inverse: Tensor = half.mT @ half
+    return inverse
 
 
 def _quintic(x: Tensor, weights: tuple[float, float, float]) -> None:
@@ -133,7 +146,7 @@ def _value(weights: tuple[float, float, float], s: float) -> float:
 
 def _apply(w: Tensor, x: Tensor) -> None:
     """X <- W X in place, by columns."""
-    for columns in blocks(x.shape[-1], 2048 if x.is_cuda else 64):
+    for columns in blocks(x.shape[-1], x):
         x[..., columns] = w @ x[..., columns]
 
 
@@ -151,7 +164,7 @@ def _by_eigenvalues(h: Tensor, floor: float, least: int) -> tuple[Tensor, Tensor
 def _by_sign(h: Tensor, floor: float, start: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same by products: (1 + sign(H - floor |H|)) / 2, where the sign is the polar factor of a symmetric matrix."""
     k, tiny = h.shape[-1], torch.finfo(h.dtype).tiny
-    h = h / _largest(lambda v: h @ v, h).clamp(min=tiny)[:, None, None]
+    h = h / largest_eigenvalue(lambda v: h @ v, h).clamp(min=tiny)[:, None, None]
     shifted = h.clone()
     shifted.diagonal(dim1=-2, dim2=-1).sub_(floor)
     p = orthogonalise(shifted, start, mixed=False, polynomial=k <= POLYNOMIAL_UP_TO)
@@ -161,18 +174,51 @@ def _by_sign(h: Tensor, floor: float, start: float) -> tuple[Tensor, Tensor, Ten
     rest = p @ h @ p - p  # 1 where nothing is kept: H there, which is positive definite
     rest.diagonal(dim1=-2, dim2=-1).add_(1)
     factor = torch.linalg.cholesky_ex(rest)[0]
-    gap = 1 / _largest(lambda v: torch.cholesky_solve(v, factor), h).clamp(min=1)
-    return p, rank, torch.where(rank > 0, gap, 0.0)
+    solve = torch.linalg.solve_triangular
+    inverse = largest_eigenvalue(lambda v: solve(factor.mT, solve(factor, v, upper=False), upper=True), h)
+    return p, rank, torch.where(rank > 0, 1 / inverse.clamp(min=1), 0.0)
 
 
-def _largest(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """Largest eigenvalue of positive semidefinite matrices by block power iteration: from below, to a percent."""
+def largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, *, waits: bool = False) -> Tensor:
+    """Largest eigenvalue of positive semidefinite matrices by block power iteration: from below, to a percent.
+
+    ``waits``: half the steps, to two percent, with QR and SVD, which on a device wait or take matrix by matrix.
+    """
     start = torch.Generator(like.device).manual_seed(0)
     q = torch.randn(like.shape[-1], 8, dtype=like.dtype, device=like.device, generator=start).expand(len(like), -1, -1)
-    for _ in range(24):
-        q = torch.linalg.qr(product(q))[0]
-    largest: Tensor = torch.linalg.matrix_norm(q.mT @ product(q), ord=2)
+    for _ in range(24 if waits else 48):
+        q = torch.linalg.qr(product(q))[0] if waits else _orthonormal(product(q))
+    small = q.mT @ product(q)
+    largest: Tensor = torch.linalg.matrix_norm(small, ord=2) if waits else _norm(small)
     return largest
+
+
+def _orthonormal(y: Tensor) -> Tensor:
+    """Orthonormal columns of the span of Y, those below rounding shortened: by the Cholesky factor of Y^T Y + shift.
+
+    Reference: Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa, "Shifted Cholesky QR for computing the QR
+    factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42 (2020).
+    """
+    gram, info = y.mT @ y, torch.finfo(y.dtype)
+    shift = 11 * y.shape[-2] * info.eps * _trace(gram) + info.tiny  # more than Y^T Y is rounded by; 0 stays 0
+    gram.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    q: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram)[0].mT, y, upper=True, left=False)
+    return q
+
+
+def _norm(s: Tensor) -> Tensor:
+    """Largest eigenvalue of small positive semidefinite matrices: their mean weighted by its 4096th powers."""
+    tiny, power = torch.finfo(s.dtype).tiny, s
+    for _ in range(12):
+        power = power / _trace(power).clamp(min=tiny)[:, None, None]
+        power = power @ power
+    largest: Tensor = _trace(power @ s) / _trace(power).clamp(min=tiny)
+    return largest
+
+
+def _trace(s: Tensor) -> Tensor:
+    trace: Tensor = s.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return trace
 
 
 def polar_bytes(rows: int, columns: int, *, method: str) -> int:
@@ -180,7 +226,8 @@ def polar_bytes(rows: int, columns: int, *, method: str) -> int:
 
     ``newton`` is ``auto`` (of a smaller side from 1024) or ``iterate`` on the CPU where C has full rank; ``iterate``,
     ``lapack`` and ``auto``, which leaves the rest to LAPACK, hold for any rank. With ``energies``, ``iterate`` takes a
-    copy of C more below full rank. For ``lapack`` a bound: what gesdd asks for differs between wide and tall.
+    copy of C more below full rank, on a device two. For ``lapack`` a bound: what gesdd asks for differs between wide
+    and tall.
     """
     k, m = sorted((rows, columns))
     lapack = 2, 4 if m < 11 * k / 6 else 6  # gesdd's divide and conquer; from there on it begins with QR
@@ -205,9 +252,10 @@ def newton(c: Tensor, floor: float) -> tuple[Tensor, float] | None:
     if not bool(x.diagonal().abs().min() > torch.finfo(x.dtype).eps * torch.linalg.matrix_norm(x)):  # NaN where C = 0
         return None
     solve = torch.linalg.solve_triangular
-    high = float(_largest(lambda v: x.mT @ (x @ v), x[None])) ** 0.5
-    low = float(_largest(lambda v: solve(x.mT, solve(x, v, upper=False), upper=True), x[None])) ** -0.5
-    if not low > 1.1 * floor * high:  # `_largest` errs by less than that factor
+    estimate = partial(largest_eigenvalue, like=x[None], waits=True)
+    high = float(estimate(lambda v: x.mT @ (x @ v))) ** 0.5
+    low = float(estimate(lambda v: solve(x.mT, solve(x, v, upper=False), upper=True))) ** -0.5
+    if not low > 1.1 * floor * high:  # the estimates err by less than that factor
         return None
     scale, following = (low * high) ** -0.5, (2 * (low * high) ** 0.5 / (low + high)) ** 0.5
     for _ in range(30):  # 9 steps at most from any condition float64 can hold
@@ -239,7 +287,12 @@ def magnitude(c: Tensor) -> Tensor:
     return torch.maximum(c.amax((-2, -1), keepdim=True), -c.amin((-2, -1), keepdim=True))
 
 
-def blocks(length: int, least: int = 64) -> Iterator[slice]:
-    """Slices of rows, so that a temporary of one is small beside the matrix."""
-    size = max(least, -(-length // 32))
+def remote(x: Tensor) -> bool:
+    """Whether ``x`` lies on a device that works while the host goes on: nothing is read before the certificate."""
+    return bool(x.is_cuda)
+
+
+def blocks(length: int, like: Tensor | None = None) -> Iterator[slice]:
+    """Slices of rows, so that a temporary of one is small beside the matrix; STRIP of them where ``like`` is remote."""
+    size = max(STRIP if like is not None and remote(like) else 64, -(-length // 32))
     return (slice(start, min(start + size, length)) for start in range(0, length, size))

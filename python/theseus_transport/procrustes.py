@@ -7,6 +7,8 @@ Reference: Schönemann, "A generalized solution of the orthogonal Procrustes pro
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -16,15 +18,18 @@ from torch import Tensor
 
 import theseus_ext
 
+from .certificate import EPS, certify, check_isometry
 from .errors import InputRefused, NumericalError
-from .polar import FULL_RATE, START, blocks, magnitude, newton, polar_factor
+from .polar import FULL_RATE, START, largest_eigenvalue, magnitude, newton, polar_factor, remote
 
 Null = Literal["partial", "completed", "svd"]
 Method = Literal["auto", "iterate", "lapack"]
 FLOOR = 1e-6  # singular values below this share of the largest do not determine a direction
 FLOOR_DOUBLE = 1e-12  # where both models compute in float64, rounding lies at 1e-16
-EPS = torch.finfo(torch.float64).eps
 ITERATE_FROM = 1024  # smaller sides at least this long are iterated where they have full rank: LAPACK is slower there
+# Rows and columns up to which a GPU's rotations (theseus_ext.polar) make maps, and not batched products: in float64,
+# with vectors, they fit the shared memory of any GPU. Not yet measured on a GPU.
+JACOBI_UP_TO = 64
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ def procrustes(
             correlations, so one massive neuron does not make all others look undetermined. One map, no batch.
         method: ``iterate`` needs less memory (:func:`~theseus_transport.polar.polar_bytes`); ``lapack`` is torch's svd;
             ``auto`` iterates on CUDA, which has not run yet, and on the CPU large matrices of full rank. What
-            iterations do not give (``svd``, ``completed`` with ``toward`` below full rank) and what fails its
-            certificate is left to ``lapack``.
+            iterations do not give (``svd``; on the CPU ``completed`` with ``toward`` below full rank) and what fails
+            its certificate is left to ``lapack``.
 
     Raises:
         InputRefused: ``null`` or ``method`` is unknown, or ``floor`` is not in [0, 1).
@@ -82,28 +87,40 @@ def procrustes(
         options = {"null": null, "floor": floor, "method": method}
         each = [procrustes(one, toward=other, **options) for one, other in zip(c, toward, strict=True)]  # type: ignore[arg-type]
         return Polar(*(torch.stack([getattr(p, f.name) for p in each]) for f in fields(Polar)))
-    if c.numel() and not bool(torch.isfinite(magnitude(c)).all()):
-        raise NumericalError(f"the cross-moment {list(c.shape)} holds NaN or Inf")
-    iterate = method == "iterate" or (method == "auto" and c.is_cuda)
+    device, completes = remote(c), null == "completed" and toward is not None
+    iterate = method == "iterate" or (method == "auto" and device)
+    iterate &= null != "svd" and c.numel() > 0 and (device or not completes)
+    if not (iterate and device):
+        _check_finite(c)  # else the certificate tells
     newtons = method == "iterate" or (method == "auto" and min(c.shape[-2:]) >= ITERATE_FROM)
-    if c.ndim == 2 and c.numel() and newtons and not c.is_cuda and (found := _newton(c, floor)):
+    if c.ndim == 2 and c.numel() and newtons and not device and (found := _newton(c, floor)):
         return found
-    partial = null == "partial" or (null == "completed" and toward is None)
-    if iterate and c.numel() and partial and (found := _iterate(c, floor, energies)):
-        return found
+    if iterate and (found := _iterate(c, floor, energies)):
+        whole = _complete_afar(found, toward.double(), floor) if completes and toward is not None else found
+        if whole is not None:
+            return whole
     u, s, vh = _svd(c)
-    largest = s[..., :1] if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
-    kept = torch.ones_like(s, dtype=torch.bool) if null == "svd" else (s > floor * largest)
+    kept = torch.ones_like(s, dtype=torch.bool) if null == "svd" else s > floor * _first(s)
     if energies is not None and not bool(kept.all()):
         kept = torch.arange(len(s), device=s.device) < max(int(kept.sum()), _rank_of_correlations(c, energies, floor))
-    rank = kept.sum(-1)
-    smallest = torch.where(kept, s, torch.inf).amin(-1) if s.shape[-1] else torch.full_like(largest[..., 0], torch.inf)
-    gap = torch.where((rank > 0) & (largest[..., 0] > 0), smallest / largest[..., 0], 0.0)
+    rank, gap = kept.sum(-1), _gap(s, kept)
     result = Polar(u.mul_(kept[..., None, :]) @ vh, rank, gap)
     if null != "completed" or toward is None:
         del u, vh  # as large as C and more
     certify(result.map, c, rank, floor=floor)
     return result if null != "completed" or toward is None else _complete(result, u, vh, toward.double(), floor)
+
+
+def _first(s: Tensor) -> Tensor:
+    """The largest of singular values [..., k], as [..., 1]."""
+    return s[..., :1] if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
+
+
+def _gap(s: Tensor, kept: Tensor) -> Tensor:
+    """The smallest singular value kept over the largest, 0 where there is none."""
+    largest = _first(s)[..., 0]
+    smallest = torch.where(kept, s, torch.inf).amin(-1) if s.shape[-1] else torch.full_like(largest, torch.inf)
+    return torch.where(kept.any(-1) & (largest > 0), smallest / largest, 0.0)
 
 
 def _rank_of_correlations(c: Tensor, energies: tuple[Tensor, Tensor], floor: float, *, iterate: bool = False) -> int:
@@ -113,7 +130,7 @@ def _rank_of_correlations(c: Tensor, energies: tuple[Tensor, Tensor], floor: flo
         return 0
     c = (c / loud[0][:, None]).div_(loud[1])
     if iterate:
-        return int(polar_factor(c, floor=floor, eigh=not c.is_cuda)[1])
+        return int(polar_factor(c, floor=floor, eigh=not remote(c))[1])
     s = torch.linalg.svdvals(c)
     return int((s > floor * s[0]).sum())
 
@@ -132,20 +149,45 @@ def _newton(c: Tensor, floor: float) -> Polar | None:
 
 
 def _iterate(c: Tensor, floor: float, energies: tuple[Tensor, Tensor] | None) -> Polar | None:
-    """The same of any rank and in batches, on any device, or None: LAPACK decides."""
-    mixed = c.is_cuda and torch.cuda.get_device_capability(c.device) not in FULL_RATE
-    least, eigh = 0, not c.is_cuda  # eigenvectors wait for the host
-    if energies is not None:
-        least, eigh = _rank_of_correlations(c, energies, floor, iterate=True), True
-    for start, rough in ((START, mixed), (START * 1e-3, False)):
-        start, eps = max(min(start, floor / 100), EPS), torch.finfo(torch.float32 if rough else torch.float64).eps
-        result = Polar(*polar_factor(c, floor=floor, start=start, mixed=rough, eigh=eigh, least=least))
+    """The same of any rank and in batches, on any device, or None: LAPACK decides.
+
+    A device is asked for its rank when the map is certified; only then does it matter what energies say.
+    """
+    device = remote(c)
+    least = 0 if energies is None or device else _rank_of_correlations(c, energies, floor, iterate=True)
+    found = _certified(c, floor, eigh=not device, least=least)
+    if found is None or energies is None or not device or int(found.rank) == min(c.shape):
+        return found
+    least = _rank_of_correlations(c, energies, floor, iterate=True)
+    return found if least <= int(found.rank) else _certified(c, floor, eigh=True, least=least)
+
+
+def _certified(c: Tensor, floor: float, *, eigh: bool, least: int) -> Polar | None:
+    """The first that passes its certificate of the ways there are, or None."""
+    for result, eps in _attempts(c, floor, eigh=eigh, least=least):
         try:
             certify(result.map, c, result.rank, floor=floor, eps=eps)
             return result
         except NumericalError:
-            continue
+            _check_finite(c)
     return None
+
+
+def _attempts(c: Tensor, floor: float, *, eigh: bool, least: int) -> Iterator[tuple[Polar, float]]:
+    """Maps with the unit roundoff of what made them, in the order in which they are tried."""
+    if not least and takes_jacobi(c):
+        t, s = theseus_ext.polar(c, floor)
+        kept = s > floor * _first(s)
+        yield Polar(t, kept.sum(-1), _gap(s, kept)), EPS
+    mixed = c.is_cuda and torch.cuda.get_device_capability(c.device) not in FULL_RATE
+    for start, rough in ((START, mixed), (START * 1e-3, False)):
+        start, eps = max(min(start, floor / 100), EPS), torch.finfo(torch.float32 if rough else torch.float64).eps
+        yield Polar(*polar_factor(c, floor=floor, start=start, mixed=rough, eigh=eigh, least=least)), eps
+
+
+def takes_jacobi(c: Tensor) -> bool:
+    """Whether C goes to the kernel of one-sided Jacobi rotations."""
+    return remote(c) and max(c.shape[-2:]) <= JACOBI_UP_TO and theseus_ext.cuda_problem(c.device) is None
 
 
 def _complete(partial: Polar, u: Tensor, vh: Tensor, toward: Tensor, floor: float) -> Polar:
@@ -157,8 +199,35 @@ def _complete(partial: Polar, u: Tensor, vh: Tensor, toward: Tensor, floor: floa
     inner_u, s, inner_vh = _svd(left.mT @ toward @ right)
     kept = s > floor * torch.linalg.matrix_norm(toward, ord=2)
     t = partial.map + left @ (inner_u[:, kept] @ inner_vh[kept]) @ right.mT
-    _check_isometry(t if t.shape[0] <= t.shape[1] else t.mT, t.shape)
+    check_isometry(t if t.shape[0] <= t.shape[1] else t.mT, t.shape)
     return Polar(t, partial.rank + kept.sum(), partial.gap)
+
+
+def _complete_afar(partial: Polar, toward: Tensor, floor: float) -> Polar | None:
+    """The same by products: the polar factor of (1 - T T^T) W (1 - T^T T), W = ``toward``. None: LAPACK decides."""
+    t = partial.map
+    if int(partial.rank) == min(t.shape):
+        return partial
+    w = toward / magnitude(toward).clamp(min=torch.finfo(t.dtype).tiny)
+    rest = w - t @ (t.mT @ w)
+    rest -= (rest @ t.mT) @ t
+    size, left = (_spectral_norm(x) for x in (w, rest))
+    if not left > floor * size:
+        return partial
+    found = _certified(rest, floor * size / left, eigh=False, least=0)
+    if found is None:
+        return None
+    t = t + found.map
+    try:
+        check_isometry(t if t.shape[0] <= t.shape[1] else t.mT, t.shape)
+    except NumericalError:
+        return None
+    return Polar(t, partial.rank + found.rank, partial.gap)
+
+
+def _spectral_norm(x: Tensor) -> float:
+    """To a percent."""
+    return math.sqrt(float(largest_eigenvalue(lambda v: x @ (x.mT @ v), x.mT[None])))
 
 
 def _complement(q: Tensor) -> Tensor:
@@ -167,76 +236,9 @@ def _complement(q: Tensor) -> Tensor:
     return basis[:, q.shape[1] :]
 
 
-def certify(t: Tensor, cross: Tensor, rank: Tensor, *, floor: float, eps: float = EPS) -> None:
-    """Check that ``t`` is the partial polar factor of ``cross`` on ``rank`` directions, however it was made.
-
-    ``eps`` is the unit roundoff of the steps that made it. Temporaries: two of the smaller side squared, no copy of C.
-
-    T is a partial isometry, H = T^T C is symmetric positive semidefinite, and what T leaves out of C is small:
-    |C - T T^T C| and |C - C T^T T| at most 2 floor s_1 sqrt(k - rank). Without the last, T = 0 would pass.
-
-    Raises:
-        NumericalError: one of these fails; the message says which, and by how much.
-    """
-    k = min(t.shape[-2:])
-    if t.numel() == 0:
-        return
-    shape, tiny, norm = t.shape, torch.finfo(torch.float64).tiny, torch.linalg.matrix_norm
-    unit = magnitude(cross).clamp(min=tiny)  # norms square: 1e300 would overflow
-    if shape[-2] > k:  # the shorter side first: every product is then as small as it can be
-        t, cross = t.mT, cross.mT
-    full = bool((rank == k).all())
-    gram = _check_isometry(t, shape, full=full, eps=eps)
-    eps, h = _rounding(t, eps), t.new_empty(*shape[:-2], k, k)
-    scale, right, left = t.new_zeros(3, *shape[:-2])
-    for rows in blocks(k):
-        own = cross[..., rows, :] / unit
-        h[..., rows, :] = part = own @ t.mT
-        scale = torch.hypot(scale, norm(own))
-        if gram is not None:
-            left = torch.hypot(left, norm(own - (gram[..., rows, :] / unit) @ cross))
-        right = torch.hypot(right, norm(own.sub_(part @ t)))
-    del gram
-    scale = scale.clamp(min=tiny)
-    left_out = 2 * floor * scale * (k - rank).double().sqrt() + eps * scale
-    skew = norm(h - h.mT)
-    shifted = (h + h.mT).div_(2 * scale[..., None, None])
-    shifted.diagonal(dim1=-2, dim2=-1).add_(eps)
-    del h
-    checks = {
-        "|H - H^T|": (skew, eps * scale),
-        "|C - C T^T T|": (right, left_out),
-        "the number of H that are not positive semidefinite": (torch.linalg.cholesky_ex(shifted)[1] != 0, 0.5),
-        "|C - T T^T C|": (left, left_out),  # 0 where T T^T = 1, which leaves nothing out
-    }
-    for name, (value, bound) in checks.items():
-        _require(shape, name, value, bound)
-
-
-def _check_isometry(t: Tensor, shape: torch.Size, *, full: bool = False, eps: float = EPS) -> Tensor | None:
-    """The projector T T^T of the wide ``t`` [k, m]; None where T has its ``full`` rank k, and it is the identity."""
-    gram, excess = t @ t.mT, t.new_zeros(shape[:-2])
-    if full:
-        name = "|T T^T - 1|"
-        gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-        excess = torch.linalg.matrix_norm(gram)
-    else:
-        name = "|T T^T T - T|"
-        for rows in blocks(t.shape[-2]):
-            excess = torch.hypot(excess, torch.linalg.matrix_norm(gram[..., rows, :] @ t - t[..., rows, :]))
-    _require(shape, name, excess, _rounding(t, eps) * t.shape[-2] ** 0.5)
-    return None if full else gram
-
-
-def _rounding(t: Tensor, eps: float) -> float:
-    """Relative rounding of a product of these sizes, with room for the decomposition's own."""
-    return 64 * eps * max(t.shape[-2:])
-
-
-def _require(shape: torch.Size, name: str, value: Tensor, bound: Tensor | float) -> None:
-    if not bool((value <= bound).all()):
-        worst, limit = float(value.double().max()), float(torch.as_tensor(bound).max())
-        raise NumericalError(f"a map {list(shape)} failed its certificate: {name} is {worst:.3g}, above {limit:.3g}")
+def _check_finite(c: Tensor) -> None:
+    if c.numel() and not bool(torch.isfinite(magnitude(c)).all()):
+        raise NumericalError(f"the cross-moment {list(c.shape)} holds NaN or Inf")
 
 
 def _svd(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:

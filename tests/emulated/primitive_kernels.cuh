@@ -71,6 +71,18 @@ mma_kernel(const T* a, const T* b, float* c) {
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + t + i % 2] = sum[i];
 }
 
+// out = in, pairs swapped, by 16-byte accesses; both of vectors and of two numbers. 32 vectors, 32 pairs.
+THESEUS_KERNEL(32)
+wide_access_kernel(const uint32_t* words, uint32_t* words_out, const double* pairs, double* pairs_out) {
+  const int lane = thread_index();
+  const Vector vector = load_vector(words + 4 * lane);
+  store_vector(words_out + 4 * lane, {{vector.word[1], vector.word[0], vector.word[3], vector.word[2]}});
+  double pair[2];
+  load_pair(pairs + 2 * lane, pair);
+  const double swapped[2] = {pair[1], pair[0]};
+  store_pair(pairs_out + 2 * lane, swapped);
+}
+
 // Thread i moves vectors i, i + 32, ... of in through three places in shared memory, two copies ahead; the last vector
 // has `last` bytes.
 inline constexpr int kCopyStages = 3;
@@ -101,6 +113,13 @@ THESEUS_KERNEL(256)
 widen_kernel(float* out) {
   for (int i = block_index() * thread_count() + thread_index(); i < 65536; i += 4 * thread_count())
     out[i] = to_float(T{static_cast<uint16_t>(i)});
+}
+
+// values = in as float32; out = values as bits.
+THESEUS_KERNEL(32) bits_kernel(const uint32_t* in, float* values, uint32_t* out) {
+  const int i = thread_index();
+  values[i] = float_of(in[i]);
+  out[i] = bits_of(float_of(in[i]));
 }
 
 // out[0..3] = sqrt(x), x y + z with one rounding, the exponent of x, x 2^3.

@@ -87,6 +87,19 @@ TEST(every_output_is_where_it_belongs) {
   problem.check("single entries");
 }
 
+// Whole tiles are added by 16 bytes where the master allows it, else number by number.
+TEST(masters_of_any_alignment) {
+  for (const int64_t width : {64, 63}) {
+    Problem<bfloat16> problem(20, {128}, {width});
+    Buffer<double> master(128 * width, 8);
+    for (int64_t i = 0; i < master.size(); ++i) master[i] = problem.cross[i];
+    MomentGroup group = problem.group();
+    group.args.cross = master.data();
+    CHECK(!run({problem.group()}, kOne) && !run({group}, kOne), "launch");
+    CHECK(!std::memcmp(master.data(), problem.cross.data(), master.size() * sizeof(double)), "width %d", int(width));
+  }
+}
+
 TEST(float32_is_as_accurate_as_float32) {
   Problem<float> problem(64, {16, Mixing::none, 0, 0, 0, 0}, {16, Mixing::none, 0, 0, 0, 0});
   for (int64_t i = 0; i < problem.source.tokens.size(); ++i)
@@ -126,15 +139,42 @@ TEST(accumulators_are_flushed) {
   check_flush<float>("float32");
 }
 
+// Long sums: tensor cores cut every addition, and what is cut adds up.
+TEST(many_rows_are_as_accurate_as_plain) {
+  check<bfloat16>("bfloat16", 4096, {8}, {8});
+  check<float16>("float16", 2048, {8}, {8});
+  check<float>("float32", 2048, {8}, {8});
+}
+
+// More rows than a launch takes, of every kind of mixing, and beside a group that has fewer.
+TEST(more_rows_than_a_launch_takes) {
+  Problem<float> tokens(110, {8}, {8, Mixing::none, 0, 4}), mixed(110, {3, Mixing::csr, 30}, {5, Mixing::weights, 40});
+  Problem<bfloat16> gathered(110, {4}, {4, Mixing::selection, 30}, 2), shorter(20, {4, Mixing::csr, 30}, {8});
+  const std::vector<MomentGroup> groups = {tokens.group(), mixed.group(), gathered.group(), shorter.group()};
+  for (const int processors : {kOne, kMany}) {
+    Buffer<char> workspace(static_cast<int64_t>(grouped_moment_workspace(groups.data(), 4, processors, 48)));
+    CHECK(!finish(grouped_moment(groups.data(), 4, processors, workspace.data(), nullptr, 48)), "launch");
+    tokens.check("tokens"), mixed.check("mixed"), gathered.check("gathered"), shorter.check("shorter");
+    tokens.remember(), mixed.remember(), gathered.remember(), shorter.remember();
+  }
+}
+
 TEST(split_over_rows) {
   check<bfloat16>("bfloat16", 300, {24}, {40}, 1, kMany);
   check<float>("float32", 170, {24}, {136, Mixing::selection, 200}, 1, kMany);
+  check<bfloat16>("outputs that are no multiple of four", 300, {7}, {129}, 1, kMany);
 }
 
 TEST(heads) {
   check<bfloat16>("heads", 50, {16}, {24}, 3);
   check<bfloat16>("heads whose columns are not aligned", 50, {12}, {7}, 3);
   check<float>("heads, split", 100, {16}, {24, Mixing::csr, 30}, 2, 8);
+}
+
+TEST(heads_that_share_a_tile) {
+  check<bfloat16>("three of 64", 40, {64}, {64}, 3);
+  check<float>("four of 64, split", 100, {64}, {64, Mixing::selection, 120}, 4, 8);
+  check<float16>("one of 64", 20, {64}, {64});
 }
 
 TEST(groups_share_a_launch) {

@@ -74,8 +74,33 @@ void check_mma() {
   const double error = relative_error(c.data(), exact.data(), c.size());
   CHECK(error <= 0x1p-22, "off by %.2e: 17 terms added in float32", error);
 }
+// What primitives.cuh says of rounding: (1 + 2^-23) + 1.5 2^-24 is nearer to 1 + 2^-22, and comes as 1 + 2^-23; so does
+// what is negative.
+template <class T>
+void check_truncation() {
+  Buffer<T> a(16 * 16), b(16 * 8);
+  Buffer<float> c(16 * 8);
+  for (int row = 0; row < 16; ++row) store(row % 2 ? -1.5 : 1.5, a[row * 16 + row]);
+  for (int i = 0; i < b.size(); ++i) store(0x1p-24, b[i]);
+  const auto before = [](int i) { return i / 8 % 2 ? -1 - 0x1p-23f : 1 + 0x1p-23f; };
+  for (int i = 0; i < c.size(); ++i) c[i] = before(i);
+  run_kernel(mma_kernel<T>, 1, 32, 0, a.data(), b.data(), c.data());
+  for (int i = 0; i < c.size(); ++i) CHECK(c[i] == before(i), "c[%d] grew by %.2e", i, double(c[i]) - before(i));
+}
+TEST(mma_cuts_toward_zero) { check_truncation<bfloat16>(), check_truncation<float16>(); }
+
 TEST(mma_bfloat16) { check_mma<bfloat16>(); }
 TEST(mma_float16) { check_mma<float16>(); }
+
+TEST(wide_accesses) {
+  Buffer<uint32_t> words(128, 16), words_out(128);
+  Buffer<double> pairs(64, 16), pairs_out(64);
+  for (int i = 0; i < 128; ++i) words[i] = 3000 + i;
+  for (int i = 0; i < 64; ++i) pairs[i] = i + 0.25;
+  run_kernel(wide_access_kernel, 1, 32, 0, words.data(), words_out.data(), pairs.data(), pairs_out.data());
+  for (int i = 0; i < 128; ++i) CHECK(words_out[i] == words[i ^ 1], "word %d is %u", i, words_out[i]);
+  for (int i = 0; i < 64; ++i) CHECK(pairs_out[i] == pairs[i ^ 1], "number %d is %f", i, pairs_out[i]);
+}
 
 TEST(copies) {
   for (const int last : {0, 1, 8, 15, 16})
@@ -112,6 +137,17 @@ TEST(conversions) {
       CHECK(found == expected, "pattern %x is %g, not %g", unsigned(i), found, expected);
   };
   for (int i = 0; i < 65536; ++i) check(i, brain[i], 8, 7), check(i, half[i], 5, 10);
+}
+
+TEST(bit_patterns) {
+  constexpr uint32_t patterns[8] = {0, 0x80000000, 0x3f800000, 0xc0400000, 1, 0x807fffff, 0x7f7fffff, 0xff800000};
+  const float expected[8] = {0, -0.f, 1, -3, 0x1p-149f, -0x1.fffffcp-127f, 0x1.fffffep127f, -INFINITY};
+  Buffer<uint32_t> in(32), out(32);
+  Buffer<float> values(32);
+  for (int i = 0; i < 32; ++i) in[i] = patterns[i % 8];
+  run_kernel(bits_kernel, 1, 32, 0, in.data(), values.data(), out.data());
+  for (int i = 0; i < 32; ++i)
+    CHECK(out[i] == in[i] && values[i] == expected[i % 8], "%x came as %x, %g", in[i], out[i], double(values[i]));
 }
 
 template <class T>
@@ -188,6 +224,10 @@ void forgotten_copy(const Vector* from) { copy_async(shared<Vector>(0, 1), from,
 void uncommitted_copy(const Vector* from) { copy_async(shared<Vector>(0, 1), from, 16), copy_wait<0>(); }
 void outside() { shared<float>(0, 33); }
 void misaligned() { shared<double>(4, 1); }
+void unaligned_pair() {
+  double pair[2];
+  load_pair(shared<double>(0, 4) + 1, pair);
+}
 void unaligned_vector() { load_vector(shared<char>(0, 32) + 4); }
 
 TEST(misuse_is_said) {
@@ -201,6 +241,7 @@ TEST(misuse_is_said) {
   SAYS("the launch gave 128 bytes", launch(outside, 1, 32, 128, nullptr));
   SAYS("not aligned to 8", launch(misaligned, 1, 32, 128, nullptr));
   SAYS("not aligned", launch(unaligned_vector, 1, 32, 128, nullptr));
+  SAYS("not aligned", launch(unaligned_pair, 1, 32, 128, nullptr));
   SAYS("multiple of 32", launch(outside, 1, 33, 128, nullptr));
   SAYS("sm_120 has", launch(outside, 1, 32, 128 * 1024, nullptr));
 }

@@ -43,11 +43,11 @@ struct Batch {
     for (int64_t i = 0; i < a.size(); ++i) a[i] = static_cast<T>(random.normal());
   }
 
-  const char* run(int shared_limit = kSmallestGpu) {
+  const char* run(int shared_limit = kSmallestGpu, int64_t at_once = kMostSvdsAtOnce) {
     const SmallSvdArgs args{a.data(), kDtype<T>, count,    rows,     columns,      matrix_stride, row_stride,
                             floor,    s.data(),  u.data(), vh.data(), polar.data(), sweeps.data()};
-    Buffer<char> workspace(static_cast<int64_t>(small_svd_workspace(args, shared_limit)));
-    return finish(small_svd(args, shared_limit, workspace.data(), nullptr));
+    Buffer<char> workspace(static_cast<int64_t>(small_svd_workspace(args, shared_limit, at_once)));
+    return finish(small_svd(args, shared_limit, workspace.data(), nullptr, at_once));
   }
 
   const char* run_for_values() {
@@ -143,6 +143,16 @@ TEST(svd_in_a_workspace) {
   outside.check("in a workspace");
   CHECK(!std::memcmp(inside.polar.data(), outside.polar.data(), inside.polar.size() * 4),
         "bytes depend on where the work is done");
+}
+
+// The workspace holds as many matrices as are worked on at once, and every result is where it belongs.
+TEST(svds_in_several_launches) {
+  Batch<double> whole(5, 6, 9), parts(5, 6, 9);
+  whole.fill(11), parts.fill(11);
+  CHECK(!whole.run() && !parts.run(1024, 2), "launch");
+  parts.check("two at once");
+  for (const auto& [one, other] : {std::pair{&whole.s, &parts.s}, {&whole.polar, &parts.polar}})
+    CHECK(!std::memcmp(one->data(), other->data(), one->size() * 8), "bytes depend on how many are worked on at once");
 }
 
 // Known singular values: A = H1 D H2 with reflections H = 1 - 2 w w^T.

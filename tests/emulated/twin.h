@@ -11,7 +11,7 @@
 
 #define THESEUS_DEVICE inline
 #define THESEUS_BOTH
-#define THESEUS_KERNEL(threads) void
+#define THESEUS_KERNEL(...) void
 #define THESEUS_GRID_CONSTANT
 #define THESEUS_UNROLL
 #define THESEUS_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -70,6 +70,16 @@ inline void store_vector(void* to, const Vector& value) {
   twin::check_vector(to);
   auto* words = static_cast<volatile Vector*>(to)->word;
   for (int i = 0; i < 4; ++i) words[i] = value.word[i];
+}
+
+inline void load_pair(const double* from, double (&pair)[2]) {
+  twin::check_vector(from);
+  for (int i = 0; i < 2; ++i) pair[i] = static_cast<const volatile double*>(from)[i];
+}
+
+inline void store_pair(double* to, const double (&pair)[2]) {
+  twin::check_vector(to);
+  for (int i = 0; i < 2; ++i) static_cast<volatile double*>(to)[i] = pair[i];
 }
 
 inline void copy_async(void* to, const void* from, int bytes) {
