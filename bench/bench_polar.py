@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ceilings import ceilings
 from theseus_transport import polar, procrustes
+from theseus_transport.predict import polar_flops
 from timing import DEVICE, in_turns, ratio
 from torch import Tensor
 
@@ -73,12 +75,13 @@ def test_polar(store, rows: int, columns: int, count: int, rank: str) -> None:
     if few is not c:
         seconds["torch"] = [each * count / len(few) for each in seconds["torch"]]
     row = {"case": f"{count} x {rows} x {columns}, {rank} rank, beside {'eigh of the Gram' if gram else 'svd'}"}
-    row |= {
-        f"{name} ms": 1e3 * min(each) for name, each in seconds.items()
-    }  # bare: without certificate; weighed: with energies
+    # bare: without certificate; weighed: with energies
+    row |= {f"{name} ms": 1e3 * min(each) for name, each in seconds.items()}
+    rate = count * polar_flops(rows, columns) / min(seconds["ours"])
+    row |= {"GFLOP/s": rate / 1e9}
     row |= {"error": float(error)}
     if DEVICE == "cuda":
-        row |= {"target ms": CUDA[rows, columns, count]}
+        row |= {"target ms": CUDA[rows, columns, count], "share of ceiling": rate / ceilings()["float64"]}
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -143,7 +143,8 @@ def main() -> None:
                 rows[-1]["whole_peak_gib"] = other["peak"] / 2**30
             print(json.dumps(rows[-1], indent=1), flush=True)
             told = {"machine": machine.facts(), **about, "results": rows}
-            name = f"stream-{given.pair[0]}-to-{given.pair[1]}-{kind}-{given.device}.json"
+            place = "cpu" if given.device == "cpu" else "gpu"
+            name = f"stream-{given.pair[0]}-to-{given.pair[1]}-{kind}-{place}.json"
             (RESULTS / name).write_text(json.dumps(told, indent=4) + "\n")
     for row in rows:
         assert row["peak_over_predicted"] <= OVER, row

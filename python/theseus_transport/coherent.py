@@ -7,7 +7,7 @@ heads and neurons, new gains, per-head scales.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -20,6 +20,7 @@ from .links import Blocks, Link, after_name, block_of, energy_links
 from .models import Base
 from .moments import CrossMoment
 from .planner import Planner
+from .polar import remote
 from .recipes import Recipe, Rule
 from .regression import fit_input, fit_output
 from .spaces import Layer, Role
@@ -109,16 +110,21 @@ class Coherent(Planner):
             return name == "final" and self.recipe.scale == "regression"
         return b >= self.ahead and not name.endswith(".after")
 
-    def _arrived(self, name: str) -> None:
-        if not self.links[name].target.norm:
-            return
-        z, recipe = self._z(name), self.recipe
-        if recipe.null == "completed" and self.toward is None:
+    def _arrived(self, names: Sequence[str]) -> None:
+        behind_norms = [name for name in names if self.links[name].target.norm]
+        if self.recipe.null == "completed" and self.toward is None and behind_norms:
             raise ValueError("null=completed completes toward the sum over depth; give toward=together(...)")
-        polar = self.polar(z.cross, toward=self.toward)
-        self.plan.add(name, polar, z.count)
-        if recipe.completion == "deeper" and (name in self._starts() or self.together is not None):
-            self.together = z.cross if self.together is None else self.together + z.cross
+        together = self.toward is None and any(remote(self.moments[name].cross) for name in behind_norms)
+        for some in [behind_norms] if together else [[name] for name in behind_norms]:
+            zs = [self._z(name) for name in some]
+            for name, z, polar in zip(some, zs, self.polars([z.cross for z in zs], toward=self.toward), strict=True):
+                self.plan.add(name, polar, z.count)
+                self._add_together(name, z.cross)
+
+    def _add_together(self, name: str, cross: Tensor) -> None:
+        """To the sum over depth, while the first map may have to be completed toward it."""
+        if self.recipe.completion == "deeper" and (name in self._starts() or self.together is not None):
+            self.together = cross if self.together is None else self.together + cross
             if self._ranks().keys() == self._starts() and not self.wants_together:
                 self.together = None  # the first maps are whole
 

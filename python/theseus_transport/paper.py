@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -38,10 +38,10 @@ class Paper(Planner):
         b = block_of(name)
         return b is not None and b >= self.ahead and not name.endswith(".after")
 
-    def _arrived(self, name: str) -> None:
-        moment, recipe = self.moments[name], self.recipe
-        cross = comparable(moment, self.grams.get(name), recipe)
-        self.plan.add(name, self.polar(cross), moment.count)
+    def _arrived(self, names: Sequence[str]) -> None:
+        for name in names:
+            cross = comparable(self.moments[name], self.grams.get(name), self.recipe)
+            self.plan.add(name, self.polar(cross), self.moments[name].count)
 
     def _block(self, b: int) -> None:
         for own, layer in self.pairs.layers(b):

@@ -111,8 +111,9 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
         polar += max(crosses)
     if gpu:  # outputs that wait for a launch, and rows that are mixed ahead of it
         inside, product = 2 * inside, product + ROWS_AHEAD * 4 * sum(features)
-    if on_device:  # C twice more where it lacks directions
-        polar += 2 * max(crosses)
+    if on_device:  # C twice more where it lacks directions; up to three spaces behind norms at once
+        together = 3 * (polar_bytes(source.width, target.width, method="iterate") + z // 2)
+        polar = max(polar + 2 * max(crosses), together)
     made = sum(crosses) + sum(grams) + polar + kept + z
     move, maps = max(move_bytes(*pair) for pair in sizes.matrices), sizes.maps + z
     largest = 8 * max(prod(own) for own, _ in sizes.matrices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -77,7 +77,7 @@ class Planner(ABC):
             self.moments[name] = m
             if grams and name in grams:
                 self.grams[name] = grams[name]
-            self._arrived(name)
+        self._arrived([name for name in self.links if name in moments])
         self.energies |= energies or {}
         self.seen |= {*moments, *(energies or {})}
         self._release()
@@ -187,9 +187,17 @@ class Planner(ABC):
         method = self.method if min(cross.shape[-2:]) >= ITERATE_FROM else "auto"
         return procrustes(cross, **{"null": self.recipe.null, **options}, floor=self.recipe.floor, method=method)
 
+    def polars(self, crosses: Sequence[Tensor], **options: Any) -> list[Polar]:
+        """:meth:`polar` of several crosses of one shape: on a device together."""
+        if len(crosses) == 1:
+            return [self.polar(crosses[0], **options)]
+        found = self.polar(torch.stack(list(crosses)), **options)
+        parts = zip(found.map, found.rank, found.gap, strict=True)
+        return [Polar(t.clone(), rank, gap) for t, rank, gap in parts]  # so that each can be freed by itself
+
     @abstractmethod
-    def _arrived(self, name: str) -> None:
-        """Make the map of a space, if it has one of its own."""
+    def _arrived(self, names: Sequence[str]) -> None:
+        """Make the maps of spaces that have one of their own."""
 
     @abstractmethod
     def _block(self, b: int) -> None: ...

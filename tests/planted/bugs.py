@@ -127,7 +127,7 @@ BUGS = [
     Bug("groups of heads paired by index", llama("permuted"), PAIRING,
         "    kv, _ = _assign(quality)\n", "    kv = torch.arange(kv_heads[1]) % kv_heads[0]\n"),
     Bug("completion left out", llama("rank-poor-vocabulary", "everything"), COHERENT,
-        'if recipe.completion == "deeper" and (name', "if False and (name"),
+        'if self.recipe.completion == "deeper" and (name', "if False and (name"),
     Bug("embeddings moved without a map", llama("rotated", "everything"), COHERENT,
         'Rule(name, "identity", output, 1.0, self._written(',
         'Rule(name, "identity", "identity", 1.0, self._written('),
