@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import warm
 
 import theseus_ext
 
@@ -35,6 +34,8 @@ def gpu() -> None:
 def little_is_timed() -> None:
     """The rate of this machine, which every job measures."""
     if predict := sys.modules.get("theseus_transport.predict"):  # kernels are tested without it
+        import warm
+
         predict.TRIAL = warm.TRIAL
 
 
