@@ -9,6 +9,7 @@ import torch
 from abused import MIDDLE, TINY, Pair, job_of, written
 from calls import identical
 from random_checkpoint import GEOMETRIES, Geometry, parameters
+from theseus_transport import amounts
 from theseus_transport import plan as plan_module
 from theseus_transport.extent import Extent
 from theseus_transport.job import Session
@@ -107,7 +108,7 @@ def test_8b_fits_a_small_gpu(offload):
 @pytest.mark.parametrize(("pair", "batch_size"), [(TINY, 2), (SMALL, 1)], ids=["tiny", "small"])
 def test_budgets_change_no_byte_at_one_batch_size(pair, batch_size, tmp_path, monkeypatch, tried):
     """A run under every budget that another choice answers, beside one of the same batch size without a budget."""
-    monkeypatch.setattr(plan_module, "TILE", MIB)  # else what tables may take hides what these models do
+    monkeypatch.setattr(amounts, "TILE", MIB)  # else what tables may take hides what these models do
     root = written(tmp_path, pair, samples=9, length=16)
     options = {"tokens": 8 * 16, "batch_size": batch_size, "held_out": False}
     with pytest.raises(tt.ResourceError):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from .alignment import RECORD, Alignment, outline
+from .alignment import RECORD, Alignment
 from .bases import Bases, Progress, check_room, options_of, quiet
 from .checks import check_values
 from .identity import content_hash
@@ -17,7 +16,6 @@ from .journal import Work
 from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
 from .recipes import Recipe
 from .sinks import Maps
-from .stored import planned_maps
 from .writer import Output
 
 
@@ -61,18 +59,10 @@ class AlignSession:
 
     def __init__(self, job: AlignJob) -> None:
         self.job, self.bases = job, Bases(job)
-        self.bytes_out = self.bytes_of_maps(self.bases)
+        self.bytes_out = self.bases.bytes_of_maps
         check_room([job.out], 2 * self.bytes_out, job, inputs=self.bases.inputs)  # maps not made are left out by a copy
         self.plan = self.bases.fitted()
         self.seconds = self.bases.seconds()
-
-    @staticmethod
-    def bytes_of_maps(bases: Bases) -> int:
-        """Of all that an alignment of these bases may hold."""
-        recipe = bases.job.recipe
-        return sum(
-            dtype.itemsize * prod(size) for _, size, dtype in planned_maps(outline(*bases.layouts, recipe), recipe)
-        )
 
     def outcome(self, **known: Any) -> Outcome:
         return begun(self, kind="alignment", job=describe(self.job, *self.bases.checkpoints), **known)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from .procrustes import FLOOR, FLOOR_DOUBLE
 from .recipes import Recipe
 from .sizes import Sizes
 from .spaces import Layout
+from .stored import planned_maps
 from .weights import Window
 from .workplace import unfinished_key
 
@@ -79,6 +81,12 @@ class Bases:
     @property
     def tokens_wanted(self) -> int:
         return self.job.tokens or 4 * max(max(la.width, la.middle, la.heads * la.head_dim) for la in self.layouts)
+
+    @property
+    def bytes_of_maps(self) -> int:
+        """Of all that an alignment may hold."""
+        maps = planned_maps(outline(*self.layouts, self.job.recipe), self.job.recipe)
+        return sum(dtype.itemsize * prod(shape) for _, shape, dtype in maps)
 
     def seconds(self, *, move: int = 0) -> dict[str, float]:
         """Predicted, by stage, of an alignment, and of moving an update with ``move`` flops."""

@@ -52,12 +52,12 @@ def extent(reference: str, infos: tuple[SideInfo, SideInfo], *, wanted: int, ext
             samples = min(samples, len(find_images(path)))
         return Extent(samples, (each[0], each[1]), samples * REAL * sum(map(_pixels, infos)))
     length = min([LENGTH, *(info.max_positions for info in infos if info.max_positions)])
-    samples = -(-wanted // length) + extra + 1
-    if not _same_tokenizer(infos):
+    samples, same = -(-wanted // length) + extra + 1, _same_tokenizer(infos)
+    if not same:
         samples *= 2  # a row is as long as the finer of both makes it, and counts what the coarser does
     if path.is_file():
         samples = min(samples, path.stat().st_size // length + 1)  # no token is shorter than a byte
-    kinds = 2 if _same_tokenizer(infos) else 8  # ids and masks, of both sides with offsets
+    kinds = 2 if same else 8  # ids and masks, of both sides with offsets
     return Extent(samples, (length, length), samples * length * INTEGER * kinds)
 
 
@@ -84,9 +84,8 @@ def _of_tensors(file: Checkpoint, infos: Sequence[SideInfo], wanted: int, extra:
         each = {name: file.shapes[name][1] * INTEGER * (2 if names[0] == names[1] else 4) for name in names}
     kept = drawn_rows(counts, wanted, extra, seed)
     samples, one = rows if kept is None else len(kept), sum(each.values())
-    return Extent(
-        samples, (lengths[0], lengths[1]), samples * one, (rows * 5 // 4 + samples) * one
-    )  # with flags of what its values are
+    loading = (rows * 5 // 4 + samples) * one  # a quarter more for flags of what its values are
+    return Extent(samples, (lengths[0], lengths[1]), samples * one, loading)
 
 
 def _pixels(info: SideInfo) -> int:

@@ -35,8 +35,7 @@ def head_maps(p: Planner, b: int) -> None:
 
     def energies(energy: tuple[Tensor, Tensor], counts: tuple[int, int], chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Per target kv head, (source, target) energy over its heads; a source head counts once per copy."""
-        place = context.cross.device  # of moments; energies may lie elsewhere
-        per = [v.unflatten(0, (n, -1)).sum(1).to(place) for v, n in zip(energy, counts, strict=True)]
+        per = [v.unflatten(0, (n, -1)).sum(1) for v, n in zip(energy, counts, strict=True)]
         per[0] = per[0][chosen]
         return tuple(_by_group(v, target.kv_heads) for v in per)  # type: ignore[return-value]
 

@@ -143,7 +143,7 @@ class Session:
         tensors, matched = planned(draft, self.kind, self.dtype), any(a.asked == "match" for a in self.alphas)
         self.bytes_out = len(self.places) * planned_bytes(tensors)
         self.maps_first = matched and not self.alignment
-        maps = AlignSession.bytes_of_maps(self.bases) if self.maps_first else 0
+        maps = self.bases.bytes_of_maps if self.maps_first else 0
         twice = 2 if self.kind == "delta" else 1  # what did not change is left out by a copy, at the end
         check_room(self.places, max(2 * maps, maps + twice * self.bytes_out), job.alignment, inputs=self.inputs)
         flops = move_flops(draft)

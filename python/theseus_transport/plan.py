@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from typing import Any, Literal
 
+from .amounts import Amounts
 from .errors import ResourceError
-from .models import TILE
-from .moves import move_bytes
-from .polar import polar_bytes
 from .sizes import Sizes
 from .upload import BUFFER, RING
-from .whitening import whiten_bytes
 
-ROWS_AHEAD = 4096  # of every space, mixed by a kernel of their own before moments are taken
 RUNTIME = 560 << 20  # bytes: the interpreter with torch, transformers and this package once everything is in use
 Bytes = dict[str, int]  # by stage
 Limits = tuple[int | None, int | None]  # bytes of host and device
@@ -84,64 +79,38 @@ class Plan:
 
 def stages(sizes: Sizes, choice: Choice) -> Plan:
     """The peak of every stage of a run."""
-    gpu, extent = sizes.device.type == "cuda", sizes.extent
-    on_device, batch = gpu and choice.polar == "device", choice.batch_size
-    spaces, stored, slots = sizes.spaces, sum(sizes.stored), 2 if choice.ahead else 1
-    source, target = sizes.layouts
-    paired = source.depth != target.depth  # by a pass before
-    sides = list(zip(sizes.layouts, extent.lengths, sizes.elementwise, strict=True))
-    # the forward pass: hidden states, masks of a byte a pair of tokens, what a block makes, rows that wait or are kept
-    hidden = sum(la.width * length * n for la, length, n in sides)  # of a sample
-    hidden *= extent.samples if choice.resident else batch
-    masks = extent.samples * sum(length**2 for _, length, _ in sides) if source.family.modality == "text" else 0
-    inside = batch * max((3 * la.middle + 2 * la.width) * length * n for la, length, n in sides)
-    features = [sum(side) for side in zip(*spaces, strict=True)]
-    waiting = batch * extent.lengths[0] * features[0] * sizes.elementwise[0]
-    kept = batch * extent.lengths[1] * sum(map(prod, zip(features, sizes.elementwise, strict=True)))
-    # moments and maps
-    crosses = [8 * prod(widths) for widths in spaces]
-    grams = [8 * (own**2 + other**2) for own, other in spaces] if sizes.recipe.whiten_power else [0]
-    product = max(*crosses, *grams) // 2  # of a chunk, in float32
-    z = 2 * 8 * source.width * target.width  # the next block's map, and the sum of z's crosses
-    widest = max(spaces, key=prod)
-    polar = polar_bytes(*widest, method="iterate" if on_device else choice.method)
-    if sizes.recipe.whiten_power:
-        polar = max(polar + max(crosses), whiten_bytes(*widest, center=sizes.recipe.center))
-    elif sizes.recipe.center:
-        polar += max(crosses)
-    if gpu:  # outputs that wait for a launch, and rows that are mixed ahead of it
-        inside, product = 2 * inside, product + ROWS_AHEAD * 4 * sum(features)
-    if on_device:  # C twice more where it lacks directions; up to three spaces behind norms at once
-        together = 3 * (polar_bytes(source.width, target.width, method="iterate") + z // 2)
-        polar = max(polar + 2 * max(crosses), together)
-    made = sum(crosses) + sum(grams) + polar + kept + z
-    move, maps = max(move_bytes(*pair) for pair in sizes.matrices), sizes.maps + z
-    largest = 8 * max(prod(own) for own, _ in sizes.matrices)
-    tables = 4 * min(TILE, sizes.table) + z
-    run = (sizes.cast_half if choice.halves else sizes.cast) + inside + waiting + kept + product
-    base = RUNTIME + hidden + extent.nbytes + slots * stored + sizes.tune + (2 * RING * BUFFER if gpu else masks)
-    host = {
-        "calibration": RUNTIME + extent.loading,
-        "pairing": base + (0 if gpu else sizes.cast + inside) if paired else 0,
-        "forward": base + (0 if gpu else run + sum(crosses) + sum(grams) + z),
-        "maps": base + (kept if on_device else made),
-        "moves": base + kept + (0 if on_device else maps) + (move // 2 if gpu else move),
-        "tables": RUNTIME + hidden + tables,
-    }
-    upload = masks + slots * stored
-    device = {
-        "pairing": upload + sizes.cast + inside if paired else 0,
-        "forward": upload + run + sum(crosses) // choice.tiles + sum(grams) + (z if on_device else 0),
-        "maps": upload + made if on_device else 0,
-        "moves": upload + (maps if on_device else 8 * prod(widest)) + largest + move,
-        "tables": tables,
-    }
+    a, gpu = Amounts(sizes, choice), sizes.device.type == "cuda"
     if sizes.aligned:
-        host = {"moves": RUNTIME + stored + sizes.tune + maps + move, "tables": RUNTIME + tables}
-        device = {"moves": 8 * prod(widest) + largest + move, "tables": tables}
-    return Plan(
-        choice, *({stage: peak for stage, peak in peaks.items() if peak} for peaks in (host, device if gpu else {}))
-    )
+        host = {"moves": RUNTIME + sum(sizes.stored) + sizes.tune + a.maps + a.move, "tables": RUNTIME + a.tables}
+        device = {"moves": a.largest_map + a.largest_weight + a.move, "tables": a.tables}
+        return Plan(choice, host, device if gpu else {})
+    moments = sum(a.crosses) + sum(a.grams)
+    run = a.converted + a.inside + a.waiting + a.kept + a.product
+    made = moments + a.polar + a.kept + a.z
+    pair = sizes.cast + a.inside  # of whole blocks: a pass before, where depths differ
+    base = RUNTIME + a.hidden + sizes.extent.nbytes + a.stored + sizes.tune
+    if gpu:
+        base += 2 * RING * BUFFER
+        host = {"pairing": base, "forward": base}
+        host |= {"maps": base + a.kept + (0 if a.maps_on_device else made - a.kept)}
+        host |= {"moves": base + a.kept + (0 if a.maps_on_device else a.maps) + a.move // 2}
+    else:
+        base += a.masks
+        host = {"pairing": base + pair, "forward": base + run + moments + a.z}
+        host |= {"maps": base + made, "moves": base + a.kept + a.maps + a.move}
+    there = a.masks + a.stored
+    device = {
+        "pairing": there + pair,
+        "forward": there + run + sum(a.crosses) // choice.tiles + sum(a.grams) + (a.z if a.maps_on_device else 0),
+        "maps": there + made if a.maps_on_device else 0,
+        "moves": there + (a.maps if a.maps_on_device else a.largest_map) + a.largest_weight + a.move,
+        "tables": a.tables,
+    }
+    host = {"calibration": RUNTIME + sizes.extent.loading, **host, "tables": RUNTIME + a.hidden + a.tables}
+    paired = sizes.layouts[0].depth != sizes.layouts[1].depth
+    both = ({n: peak for n, peak in peaks.items() if peak and (paired or n != "pairing")} for peaks in (host, device))
+    host, device = both
+    return Plan(choice, host, device if gpu else {})
 
 
 def fitted(

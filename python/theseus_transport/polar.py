@@ -179,18 +179,13 @@ def _by_sign(h: Tensor, floor: float, start: float) -> tuple[Tensor, Tensor, Ten
     return p, rank, torch.where(rank > 0, 1 / inverse.clamp(min=1), 0.0)
 
 
-def largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, *, waits: bool = False) -> Tensor:
-    """Largest eigenvalue of positive semidefinite matrices by block power iteration: from below, to a percent.
-
-    ``waits``: half the steps, to two percent, with QR and SVD, which on a device wait or take matrix by matrix.
-    """
+def largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """Largest eigenvalue of positive semidefinite matrices by block power iteration: from below, to a percent."""
     start = torch.Generator(like.device).manual_seed(0)
     q = torch.randn(like.shape[-1], 8, dtype=like.dtype, device=like.device, generator=start).expand(len(like), -1, -1)
-    for _ in range(24 if waits else 48):
-        q = torch.linalg.qr(product(q))[0] if waits else _orthonormal(product(q))
-    small = q.mT @ product(q)
-    largest: Tensor = torch.linalg.matrix_norm(small, ord=2) if waits else _norm(small)
-    return largest
+    for _ in range(48):
+        q = _orthonormal(product(q))
+    return _norm(q.mT @ product(q))
 
 
 def _orthonormal(y: Tensor) -> Tensor:
@@ -221,18 +216,18 @@ def _trace(s: Tensor) -> Tensor:
     return trace
 
 
-def polar_bytes(rows: int, columns: int, *, method: str) -> int:
+def polar_bytes(rows: int, columns: int, *, method: str, device: bool = False) -> int:
     """Peak memory in bytes of one map [rows, columns] by ``procrustes``, the map included, a float64 C not.
 
     ``newton`` is ``auto`` (of a smaller side from 1024) or ``iterate`` on the CPU where C has full rank; ``iterate``,
     ``lapack`` and ``auto``, which leaves the rest to LAPACK, hold for any rank. With ``energies``, ``iterate`` takes a
-    copy of C more below full rank, on a device two. For ``lapack`` a bound: what gesdd asks for differs between wide
-    and tall.
+    copy of C more below full rank, on a ``device`` (other than the CPU) two. For ``lapack`` a bound: what gesdd asks
+    for differs between wide and tall.
     """
     k, m = sorted((rows, columns))
     lapack = 2, 4 if m < 11 * k / 6 else 6  # gesdd's divide and conquer; from there on it begins with QR
     copies, squares = {"newton": (1, 2), "iterate": (1, 4), "lapack": lapack, "auto": lapack}[method]
-    blocked = 2 * int(next(blocks(max(k, 1))).stop) * m  # rows of C and of its residual, in the certificate
+    blocked = 2 * min(k, _strip(k, device=device)) * m  # rows of C and of its residual, in the certificate
     return 8 * (copies * k * m + squares * k * k + blocked) + BUFFERS
 
 
@@ -252,7 +247,7 @@ def newton(c: Tensor, floor: float) -> tuple[Tensor, float] | None:
     if not bool(x.diagonal().abs().min() > torch.finfo(x.dtype).eps * torch.linalg.matrix_norm(x)):  # NaN where C = 0
         return None
     solve = torch.linalg.solve_triangular
-    estimate = partial(largest_eigenvalue, like=x[None], waits=True)
+    estimate = partial(largest_eigenvalue, like=x[None])
     high = float(estimate(lambda v: x.mT @ (x @ v))) ** 0.5
     low = float(estimate(lambda v: solve(x.mT, solve(x, v, upper=False), upper=True))) ** -0.5
     if not low > 1.1 * floor * high:  # the estimates err by less than that factor
@@ -292,7 +287,11 @@ def remote(x: Tensor) -> bool:
     return bool(x.is_cuda)
 
 
+def _strip(length: int, *, device: bool) -> int:
+    return max(STRIP if device else 64, -(-length // 32))
+
+
 def blocks(length: int, like: Tensor | None = None) -> Iterator[slice]:
     """Slices of rows, so that a temporary of one is small beside the matrix; STRIP of them where ``like`` is remote."""
-    size = max(STRIP if like is not None and remote(like) else 64, -(-length // 32))
+    size = _strip(length, device=like is not None and remote(like))
     return (slice(start, min(start + size, length)) for start in range(0, length, size))

@@ -331,7 +331,7 @@ BUGS = [
         POLAR, "    if not remote(z):\n", "    if True:\n"),
     Bug("largest eigenvalue after a few steps",
         "tests/test_polar.py::test_the_largest_eigenvalue_is_found_to_a_percent", POLAR,
-        "range(24 if waits else 48)", "range(24 if waits else 4)"),
+        "range(48)", "range(4)"),
     Bug("comparable features of a device not counted",
         "tests/test_polar.py::test_a_device_counts_comparable_features", PROCRUSTES,
         "return found if least <= int(found.rank) else", "return found if True else"),
