@@ -14,7 +14,7 @@ from typing import Any
 import baseline
 import pytest
 import torch
-from theseus_transport.delta import Factors
+from theseus_transport.adapter import Factors
 from theseus_transport.maps import Dense
 from theseus_transport.models import Base
 from theseus_transport.moves import Carried, Move, move_bytes

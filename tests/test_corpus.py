@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from corpus import ADAPTERS, CHECKPOINTS, FIRST, INDEX, LORA, LORA_CONFIG, SECOND, Break, adapter, checkpoint
+from theseus_transport.adapter import Adapter
 from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.checks import check_dtypes, check_values
-from theseus_transport.delta import Adapter
 from theseus_transport.errors import InputRefused, ReadFailed
 
 MEMORY = 1 << 23  # bytes of Python objects a refusal may need; all files but two of 200 KB are below 10 KB

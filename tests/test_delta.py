@@ -10,7 +10,7 @@ from exact.models import LLAMA, LLAMA_SCORE, VIT, base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from theseus_transport import Delta, InputRefused
-from theseus_transport.delta import PREFIX, Adapter
+from theseus_transport.adapter import PREFIX, Adapter
 from theseus_transport.families import LLAMA as LLAMA_FAMILY
 from theseus_transport.vision_families import VIT as VIT_FAMILY
 from torch import Tensor, nn

@@ -12,7 +12,7 @@ from test_delta import PLAIN, Watched, factors
 from test_procrustes import draw, known
 from test_update import SOURCE, TARGET, TUNED, moved
 from theseus_transport import Alignment, Delta, InputRefused, Recipe, align, transport
-from theseus_transport.delta import Adapter
+from theseus_transport.adapter import Adapter
 from theseus_transport.families import LLAMA as LLAMA_FAMILY
 from theseus_transport.procrustes import procrustes
 

@@ -18,8 +18,8 @@ import pytest
 import theseus_transport as tt
 import tiny
 import torch
+from theseus_transport.adapter import Adapter
 from theseus_transport.checkpoint import Checkpoint
-from theseus_transport.delta import Adapter
 from theseus_transport.folder import differences, read_manifest
 from theseus_transport.writer import Planned, write_checkpoint
 from warm import apart

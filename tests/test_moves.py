@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from exact.models import LLAMA, VIT, Spec, base, batches
 from theseus_transport import Alignment, InputRefused, Recipe, align
-from theseus_transport.delta import Factors
+from theseus_transport.adapter import Factors
 from theseus_transport.family import Slot
 from theseus_transport.maps import Dense, Identity, Map
 from theseus_transport.models import Base

@@ -12,7 +12,7 @@ from exact.models import LLAMA, VIT, Spec, base, batches, tune
 from test_presumed import CONFIG
 from test_tiles import big
 from theseus_transport import Alignment, Delta, InputRefused, Update, align, models, transport
-from theseus_transport.delta import PREFIX
+from theseus_transport.adapter import PREFIX
 from theseus_transport.job import Session
 from theseus_transport.maps import Dense, Factored, Heads, Identity, Map, on
 from theseus_transport.models import CPU

@@ -10,9 +10,9 @@ from exact.families import DINO_CLASSIFIER, GPT2, GPT2_TIED
 from exact.models import LLAMA, LLAMA_TIED, VIT, Draw, Spec, base, batches, tune
 from safetensors.torch import load_file
 from theseus_transport import Alignment, Delta, Update, align, models, transport
+from theseus_transport.adapter import PREFIX
 from theseus_transport.alignment import outline
 from theseus_transport.changes import first_change
-from theseus_transport.delta import PREFIX
 from theseus_transport.output import Kind, Rounding, Written, at_alphas, planned, write_updates
 from theseus_transport.strength import matched
 from theseus_transport.writer import Planned

@@ -11,8 +11,8 @@ from exact.families import GPT2
 from exact.models import LLAMA, VIT, Draw, Spec, base, batches, tune
 from test_presumed import CONFIG, Disk, bits, made
 from theseus_transport import Alignment, Delta, Recipe, Update, align, models, transport
+from theseus_transport.adapter import PREFIX
 from theseus_transport.alignment import outline
-from theseus_transport.delta import PREFIX
 from theseus_transport.family import Slot
 from theseus_transport.maps import Dense, Factored, Heads, Identity
 from theseus_transport.models import Base, part_of, pieces, row_tiles, rows_of, squares

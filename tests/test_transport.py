@@ -9,7 +9,7 @@ from exact.models import LLAMA, LLAMA_HEADLESS, LLAMA_SCORE, LLAMA_TIED, VIT, VI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from theseus_transport import Alignment, Delta, Update, align, transport
-from theseus_transport.delta import PREFIX
+from theseus_transport.adapter import PREFIX
 from torch import Tensor
 
 ROUNDING = dict(rtol=1e-10, atol=1e-10)  # float64, sums of 40 products, divided by gains down to 0.4 and by scales

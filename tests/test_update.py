@@ -9,7 +9,7 @@ import torch
 from exact.models import LLAMA, LLAMA_HEADLESS, VIT, Spec, base, batches, tune
 from peft import LoraConfig, PeftModel, get_peft_model
 from theseus_transport import Alignment, Delta, InputRefused, Update, align, transport
-from theseus_transport.delta import PREFIX
+from theseus_transport.adapter import PREFIX
 from theseus_transport.moves import Move
 from theseus_transport.update import Row
 from torch import Tensor, nn

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from .adapter import Adapter
 from .align_job import AlignJob, AlignSession
 from .alignment import Alignment, outline
 from .bases import Bases, Progress, check_room, options_of, quiet
@@ -20,7 +21,7 @@ from .calibration import Calibration
 from .changes import first_change
 from .checkpoint import Checkpoint
 from .checks import check_dtypes, check_left, check_rows, check_tune, check_values
-from .delta import Adapter, Delta
+from .delta import Delta
 from .errors import AlreadyDone, InputRefused, NothingToResume, NumericalError
 from .folder import MANIFEST, differences, read_manifest
 from .identity import recorded_base

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .delta import Factors
+from .adapter import Factors
 from .errors import InputRefused
 from .maps import Heads, Map, on
 from .models import Base, Tensors, double, fresh, rows_of, squares

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .delta import PREFIX, Factors
+from .adapter import PREFIX, Factors
 from .errors import InputRefused
 from .models import dtype_of, pieces, rows_of, shape_of
 from .update import Update

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .delta import Factors
+from .adapter import Factors
 from .family import Slot
 from .update import MovedFactors
 

@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .adapter import Adapter, Factors
 from .alignment import Alignment
 from .changes import changes, leaving
-from .delta import Adapter, Delta, Factors, Renamed
+from .delta import Delta, Renamed
 from .errors import InputRefused
 from .family import Slot
 from .models import Base, Tensors, check_shapes, device_of, row_tiles, tensors_of

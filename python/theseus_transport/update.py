@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .adapter import PREFIX, Factors
 from .checkpoint import count_nonfinite
-from .delta import PREFIX, Delta, Factors, Renamed
+from .delta import Delta, Renamed
 from .errors import InputRefused, NumericalError
 from .family import Family
 from .models import Base, dtype_of, growing, pieces, row_tiles, rows_of, shape_of

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .adapter import Adapter
 from .alignment import Alignment
 from .checkpoint import Checkpoint, check_finite
 from .checks import read_layout
-from .delta import Adapter
 from .errors import InputRefused
 from .folder import MANIFEST, differences, read_manifest
 from .headers import read_header

@@ -55,9 +55,9 @@ def own_output(part: str, indent: int) -> str:
 
 
 HEADS, PLANNER, STORED = (f"theseus_transport/{name}.py" for name in ("heads", "planner", "stored"))
-CAPTURE, COHERENT, DELTA, DEPTH, FAMILIES, FAMILY, LINKS, MAPS, MODELS = (
+CAPTURE, COHERENT, ADAPTER, DEPTH, FAMILIES, FAMILY, LINKS, MAPS, MODELS = (
     f"theseus_transport/{name}.py"
-    for name in ("capture", "coherent", "delta", "depth", "families", "family", "links", "maps", "models")
+    for name in ("capture", "coherent", "adapter", "depth", "families", "family", "links", "maps", "models")
 )
 MOMENTS, MOVES, OPENED, OUTPUT, OWN, PAIRING, PAPER, PIECES, PROCRUSTES = (
     f"theseus_transport/{name}.py"
@@ -259,11 +259,11 @@ BUGS = [
         "if self.rule.fold and bool(rest.any()):\n", "if False:\n"),
     Bug("gain of the source not folded into A", adapter("llama-identity-new-gains"), MOVES,
         "self.read(a * gain_s)", "self.read(a)"),
-    Bug("rslora ignored", "tests/test_delta.py::test_products_are_pefts[rslora]", DELTA,
+    Bug("rslora ignored", "tests/test_delta.py::test_products_are_pefts[rslora]", ADAPTER,
         'if self.config.get("use_rslora") else', "if False else"),
-    Bug("rank pattern ignored", "tests/test_delta.py::test_products_are_pefts[rank-pattern]", DELTA,
+    Bug("rank pattern ignored", "tests/test_delta.py::test_products_are_pefts[rank-pattern]", ADAPTER,
         '_by_pattern(self.config.get("rank_pattern"), layer, self.config["r"])', 'self.config["r"]'),
-    Bug("patterns match anywhere in a name", "tests/test_delta.py::test_products_are_pefts[near-misses]", DELTA,
+    Bug("patterns match anywhere in a name", "tests/test_delta.py::test_products_are_pefts[near-misses]", ADAPTER,
         're.match(rf"(.*\\.)?({pattern})$", layer)', "re.search(pattern, layer)"),
     Bug("product of the factors unscaled", "tests/test_transport.py::test_factors_and_their_product_move_alike",
         TRANSPORT, "@ f.a).mul_(f.scaling)}", "@ f.a)}"),
