@@ -22,6 +22,7 @@ from .coherent import Coherent, together
 from .depth import pair_blocks
 from .errors import InputRefused
 from .folder import new_folder
+from .headers import inside, read_json
 from .links import Pairs
 from .maps import Map
 from .models import Base
@@ -146,14 +147,14 @@ class Alignment:
         path = Path(folder)
         try:
             return cls._read(path)
-        except InputRefused:
-            raise
+        except InputRefused as error:
+            raise InputRefused(f"{path} holds no readable alignment: {error}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputRefused(f"{path} holds no readable alignment ({type(error).__name__}: {error})") from error
 
     @classmethod
     def _read(cls, path: Path) -> Alignment:
-        record = json.loads((path / RECORD).read_text())
+        record = read_json(inside(path, RECORD))
         if record.get("format") != FORMAT:
             raise InputRefused(
                 f"{path} has alignment format {record.get('format')}, this version reads {FORMAT}; align again"
@@ -162,7 +163,7 @@ class Alignment:
             source=Layout.restored(record["source"]),
             target=Layout.restored(record["target"]),
             recipe=Recipe(**record["recipe"]),
-            maps=StoredMaps(Checkpoint.open(path / MAPS), record["maps"]),
+            maps=StoredMaps(Checkpoint.open(inside(path, MAPS)), record["maps"]),
             rules={k: Rule(**r) for k, r in record["rules"].items()},
             vectors={k: Rule(**r) for k, r in record["vectors"].items()},
             reports=[MapReport(**r) for r in record["reports"]],

@@ -82,7 +82,7 @@ def load_calibration(
             f"{source.name} is a {source.kind} model, {target.name} a {target.kind} model: no common data"
         )
     path, builtin = Path(reference).expanduser(), str(reference) == "builtin"
-    if not builtin and not path.exists():
+    if not builtin and not (path.is_file() or path.is_dir()):  # nor is a pipe or a device
         raise InputRefused(
             f"calibration {str(reference)!r} is no file; give a .safetensors, a text file, a folder of images "
             "or 'builtin'"

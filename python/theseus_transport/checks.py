@@ -17,7 +17,7 @@ import theseus_ext
 
 from .checkpoint import Checkpoint, check_finite
 from .errors import InputRefused
-from .headers import read_json
+from .headers import if_inside, read_json
 from .models import Base, canonical_shapes, check_shapes, row_tiles, rows_of
 from .spaces import Layout
 from .update import Row
@@ -143,8 +143,8 @@ def _layer(tensor: str) -> str:
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[Any, str]:
     """Token by id, from tokenizer.json; empty where there is none."""
-    path = checkpoint.folder / "tokenizer.json"
-    model = read_json(path).get("model") if path.is_file() else None
+    path = if_inside(checkpoint.folder, "tokenizer.json")
+    model = read_json(path).get("model") if path else None
     tokens = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(tokens, list):  # unigram: [token, score], by id
         return {i: str(entry[0]) for i, entry in enumerate(tokens)}

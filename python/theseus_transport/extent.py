@@ -13,6 +13,7 @@ import torch
 from .batches import MAIN_INPUT
 from .calibration import LENGTH, SideInfo, drawn_rows
 from .checkpoint import Checkpoint
+from .headers import if_inside
 from .images import find_images
 
 PREFIXES = "source.", "target."
@@ -94,5 +95,5 @@ def _pixels(info: SideInfo) -> int:
 
 
 def _same_tokenizer(infos: Sequence[SideInfo]) -> bool:
-    own, other = (info.folder / "tokenizer.json" for info in infos)
-    return own.is_file() and other.is_file() and filecmp.cmp(own, other, shallow=False)
+    own, other = (if_inside(info.folder, "tokenizer.json") for info in infos)
+    return own is not None and other is not None and filecmp.cmp(own, other, shallow=False)

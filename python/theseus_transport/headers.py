@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -73,11 +75,29 @@ def parse_json(text: bytes, where: Path) -> dict[str, Any]:
 
 
 @refuse_unreadable()
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, to be read; pipes, devices, sockets and folders are refused, and none is waited for.
+
+    A file in a folder that others made goes through :func:`inside` or :func:`if_inside` first.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe opens without a writer
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise InputRefused(f"{path} is no regular file but a pipe, a device or a socket; give a file")
+
+
+def read_file(path: Path, *, most: int = MAX_HEADER) -> bytes:
+    """All of a regular file (:func:`open_regular`) of at most ``most`` bytes."""
+    with open_regular(path) as file, refuse_unreadable():
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise InputRefused(f"{path} has {size} bytes, more than the {most} that are read")
+        return file.read(size)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of at most 100 MB."""
-    if (size := path.stat().st_size) > MAX_HEADER:
-        raise InputRefused(f"{path} has {size} bytes, more than the {MAX_HEADER} allowed for JSON")
-    return parse_json(path.read_bytes(), path)
+    """The object in a JSON file of at most 100 MB, read as by :func:`read_file`."""
+    return parse_json(read_file(path), path)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -99,6 +119,11 @@ def inside(folder: Path, name: str) -> Path:
     if not is_file:
         raise InputRefused(f"{folder / name} is missing or not a regular file; was the model downloaded whole?")
     return folder / name
+
+
+def if_inside(folder: Path, name: str) -> Path | None:
+    """As :func:`inside`, and None where the folder has nothing of this name: a dangling or foreign link is refused."""
+    return inside(folder, name) if os.path.lexists(folder / name) else None
 
 
 def _header_bytes(path: Path) -> bytes:

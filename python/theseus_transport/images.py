@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .errors import InputRefused
-from .headers import read_json
+from .headers import if_inside, read_json
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -43,7 +43,7 @@ class Preprocessor:
                 f"{name} reads {channels} channels, images have 1, 3 or 4; give a .safetensors of pixel_values"
             )
         path = folder / "preprocessor_config.json"
-        given = read_json(path) if path.is_file() else {}
+        given = read_json(path) if if_inside(folder, path.name) else {}
         if not given:
             log.warning("%s has no preprocessor_config.json: images become %d x %d, mean and std 0.5", name, *image)
             return cls(min(image), image, BILINEAR, 1 / 255, (0.5,) * channels, (0.5,) * channels)

@@ -24,6 +24,7 @@ from .checks import check_dtypes, check_left, check_rows, check_tune, check_valu
 from .delta import Delta
 from .errors import AlreadyDone, InputRefused, NothingToResume, NumericalError
 from .folder import MANIFEST, differences, read_manifest
+from .headers import if_inside
 from .identity import recorded_base
 from .journal import Work
 from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
@@ -291,7 +292,7 @@ class Session:
             if self.dtype and self.kind == "checkpoint":
                 config = {**config, "dtype": self.job.out_dtype}
             files["config.json"] = json.dumps(config, indent=2)
-            files |= {n: target.folder / n for n in TOKENIZER_FILES if (target.folder / n).is_file()}
+            files |= {name: path for name in TOKENIZER_FILES if (path := if_inside(target.folder, name))}
         return Written(place, alpha, files)
 
 

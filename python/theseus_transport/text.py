@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import logging
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from .errors import InputRefused
+from .headers import if_inside, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +29,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 def read_pieces(path: Path) -> list[str]:
     """The pieces of a utf-8 file; InputRefused names the byte that is not utf-8."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8") as file:
+            text = file.read()
     except UnicodeDecodeError as error:
         raise InputRefused(
             f"{path} is no utf-8 text (byte {error.start}); convert it, or give a .safetensors"
@@ -44,7 +47,9 @@ def read_records(path: Path, tokenizers: Sequence[Tokenizer], *, skip_bad: bool)
     same. InputRefused names the line that is malformed; with `skip_bad` such lines are left out and counted.
     """
     found, bad = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    with open_regular(path) as file:
+        lines = file.read().splitlines()
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -110,7 +115,7 @@ class Tokenizer:
     def __init__(self, folder: Path, name: str, vocab_size: int | None) -> None:
         """Load it; InputRefused with the cure if the folder has none."""
         self.name = name
-        if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        if not any(if_inside(folder, file) for file in TOKENIZER_FILES):
             raise InputRefused(
                 f"{name}: {folder} has no tokenizer; copy the model's tokenizer files there, or give --calibration "
                 "with a .safetensors of input_ids [n, tokens]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from .checkpoint import Checkpoint, check_finite
 from .checks import read_layout
 from .errors import InputRefused
 from .folder import MANIFEST, differences, read_manifest
-from .headers import read_header
+from .headers import TensorRecord, if_inside, inside, read_header
 from .models import Base
 from .spaces import Layout
 
@@ -36,7 +37,8 @@ def verify(folder: str | Path, *, target: str | None = None) -> list[str]:
     manifest, faults = read_manifest(folder), differences(folder)
     sound = True
     for path in sorted(folder.glob("*.safetensors")):
-        sound &= not (found := _tried(path.name, lambda path=path: read_header(path)))  # type: ignore[misc]
+        read = partial(_header, folder, path.name)
+        sound &= not (found := _tried(path.name, read))
         faults += found
     told = manifest.get("metadata", {})
     outcome = told.get("outcome", {}) if isinstance(told, dict) else {}
@@ -77,7 +79,11 @@ def _tried(name: str, check: Callable[[], Any]) -> list[str]:
 
 def _files(folder: Path) -> dict[str, str]:
     """Tensor -> name of the file that holds it."""
-    return {name: path.name for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)}
+    return {name: path.name for path in sorted(folder.glob("*.safetensors")) for name in _header(folder, path.name)}
+
+
+def _header(folder: Path, name: str) -> dict[str, TensorRecord]:
+    return read_header(inside(folder, name))
 
 
 def _values(written: Checkpoint, files: dict[str, str]) -> list[str]:
@@ -97,9 +103,9 @@ def _checkpoint(folder: Path, reference: str) -> list[str]:
 
 
 def _delta(folder: Path, reference: str) -> list[str]:
-    index, files = folder / "delta.safetensors.index.json", _files(folder)
-    shards = index.is_file()
-    written = Checkpoint(folder, "checkpoint", [], index) if shards else Checkpoint.open(folder / "delta.safetensors")
+    index, files = if_inside(folder, "delta.safetensors.index.json"), _files(folder)
+    single = [] if index else [inside(folder, "delta.safetensors")]
+    written = Checkpoint(folder, "checkpoint", single, index)
     return _values(written, files) + _against(written, files, _base(reference), whole=False)
 
 
@@ -138,7 +144,7 @@ def _adapter(folder: Path, reference: str) -> list[str]:
 
 def _alignment(folder: Path, reference: str) -> list[str]:
     Alignment.load(folder)
-    return _values(Checkpoint.open(folder / "maps.safetensors"), _files(folder))
+    return _values(Checkpoint.open(inside(folder, "maps.safetensors")), _files(folder))
 
 
 def _load_config(folder: Path) -> None:

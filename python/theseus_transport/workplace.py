@@ -23,7 +23,7 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .errors import AlreadyDone, InputRefused, NothingToResume
 from .folder import check_writable, differences, put_in_place, read_manifest, refuse_overlap, sync, warn_leftovers
-from .headers import digest
+from .headers import digest, inside
 from .record import JOURNAL, LOCK, NEXT, Record, lock
 from .writer import Layout
 
@@ -213,7 +213,7 @@ class Workplace:
                     header = self.layout.headers[name]
                     whole &= file.read(len(header)) == header and path.stat().st_size == self.layout.sizes[name]
             if record.tensors:
-                Checkpoint.open(self.state(record.step))
+                Checkpoint.open(inside(self.folder, self.state(record.step).name))
             if whole:
                 return
         raise self._damaged()
