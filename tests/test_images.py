@@ -51,6 +51,91 @@ def test_pixels_are_those_of_transformers(tmp_path, kind, size):
     assert torch.allclose(found, wanted, rtol=0, atol=1e-5)  # float32 rounding of values up to 3
 
 
+COLOURS = np.random.default_rng(3).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+GREY = COLOURS[..., 0].astype(np.float32)
+GREY[0, :2] = 0, 255
+
+
+def pixels_of(image, channels=3):
+    """What a model sees that wants pixels of this size between 0 and 255 as they are."""
+    same = (0.0,) * channels, (1.0,) * channels
+    return Preprocessor(None, None, 2, 1.0, *same)(image).permute(1, 2, 0).numpy()
+
+
+def grey(mode, values):
+    """A PIL image of a mode of numbers, written byte by byte."""
+    kind = {"I;16B": ">u2", "I": "<i4", "F": "<f4"}.get(mode, "<u2")
+    return Image.frombytes(mode, (8, 8), values.astype(kind).tobytes())
+
+
+GREYS = {
+    "I;16": ("I;16", 257 * GREY, GREY),
+    "I;16L": ("I;16L", 257 * GREY, GREY),
+    "I;16B": ("I;16B", 257 * GREY, GREY),
+    "I;16 dark": ("I;16", GREY, GREY / 257),  # its white is 65535 whatever it shows
+    "I of 8 bits": ("I", GREY, GREY),
+    "I of 16 bits": ("I", 257 * GREY, GREY),
+    "I of 31 bits": ("I", 2**20 * (GREY + 100), GREY),
+    "I below 0": ("I", GREY - 300, GREY),
+    "F within 1": ("F", GREY / 255, GREY),
+    "F of 8 bits": ("F", GREY, GREY),
+    "F of 16 bits": ("F", 257 * GREY, GREY),
+    "F below 0": ("F", GREY / 255 - 0.5, GREY),
+    "F huge": ("F", 1e30 * (GREY - 100), GREY),
+    "F black": ("F", 0 * GREY, 0 * GREY),
+    "F all the same": ("F", 0 * GREY - 7, 0 * GREY),
+}
+
+
+@pytest.mark.parametrize("name", GREYS)
+def test_numbers_of_any_depth_are_scaled(name):
+    mode, values, wanted = GREYS[name]
+    found = pixels_of(grey(mode, values))
+    assert np.abs(found - wanted[..., None]).max() <= 0.51  # rounded to 8 bits
+    assert np.array_equal(found[..., :1], pixels_of(grey(mode, values), 1))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_floats_that_have_no_scale(value):
+    with pytest.raises(ValueError, match="not all values are finite"):
+        pixels_of(grey("F", np.where(GREY > 100, value, -value)))
+
+
+@pytest.mark.parametrize("mode, error", [("RGB", 0), ("RGBX", 0), ("CMYK", 0), ("YCbCr", 3), ("HSV", 9), ("LAB", 9)])
+@pytest.mark.filterwarnings("error")
+def test_colours_of_any_mode(mode, error):
+    """As they were before, up to the rounding of 8 bits in that mode."""
+    image = Image.fromarray((COLOURS // 64 * 16 + 100) if mode == "LAB" else COLOURS)  # a screen shows no more of LAB
+    found = pixels_of(image.convert(mode))
+    assert np.abs(found - np.asarray(image)).max() <= error
+    assert np.abs(pixels_of(image.convert(mode), 1)[..., 0] - np.asarray(image.convert("L"))).max() <= error
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa"])
+@pytest.mark.filterwarnings("error")
+def test_transparency_is_dropped(mode):
+    shown, alpha = np.where(GREY > 127, 255, 0).astype(np.uint8), np.where(GREY > 60, 255, 0).astype(np.uint8)
+    if mode in ("1", "L", "P"):
+        image = Image.fromarray(shown).convert(mode)
+    else:
+        image = Image.merge("LA", [Image.fromarray(shown), Image.fromarray(alpha)])
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode)).convert(mode)
+    if mode in ("La", "RGBa"):  # colours times alpha: what is transparent has none
+        shown = np.where(alpha, shown, 0)
+    if mode == "P":
+        image.info["transparency"] = bytes(range(256))  # an alpha for each colour of the palette
+    assert np.array_equal(pixels_of(image), np.repeat(shown[..., None], 3, axis=2))
+    assert np.array_equal(pixels_of(image, 1)[..., 0], shown)
+    assert pixels_of(image, 4).shape == (8, 8, 4)
+
+
+def test_16_bits_through_a_file(tmp_path, caplog):
+    grey("I;16", 257 * GREY).save(tmp_path / "a.png")
+    grey("F", GREY / 255).save(tmp_path / "b.tiff")
+    (found,) = read_images(find_images(tmp_path), [Preprocessor.of(tmp_path, "V", (8, 8), 3)], wanted=9, skip_bad=False)
+    assert torch.equal(found[0], found[1]) and torch.allclose(found[0][0], torch.from_numpy(GREY) / 127.5 - 1)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_formats(tmp_path, suffix, mode):

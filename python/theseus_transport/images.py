@@ -15,9 +15,11 @@ from .errors import InputRefused
 from .headers import if_inside, read_json
 
 log = logging.getLogger(__name__)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 Size = tuple[int, int]  # height, width in pixels
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+ON_THE_WAY = {"P": "RGBA", "PA": "RGBA", "La": "LA", "LAB": "RGB"}  # modes that PIL converts, or converts quietly, so
+WHITE = {"F": (1, 255, 65535), "I": (255, 65535)}  # of modes that say nothing: the least that no value exceeds
 BILINEAR = 2  # PIL's numbers, which preprocessor_config.json uses
 
 
@@ -74,8 +76,15 @@ class Preprocessor:
         return found
 
     def __call__(self, picture: Any) -> torch.Tensor:
-        """A PIL image as floats [channels, height, width]."""
-        picture = picture.convert(MODES[len(self.mean)])
+        """A PIL image of any mode as floats [channels, height, width].
+
+        Alpha is dropped where the model reads none, as transformers does; integers of more than 8 bits and floats are
+        brought to 8 bits as :func:`_eight_bits` says, where PIL would clip them at 255.
+
+        Raises ValueError if a value is not finite.
+        """
+        picture = _eight_bits(picture) if picture.mode[0] in "IF" else picture
+        picture = picture.convert(ON_THE_WAY.get(picture.mode, picture.mode)).convert(MODES[len(self.mean)])
         if self.resize is not None:
             height, width = self.resize if isinstance(self.resize, tuple) else _shortest(picture.size, self.resize)
             picture = picture.resize((width, height), self.resample)
@@ -122,6 +131,26 @@ def read_images(
     if not made:
         raise InputRefused(f"none of {len(paths)} images can be read, first {paths[0]}")
     return [torch.stack(side) for side in zip(*made, strict=True)]
+
+
+def _eight_bits(picture: Any) -> Any:
+    """A grey image of integers or floats as one of mode L.
+
+    16 bits: white is 65535. Modes I and F do not say what white is: it is 1 where no value exceeds that (F alone), else
+    255, else 65535. With values below 0 or above 65535 the least becomes black and the largest white.
+    """
+    from PIL import Image
+
+    values = np.asarray(picture).astype(np.float32)
+    black, white = float(values.min()), float(values.max())
+    if not white - black <= float(np.finfo(np.float32).max):
+        raise ValueError(f"mode {picture.mode}, and not all values are finite")
+    scales = WHITE.get(picture.mode, (65535,))
+    if black >= 0 and white <= scales[-1]:
+        black, white = 0, next(scale for scale in scales if white <= scale)
+    values -= black
+    values *= 255 / ((white - black) or 1)
+    return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
 def _size(given: Any) -> Size | int:
