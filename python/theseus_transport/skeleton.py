@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from .batches import Batch
 from .capture import backbone, run_model
 from .checkpoint import Checkpoint
-from .checks import out_of_memory
 from .errors import InputRefused
 from .halves import Half, Halves, of_half
+from .loading import model_of
 from .models import BELONG
 from .spaces import Layout
 from .stand_ins import Call, Recorders, Rows
@@ -145,25 +145,9 @@ class Skeleton:
 
 def _built(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype) -> nn.Module:
     extra = {"add_pooling_layer": False} if layout.family.model_type == "vit" else {}
-    tower = TOWERS.get(checkpoint.config["model_type"])
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        kind = tower.config_class if tower else transformers.AutoConfig
-        config = kind.from_pretrained(checkpoint.folder, local_files_only=True)
-        with init_empty_weights(include_buffers=False):
-            model: nn.Module = (
-                tower._from_config(config, dtype=dtype)
-                if tower
-                else transformers.AutoModel.from_config(config, dtype=dtype, **extra)
-            )
-    except Exception as error:  # a config it does not like ends in errors of many kinds
-        if out_of_memory(error):
-            raise
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputRefused(f"transformers cannot load {checkpoint.folder}: {said}; was config.json edited?") from error
-    finally:
-        transformers.logging.set_verbosity(level)
+    with init_empty_weights(include_buffers=False):
+        tower = TOWERS.get(checkpoint.config["model_type"])
+        model: nn.Module = model_of(checkpoint.folder, tower, dtype=dtype, **extra)
     return model
 
 

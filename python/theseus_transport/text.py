@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .chat import ChatTemplate
 from .errors import InputRefused
 from .headers import if_inside, open_regular
+from .loading import tokenizer_of
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +84,7 @@ def _text_of(record: Any, tokenizers: Sequence[Tokenizer]) -> str:
     template = next((t.chat for t in tokenizers if t.chat), None)
     if template is None:
         return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
-    try:
-        return template(messages)
-    except Exception as error:  # templates are programs, and raise what they like
-        raise ValueError(f"the chat template refuses the messages: {error}") from None
+    return template(messages)
 
 
 def builtin_pieces() -> list[list[str]]:
@@ -120,12 +119,7 @@ class Tokenizer:
                 f"{name}: {folder} has no tokenizer; copy the model's tokenizer files there, or give --calibration "
                 "with a .safetensors of input_ids [n, tokens]"
             )
-        from transformers import AutoTokenizer  # imported late: data of ready tensors need no transformers
-
-        try:
-            self._call: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # the loaders of many tokenizers raise as many kinds of errors
-            raise InputRefused(f"{name}: the tokenizer in {folder} does not load: {error}") from error
+        self._call: Any = tokenizer_of(folder)
         plain, whole = self._call("a", add_special_tokens=False)["input_ids"], self._call("a")["input_ids"]
         place = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), 0)
         added = len(whole) > len(plain)
@@ -136,7 +130,8 @@ class Tokenizer:
         self.exact = bool(self._call.is_fast)  # only those know offsets
         self.chat: Callable[[list[Any]], str] | None = None  # messages -> text, where there is a chat template
         if getattr(self._call, "chat_template", None):
-            self.chat = lambda messages: str(self._call.apply_chat_template(messages, tokenize=False))
+            tokens = {key: value for key, value in self._call.special_tokens_map.items() if isinstance(value, str)}
+            self.chat = ChatTemplate(self._call.get_chat_template(), tokens, name)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Token ids [tokens] and character offsets [tokens, 2] (zeros if not `exact`) of each text, nothing added."""

@@ -14,6 +14,7 @@ from .checks import read_layout
 from .errors import InputRefused
 from .folder import MANIFEST, differences, read_manifest
 from .headers import TensorRecord, if_inside, inside, read_header
+from .loading import config_of
 from .models import Base
 from .spaces import Layout
 
@@ -98,7 +99,7 @@ def _values(written: Checkpoint, files: dict[str, str]) -> list[str]:
 def _checkpoint(folder: Path, reference: str) -> list[str]:
     written, files = Checkpoint.open(folder), _files(folder)
     read_layout("OUT", written)
-    _load_config(folder)
+    config_of(folder)
     return _values(written, files) + _against(written, files, _base(reference), whole=True)
 
 
@@ -145,16 +146,6 @@ def _adapter(folder: Path, reference: str) -> list[str]:
 def _alignment(folder: Path, reference: str) -> list[str]:
     Alignment.load(folder)
     return _values(Checkpoint.open(inside(folder, "maps.safetensors")), _files(folder))
-
-
-def _load_config(folder: Path) -> None:
-    """InputRefused if transformers cannot read the configuration."""
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a config it does not like ends in errors of many kinds
-        raise InputRefused(f"config.json: {type(error).__name__}: {error}") from error
 
 
 def _base(reference: object) -> Checkpoint:

@@ -1,0 +1,37 @@
+"""The process in which a chat template runs: started by file, imports nothing of this package.
+
+The first line on stdin is JSON {"template", "tokens", "seconds", "bytes"}, every further one a list of messages; each
+is answered by a line of JSON on stdout, {"text"} or {"error"}. What takes more seconds of CPU time than that ends the
+process; its memory is what it has after its imports, and so many bytes more.
+"""
+
+import json
+import resource
+import sys
+
+
+def main() -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    job = json.loads(sys.stdin.readline())
+    with open("/proc/self/statm") as statm:
+        most = int(statm.read().split()[0]) * resource.getpagesize() + job["bytes"]
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for line in sys.stdin:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(used.ru_utime + used.ru_stime) + 1 + job["seconds"]
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        try:
+            text = render_jinja_template([json.loads(line)], chat_template=job["template"], **job["tokens"])[0][0]
+            longest = (1 << 16) + 8 * len(line)
+            if len(text) > longest:
+                raise ValueError(f"it makes {len(text)} characters of messages that allow {longest}")
+            answer = json.dumps({"text": text})
+        except Exception as error:  # templates are programs, and raise what they like
+            answer = json.dumps({"error": (str(error) or type(error).__name__)[:1000]})
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The one door to transformers' loaders: they see a private copy of a folder's settings, and run nothing of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import transformers
+
+from .checks import out_of_memory
+from .errors import InputRefused
+from .headers import if_inside, read_json
+
+CONFIG = "config.json"
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm")
+TEMPLATES = "additional_chat_templates"  # a folder in the model's, as transformers names it
+NEVER_READ = ("attn_implementation", "experts_implementation")  # may name kernels on a hub: what runs is ours to say
+SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # and so nothing is asked on stdin
+OWN_CODE = "without the tokenizer, --calibration reads a .safetensors of input_ids"
+
+Made = TypeVar("Made")
+
+
+def config_of(folder: Path) -> Any:
+    """The configuration in a folder, by transformers.
+
+    Raises:
+        InputRefused: transformers does not like it, or it needs code of its own.
+    """
+    return loaded(folder, (CONFIG,), lambda place: transformers.AutoConfig.from_pretrained(place, **SAFE))
+
+
+def model_of(folder: Path, tower: Any = None, **options: Any) -> Any:
+    """A model of the configuration in a folder, its weights as they are initialised.
+
+    Args:
+        tower: the model's class, where the configuration is that of more than this part.
+        options: of the model.
+
+    Raises:
+        InputRefused: transformers does not like the configuration, or it needs code of its own.
+    """
+
+    def load(place: Path) -> Any:
+        if tower:
+            return tower._from_config(tower.config_class.from_pretrained(place, **SAFE), **options)
+        config = transformers.AutoConfig.from_pretrained(place, **SAFE)
+        return transformers.AutoModel.from_config(config, trust_remote_code=False, **options)
+
+    return loaded(folder, (CONFIG,), load)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in a folder, by transformers.
+
+    Raises:
+        InputRefused: transformers does not like it, or it needs code of its own.
+    """
+    names = [name for name in sorted(os.listdir(folder)) if name.endswith(TOKENIZER_SUFFIXES)]
+    if os.path.isdir(folder / TEMPLATES):
+        names += [f"{TEMPLATES}/{name}" for name in sorted(os.listdir(folder / TEMPLATES)) if name.endswith(".jinja")]
+    return loaded(
+        folder,
+        names,
+        lambda place: transformers.AutoTokenizer.from_pretrained(place, **SAFE),
+        says=f"the tokenizer in {folder} does not load",
+    )
+
+
+def loaded(folder: Path, names: Sequence[str], load: Callable[[Path], Made], *, says: str = "") -> Made:
+    """What ``load`` makes of a private folder that holds these files of ``folder``, where it has them.
+
+    Args:
+        says: how a refusal begins, if not that transformers cannot load the folder.
+
+    Raises:
+        InputRefused: a file leads out of the folder, or the loader failed; it names the folder.
+    """
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    with _private_copy(folder, names) as place:
+        try:
+            return load(place)
+        except BaseException as error:  # loaders raise errors of many kinds; a panic in Rust is no Exception
+            if out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+                raise
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}".replace(str(place), str(folder))[:1000]
+            cure = f"was {names[0]} edited?" if len(names) == 1 else "was a file edited?"
+            if "trust_remote_code" in said:
+                said, cure = "it needs code that came with it", f"Theseus never runs any; {OWN_CODE}"
+            raise InputRefused(f"{says or f'transformers cannot load {folder}'}: {said}; {cure}") from error
+        finally:
+            transformers.logging.set_verbosity(level)
+
+
+@contextmanager
+def _private_copy(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A folder of this process alone with links to checked files; its config names no kernels."""
+    with tempfile.TemporaryDirectory(prefix="theseus-") as made:
+        place = Path(made)
+        for name in names:
+            path = if_inside(folder, name)
+            if path is None or path.name.endswith(".index.json"):
+                continue
+            copy = place / name
+            copy.parent.mkdir(exist_ok=True)
+            if name == CONFIG:
+                copy.write_text(json.dumps(_cleaned(read_json(path))))
+            else:
+                copy.symlink_to(path.resolve())
+        yield place
+
+
+def _cleaned(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _cleaned(value) for key, value in config.items() if not key.strip("_").startswith(NEVER_READ)}
+    return config
