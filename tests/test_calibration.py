@@ -108,7 +108,7 @@ BAD_TEXT = {
     "mask of 2": ({"input_ids": ids, "attention_mask": ones * 2}, "must hold 0 and 1 only"),
     "row all masked": ({"input_ids": ids, "attention_mask": ones.tril(-1)}, "a 1 in every row"),
     "empty": ({"input_ids": ids[:0]}, r"input_ids \[0, 3\] is empty"),
-    "too long": ({"input_ids": torch.zeros(2, 9).long()}, "rows of 9 tokens, A has 8 positions; cut them"),
+    "too long": ({"input_ids": torch.zeros(2, 9).long()}, "input_ids has rows of 9 tokens, A reads at most 8;"),
     "rows differ": ({"source__input_ids": ids, "target__input_ids": ids[:1]}, "2 source rows and 1 target rows"),
     "tokens differ": ({"source__input_ids": ids, "target__input_ids": ids[:, :2]}, "one to one; add source.offsets"),
     "masks differ": (TWO_SIDES | {"target__attention_mask": ones.tril()}, "shape or mask"),

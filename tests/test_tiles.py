@@ -202,7 +202,7 @@ def headed(mean: float) -> Update:
     return transport(aligned("gpt2"), Delta.between(source.state, tune(source, "everything").state), state)
 
 
-@pytest.mark.parametrize("mean, said", [(3.6e-3, "hardly reaches the mean (sum 0.0036)"), (0.0, "is lost")])
+@pytest.mark.parametrize("mean, said", [(3.6e-3, "times the rest of its update"), (0.0, "is lost")])
 def test_a_tiled_head_warns_once(mean: float, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = headed(mean)
     whole[HEAD]

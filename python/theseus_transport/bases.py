@@ -284,7 +284,7 @@ def quiet(stage: str, steps: int) -> Callable[[], object]:
 
 
 def _side(checkpoint: Checkpoint, layout: Layout, name: str) -> SideInfo:
-    vision, positions = layout.family.modality == "vision", checkpoint.config.get("max_position_embeddings")
+    vision = layout.family.modality == "vision"
     return SideInfo(
         folder=checkpoint.folder,
         kind=layout.family.modality,
@@ -292,6 +292,6 @@ def _side(checkpoint: Checkpoint, layout: Layout, name: str) -> SideInfo:
         vocab_size=layout.vocabulary,
         channels=layout.channels,
         image_size=layout.image,
-        max_positions=positions if isinstance(positions, int) else None,
+        max_positions=layout.positions,
         tokens_per_image=layout.grid[0] * layout.grid[1] + sum(layout.ahead) if vision else 1,
     )

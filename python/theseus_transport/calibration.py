@@ -232,7 +232,8 @@ def _check_side(path: Path, prefix: str, side: Tensors, info: SideInfo) -> None:
     _check_ids(f"{path}: {prefix}input_ids", side["input_ids"], info)
     if info.max_positions and data.shape[1] > info.max_positions:
         raise InputRefused(
-            f"{path}: rows of {data.shape[1]} tokens, {info.name} has {info.max_positions} positions; cut them"
+            f"{path}: {prefix}input_ids has rows of {data.shape[1]} tokens, {info.name} reads at most "
+            f"{info.max_positions}; cut them to that"
         )
     mask = side.setdefault("attention_mask", torch.ones_like(side["input_ids"]))
     if not (((mask == 0) | (mask == 1)).all() and mask.any(dim=1).all()):

@@ -61,9 +61,9 @@ STARCODER2 = Family(
 def _gpt2_sizes(config: Mapping[str, Any]) -> Mapping[str, Any]:
     names = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
     sizes = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
-    width = sizes.get("hidden_size")
+    width, positions = sizes.get("hidden_size"), config.get("n_positions", 1024)
     middle = config.get("n_inner") or (4 * width if isinstance(width, int) else None)
-    return {**config, **sizes, "intermediate_size": middle}
+    return {**config, **sizes, "intermediate_size": middle, "max_position_embeddings": positions}
 
 
 GPT2 = Family(

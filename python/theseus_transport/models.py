@@ -198,9 +198,9 @@ def check_shapes(
     expected: dict[str, tuple[int, ...]] = {
         f"{layer.name}.weight": roles[layer.role] for layer in layout.layers() if layer.role in roles
     }
-    patches = layout.grid[0] * layout.grid[1] if layout.patch else 0
+    positions = layout.ahead[0] + layout.grid[0] * layout.grid[1] if layout.patch else layout.positions
     for e in layout.family.embeddings:
-        rows = {"token": layout.vocabulary, "position": patches and sum(layout.ahead[:1]) + patches}.get(e.slot)
+        rows = {"token": layout.vocabulary, "position": positions}.get(e.slot)
         if e.slot == "patch":
             expected[e.name] = (width, layout.channels or 0, *(layout.patch or ()))
         elif rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .alignment import Alignment  # which is made with what imports this
 
 AMPLIFIED = 1.0  # a bias correction larger than the update that carries it is worth a warning
+BESIDE_NOTHING = 1e4  # times as much as the rest: the rest is nothing, or rounding
 
 
 def move_bytes(source: Sequence[int], target: Sequence[int]) -> int:
@@ -63,9 +64,11 @@ class Carried:
             return [f"{layer}: a bias change of norm {sqrt(rest):.3g} is lost, the target has no bias to take it"]
         if added <= AMPLIFIED**2 * weight:
             return []
+        times = sqrt(added / weight) if weight > 0 else inf
+        share = f"{times:.1f} times the rest" if times < BESIDE_NOTHING else "all"
         return [
-            f"{layer}: the norm's bias hardly reaches the mean (sum {total:.3g}), so carrying a bias change through it "
-            f"makes the update {sqrt(added / max(weight, 1e-300)):.1f} times larger than its own norm; float32 output "
+            f"{layer}: the tune shifts the output of this layer by a constant, for which the target has no bias: its "
+            f"weight carries it, which is {share} of its update; 16 bits may round that away, --out-dtype float32 "
             "keeps it"
         ]
 

@@ -57,7 +57,11 @@ class Space:
 
 @dataclass(frozen=True)
 class Layout:
-    """Geometry of one model of a family; sizes in features, names canonical."""
+    """Geometry of one model of a family; sizes in features, names canonical.
+
+    Attributes:
+        positions: tokens of the longest text it can read, or was made for; None where its config does not say.
+    """
 
     family: Family
     depth: int
@@ -73,6 +77,7 @@ class Layout:
     channels: int | None
     registers: int = 0
     scaled: bool = False
+    positions: int | None = None
 
     @classmethod
     def of(cls, config: Any) -> Layout:
@@ -106,7 +111,7 @@ class Layout:
                 f"hidden_size {width}, {heads} attention heads and {kv_heads} key-value heads do not divide; "
                 "was config.json edited?"
             )
-        tied = values.get("tie_word_embeddings")
+        tied, positions = values.get("tie_word_embeddings"), values.get("max_position_embeddings")
         return cls(
             family=family,
             depth=size("num_hidden_layers"),
@@ -122,6 +127,7 @@ class Layout:
             channels=None if text else size("num_channels", 3),
             scaled=bool(family.output_scale) and values.get("layer_scale") is not False,
             registers=0 if text or not family.embedding("register") else size("num_register_tokens"),
+            positions=_size("max_position_embeddings", positions) if text and positions is not None else None,
         )
 
     def plain(self) -> dict[str, Any]:
