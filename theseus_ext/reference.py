@@ -59,3 +59,21 @@ def cross_moments_(
     for i, (x, y) in enumerate(zip(source, target, strict=True)):
         own = {name: tensors[i] for name, tensors in masters.items()}
         cross_moment_(x, y, **own, source_mixing=source_mixing, target_mixing=target_mixing)
+
+
+def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `theseus_ext.svd` computes; see there for shapes."""
+    u, s, vh = torch.linalg.svd(matrices.detach().double(), full_matrices=False)
+    return u, s, vh
+
+
+def svdvals(matrices: Tensor) -> Tensor:
+    """What `theseus_ext.svdvals` computes; see there for shapes."""
+    values: Tensor = torch.linalg.svdvals(matrices.detach().double())
+    return values
+
+
+def polar(matrices: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """What `theseus_ext.polar` computes; see there for shapes."""
+    u, s, vh = svd(matrices)
+    return (u * (s > floor * s[..., :1])[..., None, :]) @ vh, s
