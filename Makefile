@@ -26,6 +26,7 @@ test: build
 
 lint: build
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/emulated -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
 # Applies every planted bug to a copy and shows that its named test turns red.

@@ -1,4 +1,5 @@
-// Host side of cross_moment_ and cross_moments_: check, describe, and run chunk by chunk on the CPU or launch on the GPU.
+// Host side of cross_moment_ and cross_moments_: check, describe, and run chunk by chunk on the CPU or launch on the
+// GPU.
 #include <algorithm>
 #include <array>
 
@@ -15,20 +16,20 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kChunk = 4096;  // most rows multiplied in float32 before they are added into the float64 master
+constexpr int64_t kFlushRows = 4096;  // most rows multiplied in float32 before they are added into the float64 master
 
 void check_entries(const char* op, const Side& side, int64_t rows, const char* name) {
   if (side.row_ptr) {
-    STD_TORCH_CHECK(side.row_ptr[0] == 0 && side.row_ptr[rows] == side.entries, op, ": ", name,
-                    " row_ptr runs from ", side.row_ptr[0], " to ", side.row_ptr[rows], ", expected 0 to ",
-                    side.entries, " (the length of column)");
+    STD_TORCH_CHECK(side.row_ptr[0] == 0 && side.row_ptr[rows] == side.entries, op, ": ", name, " row_ptr runs from ",
+                    side.row_ptr[0], " to ", side.row_ptr[rows], ", expected 0 to ", side.entries,
+                    " (the length of column)");
     for (int64_t row = 0; row < rows; ++row)
       STD_TORCH_CHECK(side.row_ptr[row] <= side.row_ptr[row + 1], op, ": ", name, " row_ptr falls from ",
                       side.row_ptr[row], " to ", side.row_ptr[row + 1], " at row ", row);
   }
   for (int64_t entry = 0; entry < side.entries; ++entry)
-    STD_TORCH_CHECK(side.column[entry] >= 0 && side.column[entry] < side.token_count, op, ": ", name,
-                    " column[", entry, "] is ", side.column[entry], " but there are ", side.token_count, " tokens");
+    STD_TORCH_CHECK(side.column[entry] >= 0 && side.column[entry] < side.token_count, op, ": ", name, " column[", entry,
+                    "] is ", side.column[entry], " but there are ", side.token_count, " tokens");
 }
 
 Tensor scratch(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& like) {
@@ -52,7 +53,7 @@ void multiply(const Tensor& out, const Tensor& x_transposed, const Tensor& y) {
 template <class T>
 void run_cpu(const CrossMomentArgs& args, const Tensor& like, Dtype compute, ScalarType dtype) {
   const Side* sides[2] = {&args.source, &args.target};
-  const int64_t widths[2] = {args.source.width, args.target.width}, chunks = (args.rows + kChunk - 1) / kChunk;
+  const int64_t widths[2] = {args.source.width, args.target.width}, chunks = (args.rows + kFlushRows - 1) / kFlushRows;
   const int64_t chunk = ((args.rows + chunks - 1) / chunks + 15) / 16 * 16;  // equal, and each as aligned as the first
   Tensor buffers[2];
   T* prepared[2] = {nullptr, nullptr};
@@ -62,7 +63,8 @@ void run_cpu(const CrossMomentArgs& args, const Tensor& like, Dtype compute, Sca
     prepared[s] = buffers[s].mutable_data_ptr<T>();
   }
   const Tensor product = scratch(widths[0], widths[1], dtype, like);
-  const int64_t blocks[2] = {(widths[0] + cpu::kColumns - 1) / cpu::kColumns, (widths[1] + cpu::kColumns - 1) / cpu::kColumns};
+  const int64_t blocks[2] = {(widths[0] + cpu::kColumns - 1) / cpu::kColumns,
+                             (widths[1] + cpu::kColumns - 1) / cpu::kColumns};
 
   for (int64_t begin = 0; begin < args.rows; begin += chunk) {
     const int64_t end = std::min(begin + chunk, args.rows), rows = end - begin;
@@ -90,7 +92,7 @@ bool in_float64(const CrossMomentArgs& args) {
   return args.source.dtype == Dtype::float64 || args.target.dtype == Dtype::float64;
 }
 
-void run(const Spaces& spaces, const std::vector<MomentGroup>& groups) {
+void add_on_cpu(const Spaces& spaces, const std::vector<MomentGroup>& groups) {
   for (const MomentGroup& group : groups) {
     check_entries(spaces.op, group.args.source, group.args.rows, "source");
     check_entries(spaces.op, group.args.target, group.args.rows, "target");
@@ -186,7 +188,7 @@ struct Launches {
   }
 };
 
-void launch(const Spaces& spaces, const std::vector<MomentGroup>& groups) {
+void add_on_cuda(const Spaces& spaces, const std::vector<MomentGroup>& groups) {
   const Tensor& like = spaces.source[0];
   const int32_t index = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
@@ -210,42 +212,57 @@ void launch(const Spaces& spaces, const std::vector<MomentGroup>& groups) {
 }
 #endif
 
-using Run = void (*)(const Spaces&, const std::vector<MomentGroup>&);
+using Add = void (*)(const Spaces&, const std::vector<MomentGroup>&);
 
-template <Run run>
+template <Add add>
 void cross_moment(const Tensor& source, const Tensor& target, const Optional& source_row_ptr,
                   const Optional& source_column, const Optional& source_weight, const Optional& target_row_ptr,
                   const Optional& target_column, const Optional& target_weight, const Tensor& cross,
                   const Tensor& source_sum, const Tensor& target_sum, const Tensor& source_energy,
                   const Tensor& target_energy) {
   const Tensors lists[] = {{source}, {target}, {cross}, {source_sum}, {target_sum}, {source_energy}, {target_energy}};
-  const Spaces spaces{"cross_moment_", lists[0], lists[1], {source_row_ptr, source_column, source_weight},
-                      {target_row_ptr, target_column, target_weight}, lists[2], lists[3], lists[4], lists[5], lists[6]};
-  run(spaces, describe(spaces));
+  const Spaces spaces{"cross_moment_",
+                      lists[0],
+                      lists[1],
+                      {source_row_ptr, source_column, source_weight},
+                      {target_row_ptr, target_column, target_weight},
+                      lists[2],
+                      lists[3],
+                      lists[4],
+                      lists[5],
+                      lists[6]};
+  add(spaces, describe(spaces));
 }
 
-template <Run run>
+template <Add add>
 void cross_moments(const Tensors& source, const Tensors& target, const Optional& source_row_ptr,
                    const Optional& source_column, const Optional& source_weight, const Optional& target_row_ptr,
                    const Optional& target_column, const Optional& target_weight, const Tensors& cross,
                    const Tensors& source_sum, const Tensors& target_sum, const Tensors& source_energy,
                    const Tensors& target_energy) {
-  const Spaces spaces{"cross_moments_", source, target, {source_row_ptr, source_column, source_weight},
-                      {target_row_ptr, target_column, target_weight}, cross, source_sum, target_sum, source_energy,
+  const Spaces spaces{"cross_moments_",
+                      source,
+                      target,
+                      {source_row_ptr, source_column, source_weight},
+                      {target_row_ptr, target_column, target_weight},
+                      cross,
+                      source_sum,
+                      target_sum,
+                      source_energy,
                       target_energy};
-  if (!source.empty()) run(spaces, describe(spaces));
+  if (!source.empty()) add(spaces, describe(spaces));
 }
 
 }  // namespace
 }  // namespace theseus
 
 STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CPU, m) {
-  m.impl("cross_moment_", TORCH_BOX(&theseus::cross_moment<theseus::run>));
-  m.impl("cross_moments_", TORCH_BOX(&theseus::cross_moments<theseus::run>));
+  m.impl("cross_moment_", TORCH_BOX(&theseus::cross_moment<theseus::add_on_cpu>));
+  m.impl("cross_moments_", TORCH_BOX(&theseus::cross_moments<theseus::add_on_cpu>));
 }
 #ifdef THESEUS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CUDA, m) {
-  m.impl("cross_moment_", TORCH_BOX(&theseus::cross_moment<theseus::launch>));
-  m.impl("cross_moments_", TORCH_BOX(&theseus::cross_moments<theseus::launch>));
+  m.impl("cross_moment_", TORCH_BOX(&theseus::cross_moment<theseus::add_on_cuda>));
+  m.impl("cross_moments_", TORCH_BOX(&theseus::cross_moments<theseus::add_on_cuda>));
 }
 #endif

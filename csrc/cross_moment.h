@@ -4,13 +4,13 @@
 #include <cstdint>
 #include <initializer_list>
 
-namespace theseus {
+#include "dtype.h"
 
-enum class Dtype : int32_t { float32, float64, bfloat16, float16 };
+namespace theseus {
 
 // One side: tokens x and the row mixing P (CSR) that turns them into the rows X = P x.
 struct Side {
-  const void* tokens;      // [token_count, width], unit column stride
+  const void* tokens;  // [token_count, width], unit column stride
   Dtype dtype;
   int64_t token_count;
   int64_t width;
@@ -19,8 +19,8 @@ struct Side {
   const int64_t* column;   // [entries], or null: row i is token i
   const double* weight;    // [entries], or null: ones
   int64_t entries;
-  double* sum;             // [width] += sum of X over rows
-  double* energy;          // [width] += sum of X^2 over rows
+  double* sum;     // [width] += sum of X over rows
+  double* energy;  // [width] += sum of X^2 over rows
 };
 
 struct CrossMomentArgs {
@@ -42,8 +42,7 @@ inline CrossMomentArgs head_of(const MomentGroup& group, int64_t head) {
   args.cross += head * args.source.width * args.target.width;
   for (Side* side : {&args.source, &args.target}) {
     const int64_t first = head * side->width;
-    const int64_t size = side->dtype == Dtype::float64 ? 8 : side->dtype == Dtype::float32 ? 4 : 2;  // bytes
-    side->tokens = static_cast<const char*>(side->tokens) + first * size;
+    side->tokens = static_cast<const char*>(side->tokens) + first * size_of(side->dtype);
     side->sum += first, side->energy += first;
   }
   return args;
@@ -51,8 +50,8 @@ inline CrossMomentArgs head_of(const MomentGroup& group, int64_t head) {
 
 namespace cpu {
 
-// Columns [first, last) of rows [begin, end): mixed and converted into out [end - begin, width], sums and energies added.
-// out null: the tokens already are the rows in the compute type, only sums and energies are taken.
+// Columns [first, last) of rows [begin, end): mixed and converted into out [end - begin, width], sums and energies
+// added. out null: the tokens already are the rows in the compute type, only sums and energies are taken.
 constexpr int64_t kColumns = 256;  // most columns per call: two accumulators of 1 KiB stay in L1
 void prepare(const Side& side, int64_t begin, int64_t end, int64_t first, int64_t last, float* out);
 void prepare(const Side& side, int64_t begin, int64_t end, int64_t first, int64_t last, double* out);
@@ -69,7 +68,8 @@ constexpr int64_t kChunk = 4096;  // rows prepared per launch
 
 // *_chunk: [min(rows, kChunk), width] scratch of float (double when in_float64), or null as for cpu::prepare's out.
 // An entry outside its range becomes NaN: the host cannot look at it without waiting. Returns null or CUDA's message.
-const char* cross_moment(const CrossMomentArgs& args, bool in_float64, void* source_chunk, void* target_chunk, void* stream);
+const char* cross_moment(const CrossMomentArgs& args, bool in_float64, void* source_chunk, void* target_chunk,
+                         void* stream);
 
 // Rows [begin, begin + rows) of X, all columns, into out [rows, width] unless it is null; sums and energies added.
 const char* make_rows(const Side& side, int64_t begin, int64_t rows, float* out, void* stream);

@@ -42,8 +42,9 @@ inline Side all_heads(const MomentGroup& group, int side) {
 // what the launch takes of them goes to `unused` [2, all columns].
 inline MomentGroup reading(MomentGroup group, int side, const float* made, double* unused) {
   const int64_t columns = group.heads * side_of(group, side).width;
-  side_of(group, side) = {made,    Dtype::float32, group.args.rows, columns / group.heads, columns,         nullptr,
-                          nullptr, nullptr,        0,               unused,                unused + columns};
+  side_of(group, side) = {made,    Dtype::float32, group.args.rows, columns / group.heads,
+                          columns, nullptr,        nullptr,         nullptr,
+                          0,       unused,         unused + columns};
   return group;
 }
 

@@ -55,10 +55,17 @@ Side side_of(const char* op, const Tensor& tokens, const Mixing& mixing, const T
   STD_TORCH_CHECK(!row_ptr || row_ptr->numel() > 0, op, ": row_ptr needs at least one element");
   STD_TORCH_CHECK(!weight || weight->numel() == count, op, ": weight needs ", count, " elements");
   const int64_t* columns = entries<int64_t>(op, column, ScalarType::Long, source, "column");
-  return {tokens.const_data_ptr(), dtype_of(op, tokens), tokens.size(0), tokens.size(1), tokens.stride(0),
+  return {tokens.const_data_ptr(),
+          dtype_of(op, tokens),
+          tokens.size(0),
+          tokens.size(1),
+          tokens.stride(0),
           entries<int64_t>(op, row_ptr, ScalarType::Long, source, "row_ptr"),
           column && count == 0 ? &kNoEntries : columns,
-          entries<double>(op, weight, ScalarType::Double, source, "weight"), count, nullptr, nullptr};
+          entries<double>(op, weight, ScalarType::Double, source, "weight"),
+          count,
+          nullptr,
+          nullptr};
 }
 
 int64_t row_count(const Side& side, const Optional& row_ptr) {

@@ -1,5 +1,5 @@
-// svd, svdvals and polar. On the CPU the matrices of a batch are shared out over torch's threads, each through torch's own
-// LAPACK; on a GPU small ones go to the Jacobi kernel.
+// svd, svdvals and polar. On the CPU the matrices of a batch are shared out over torch's threads, each through torch's
+// own LAPACK; on a GPU small ones go to the Jacobi kernel.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -111,8 +111,8 @@ std::tuple<Tensor, Tensor> polar_cpu(const Tensor& input, double floor) {
 
 #ifdef THESEUS_CUDA
 // Values of a matrix that holds NaN or Inf, or did not converge, are NaN: the host cannot look at it without waiting.
-void launch(const Tensor& matrices, const Tensor& s, const Tensor* u, const Tensor* vh, const Tensor* polar,
-            double floor) {
+void decompose_on_cuda(const Tensor& matrices, const Tensor& s, const Tensor* u, const Tensor* vh, const Tensor* polar,
+                       double floor) {
   if (matrices.numel() == 0) return;
   const int64_t m = matrices.size(1), n = matrices.size(2);
   STD_TORCH_CHECK(m <= cuda::kLargestSvd && n <= cuda::kLargestSvd, "svd: matrices on a GPU have at most ",
@@ -124,27 +124,33 @@ void launch(const Tensor& matrices, const Tensor& s, const Tensor* u, const Tens
   check(cuda::find_device(index, device));
   const cuda::SmallSvdArgs args{matrices.const_data_ptr(),
                                 matrices.scalar_type() == ScalarType::Double ? Dtype::float64 : Dtype::float32,
-                                matrices.size(0), static_cast<int>(m), static_cast<int>(n), m * n, n, floor,
-                                s.mutable_data_ptr(), u ? u->mutable_data_ptr() : nullptr,
-                                vh ? vh->mutable_data_ptr() : nullptr, polar ? polar->mutable_data_ptr() : nullptr,
+                                matrices.size(0),
+                                static_cast<int>(m),
+                                static_cast<int>(n),
+                                m * n,
+                                n,
+                                floor,
+                                s.mutable_data_ptr(),
+                                u ? u->mutable_data_ptr() : nullptr,
+                                vh ? vh->mutable_data_ptr() : nullptr,
+                                polar ? polar->mutable_data_ptr() : nullptr,
                                 nullptr};
   const std::array<int64_t, 1> bytes{static_cast<int64_t>(cuda::small_svd_workspace(args, device.shared_limit))};
-  const Tensor workspace =
-      torch::stable::empty({bytes.data(), 1}, ScalarType::Byte, std::nullopt, matrices.device());
+  const Tensor workspace = torch::stable::empty({bytes.data(), 1}, ScalarType::Byte, std::nullopt, matrices.device());
   check(cuda::small_svd(args, device.shared_limit, workspace.mutable_data_ptr(), current_cuda_stream(index)));
 }
 
 std::tuple<Tensor, Tensor, Tensor> svd_cuda(const Tensor& input) {
   const Tensor matrices = checked(input);
   const std::array<Tensor, 3> out = results(matrices);
-  launch(matrices, out[1], &out[0], &out[2], nullptr, 0);
+  decompose_on_cuda(matrices, out[1], &out[0], &out[2], nullptr, 0);
   return {out[0], out[1], out[2]};
 }
 
 Tensor svdvals_cuda(const Tensor& input) {
   const Tensor matrices = checked(input);
   const Tensor out = empty<2>({matrices.size(0), std::min(matrices.size(1), matrices.size(2))}, matrices);
-  launch(matrices, out, nullptr, nullptr, nullptr, 0);
+  decompose_on_cuda(matrices, out, nullptr, nullptr, nullptr, 0);
   return out;
 }
 
@@ -152,7 +158,7 @@ std::tuple<Tensor, Tensor> polar_cuda(const Tensor& input, double floor) {
   const Tensor matrices = checked(input);
   const int64_t batch = matrices.size(0), m = matrices.size(1), n = matrices.size(2);
   const Tensor out = empty<3>({batch, m, n}, matrices), s = empty<2>({batch, std::min(m, n)}, matrices);
-  launch(matrices, s, nullptr, nullptr, &out, floor);
+  decompose_on_cuda(matrices, s, nullptr, nullptr, &out, floor);
   return {out, s};
 }
 #endif

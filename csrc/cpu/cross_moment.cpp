@@ -1,4 +1,5 @@
-// One pass over the rows: mix, convert, sum, energy. A call owns its columns, so results do not depend on the thread count.
+// One pass over the rows: mix, convert, sum, energy. A call owns its columns, so results do not depend on the thread
+// count.
 #include "../cross_moment.h"
 
 #include <cstring>
@@ -32,8 +33,9 @@ struct Half {
   uint16_t bits;
   THESEUS_INLINE operator float() const {
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
-    const float value = bits_as<float>(static_cast<uint32_t>(bits & 0x7fff) << 13) * 0x1p112f;  // exponent bias 127 - 15
-    const uint32_t special = value >= 65536 ? 0x7f800000 : 0;  // Inf and NaN had the largest exponent
+    const float value =
+        bits_as<float>(static_cast<uint32_t>(bits & 0x7fff) << 13) * 0x1p112f;  // exponent bias 127 - 15
+    const uint32_t special = value >= 65536 ? 0x7f800000 : 0;                   // Inf and NaN had the largest exponent
     return bits_as<float>(bits_as<uint32_t>(value) | special | sign);
   }
 };

@@ -19,7 +19,7 @@ constexpr int kPrepareShared = 2 * kWarps * kLanes * static_cast<int>(sizeof(dou
 // out [rows, width] = rows [begin, begin + rows) of X, unless null; sum and energy += theirs.
 template <class T>
 THESEUS_KERNEL(kWarps* kLanes, 2)
-prepare(const THESEUS_GRID_CONSTANT Side side, int64_t begin, int64_t rows, T* out) {
+prepare_kernel(const THESEUS_GRID_CONSTANT Side side, int64_t begin, int64_t rows, T* out) {
   double* sums = shared<double>(0, kWarps * kLanes);  // [warp][lane]
   double* energies = shared<double>(kPrepareShared / 2, kWarps * kLanes);
   const int lane = thread_index() % kLanes, warp = thread_index() / kLanes;
@@ -62,7 +62,7 @@ constexpr int kProductShared = 2 * kDepth * kTile * static_cast<int>(sizeof(T));
 // cross [width_x, width_y] += x^T y, x [rows, width_x], y [rows, width_y]
 template <class T>
 THESEUS_KERNEL(kThreads, 2)
-product(const T* x, int64_t width_x, const T* y, int64_t width_y, int64_t rows, double* cross) {
+product_kernel(const T* x, int64_t width_x, const T* y, int64_t width_y, int64_t rows, double* cross) {
   T* tile_x = shared<T>(0, kDepth * kTile);
   T* tile_y = shared<T>(kProductShared<T> / 2, kDepth * kTile);
   const int64_t tiles_y = (width_y + kTile - 1) / kTile;
@@ -92,7 +92,7 @@ product(const T* x, int64_t width_x, const T* y, int64_t width_y, int64_t rows, 
 
 // master[i] += product[i]; a thread takes every kThreads-th of its block's kThreads * kAdds.
 constexpr int kAdds = 4;
-THESEUS_KERNEL(kThreads, 4) add_product(const float* product, double* master, int64_t count) {
+THESEUS_KERNEL(kThreads, 4) add_kernel(const float* product, double* master, int64_t count) {
   const int64_t first = static_cast<int64_t>(block_index()) * kThreads * kAdds + thread_index();
   THESEUS_UNROLL
   for (int j = 0; j < kAdds; ++j) {
@@ -102,7 +102,7 @@ THESEUS_KERNEL(kThreads, 4) add_product(const float* product, double* master, in
 }
 
 template <class T>
-const char* run(const CrossMomentArgs& args, T* source_chunk, T* target_chunk, void* stream) {
+const char* launch_plain(const CrossMomentArgs& args, T* source_chunk, T* target_chunk, void* stream) {
   const Side &source = args.source, &target = args.target;
   const auto blocks = [](int64_t width, int64_t per_block) { return (width + per_block - 1) / per_block; };
   for (int64_t begin = 0; begin < args.rows; begin += kChunk) {
@@ -110,13 +110,14 @@ const char* run(const CrossMomentArgs& args, T* source_chunk, T* target_chunk, v
     const T* x = source_chunk ? source_chunk : static_cast<const T*>(source.tokens) + begin * source.width;
     const T* y = target_chunk ? target_chunk : static_cast<const T*>(target.tokens) + begin * target.width;
     const auto prepare_side = [&](const Side& side, T* chunk) {
-      return launch(prepare<T>, blocks(side.width, kLanes), kWarps * kLanes, kPrepareShared, stream, side, begin, rows,
-                    chunk);
+      return launch(prepare_kernel<T>, blocks(side.width, kLanes), kWarps * kLanes, kPrepareShared, stream, side, begin,
+                    rows, chunk);
     };
     if (const char* error = prepare_side(source, source_chunk)) return error;
     if (const char* error = prepare_side(target, target_chunk)) return error;
-    if (const char* error = launch(product<T>, blocks(source.width, kTile) * blocks(target.width, kTile), kThreads,
-                                   kProductShared<T>, stream, x, source.width, y, target.width, rows, args.cross))
+    if (const char* error =
+            launch(product_kernel<T>, blocks(source.width, kTile) * blocks(target.width, kTile), kThreads,
+                   kProductShared<T>, stream, x, source.width, y, target.width, rows, args.cross))
       return error;
   }
   return nullptr;
@@ -125,19 +126,19 @@ const char* run(const CrossMomentArgs& args, T* source_chunk, T* target_chunk, v
 }  // namespace
 
 const char* make_rows(const Side& side, int64_t begin, int64_t rows, float* out, void* stream) {
-  return launch(prepare<float>, (side.width + kLanes - 1) / kLanes, kWarps * kLanes, kPrepareShared, stream, side, begin,
-                rows, out);
+  return launch(prepare_kernel<float>, (side.width + kLanes - 1) / kLanes, kWarps * kLanes, kPrepareShared, stream,
+                side, begin, rows, out);
 }
 
 const char* add(const float* product, double* master, int64_t count, void* stream) {
   constexpr int kBlock = kThreads * kAdds;
-  return launch(add_product, (count + kBlock - 1) / kBlock, kThreads, 0, stream, product, master, count);
+  return launch(add_kernel, (count + kBlock - 1) / kBlock, kThreads, 0, stream, product, master, count);
 }
 
 const char* cross_moment(const CrossMomentArgs& args, bool in_float64, void* source_chunk, void* target_chunk,
                          void* stream) {
-  return in_float64 ? run(args, static_cast<double*>(source_chunk), static_cast<double*>(target_chunk), stream)
-                    : run(args, static_cast<float*>(source_chunk), static_cast<float*>(target_chunk), stream);
+  return in_float64 ? launch_plain(args, static_cast<double*>(source_chunk), static_cast<double*>(target_chunk), stream)
+                    : launch_plain(args, static_cast<float*>(source_chunk), static_cast<float*>(target_chunk), stream);
 }
 
 }  // namespace theseus::cuda

@@ -38,7 +38,7 @@ THESEUS_DEVICE Panel panel_of(const Side& side, bool direct, int head, int heads
 
 template <class R>
 THESEUS_KERNEL(kMomentThreads, 1)
-moment_tiles(const THESEUS_GRID_CONSTANT Plan plan) {
+moment_tiles_kernel(const THESEUS_GRID_CONSTANT Plan plan) {
   using S = Shape<R>;
   static_assert(kMomentThreads == 2 * kPanel, "a thread takes the sum and energy of one column of one side");
   const Work work = find_work(plan);
@@ -112,8 +112,8 @@ moment_tiles(const THESEUS_GRID_CONSTANT Plan plan) {
   const int64_t corner = row * width + column, head = work.head + own;
   const int rows = static_cast<int>(group.source.width) - row, columns = static_cast<int>(width) - column;
   double* cross = group.cross + head * outputs;
-  const bool whole = rows >= kWarpSource && columns >= kWarpTarget && width % 2 == 0 &&
-                     reinterpret_cast<uintptr_t>(cross) % 16 == 0;
+  const bool whole =
+      rows >= kWarpSource && columns >= kWarpTarget && width % 2 == 0 && reinterpret_cast<uintptr_t>(cross) % 16 == 0;
   float* partial = group.partial ? group.partial + (slice * group.heads + head) * outputs : nullptr;
   if (active && partial)
     put_into({partial + corner, width, rows, columns}, total);
@@ -132,7 +132,7 @@ moment_tiles(const THESEUS_GRID_CONSTANT Plan plan) {
 }
 
 // masters += the blocks' partial results, slice by slice. A thread takes four outputs of cross, or a column.
-THESEUS_KERNEL(kReduceThreads, 4) reduce_slices(const THESEUS_GRID_CONSTANT Plan plan) {
+THESEUS_KERNEL(kReduceThreads, 4) reduce_slices_kernel(const THESEUS_GRID_CONSTANT Plan plan) {
   int g = 0;
   while (g + 1 < plan.count && block_index() >= plan.group[g + 1].first_reduction) ++g;
   const Group& group = plan.group[g];
@@ -180,10 +180,11 @@ THESEUS_KERNEL(kReduceThreads, 4) reduce_slices(const THESEUS_GRID_CONSTANT Plan
 }
 
 template <class R>
-const char* run(const Plan& plan, void* stream) {
-  if (const char* error = launch(moment_tiles<R>, plan.blocks, kMomentThreads, Shape<R>::kSharedBytes, stream, plan))
+const char* launch_grouped(const Plan& plan, void* stream) {
+  if (const char* error =
+          launch(moment_tiles_kernel<R>, plan.blocks, kMomentThreads, Shape<R>::kSharedBytes, stream, plan))
     return error;
-  return launch(reduce_slices, plan.reductions, kReduceThreads, 0, stream, plan);
+  return launch(reduce_slices_kernel, plan.reductions, kReduceThreads, 0, stream, plan);
 }
 
 // Calls visit(plan, format) for every launch the groups need, in order; returns the bytes of workspace that the largest
@@ -236,9 +237,9 @@ const char* grouped_moment(const MomentGroup* groups, int count, int processors,
   const char* error = nullptr;
   for_each_launch(groups, count, processors, workspace, most_rows, [&](const Plan& plan, Format format) {
     if (error) return;
-    error = format == Format::bfloat16  ? run<bfloat16>(plan, stream)
-            : format == Format::float16 ? run<float16>(plan, stream)
-                                        : run<float>(plan, stream);
+    error = format == Format::bfloat16  ? launch_grouped<bfloat16>(plan, stream)
+            : format == Format::float16 ? launch_grouped<float16>(plan, stream)
+                                        : launch_grouped<float>(plan, stream);
   });
   return error;
 }

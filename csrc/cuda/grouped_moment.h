@@ -20,9 +20,9 @@ bool takes_tensor_cores(const MomentGroup& group, const Device& device);
 
 // Adds every group's moments into its masters. bfloat16 with bfloat16 and float16 with float16 are multiplied as they
 // are, anything else (float32, unequal dtypes, weights, CSR) in float32 as six products of exact bfloat16 parts. An Inf
-// in a float32 row becomes NaN in cross, not in sum and energy; an entry out of range makes its row NaN. Groups may not share masters.
-// `processors`: multiprocessors of the device; it decides how the rows are split, so the bytes are the same on the same
-// device. Returns null or what is wrong.
+// in a float32 row becomes NaN in cross, not in sum and energy; an entry out of range makes its row NaN. Groups may not
+// share masters. `processors`: multiprocessors of the device; it decides how the rows are split, so the bytes are the
+// same on the same device. Returns null or what is wrong.
 const char* grouped_moment(const MomentGroup* groups, int count, int processors, void* workspace, void* stream,
                            int64_t most_rows = kMostRows);
 

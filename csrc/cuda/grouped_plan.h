@@ -11,7 +11,7 @@ namespace theseus::cuda {
 
 constexpr int kPanel = 128;  // a block owns kPanel x kPanel outputs of one head
 constexpr int kReduceThreads = 256;
-constexpr int kMostGroups = 15;   // what fits the 4 KiB a kernel's parameters may have
+constexpr int kMostGroups = 15;      // what fits the 4 KiB a kernel's parameters may have
 constexpr int64_t kBlockCost = 128;  // rows' worth of time that starting, filling and storing a block takes (a guess)
 // Rows' worth of time that a block's 64 KiB of partial sums, written and read again, take of the whole GPU's bandwidth:
 // on an H200 3.7 and, where a row is six products, 0.5 (docs/performance.md; model).
@@ -78,8 +78,7 @@ inline MomentGroup rows_of(MomentGroup group, int64_t begin, int64_t rows) {
       side->column += begin, side->entries -= begin;
       if (side->weight) side->weight += begin;
     } else {
-      const int64_t size = side->dtype == Dtype::float64 ? 8 : side->dtype == Dtype::float32 ? 4 : 2;  // bytes
-      side->tokens = static_cast<const char*>(side->tokens) + begin * side->stride * size;
+      side->tokens = static_cast<const char*>(side->tokens) + begin * side->stride * size_of(side->dtype);
       side->token_count -= begin;
     }
   }

@@ -13,9 +13,9 @@ constexpr int kMomentThreads = 256;
 template <class R>
 struct Shape {
   static constexpr bool kSplit = sizeof(R) == 4;
-  static constexpr int kParts = kSplit ? 3 : 1;                       // bfloat16 parts a value is the exact sum of
-  static constexpr int kDepth = kSplit ? 16 : 32;                     // rows per stage
-  static constexpr int kStages = kSplit ? 3 : 4;                      // stages in flight
+  static constexpr int kParts = kSplit ? 3 : 1;    // bfloat16 parts a value is the exact sum of
+  static constexpr int kDepth = kSplit ? 16 : 32;  // rows per stage
+  static constexpr int kStages = kSplit ? 3 : 4;   // stages in flight
   // Rows accumulated before they are added to the second accumulator. Tensor cores cut every sum toward zero (Fasi,
   // Higham, Mikaitis and Pranesh 2021): up to a last place of float32 every eight rows, and all in one direction. So
   // bfloat16 and float16 stay there for 128 rows; of float32 every 16 start from zero and are added outside, rounded.
@@ -58,8 +58,8 @@ THESEUS_DEVICE typename Multiplied<R>::type* operand(int stage, int side) {
                    : shared<M>((stage % S::kStages * 2 + side) * S::kStageBytes, S::kDepth * kPanel);
 }
 
-// One side of a block's outputs: `columns` <= kPanel columns from `first` of the tokens, rows [.., end). Counted in int:
-// 64 bits would take registers that the accumulators need.
+// One side of a block's outputs: `columns` <= kPanel columns from `first` of the tokens, rows [.., end). Counted in
+// int: 64 bits would take registers that the accumulators need.
 struct Panel {
   const Side& side;
   bool direct;

@@ -49,7 +49,7 @@ THESEUS_DEVICE void multiply(int stage, int source, int target, Accumulator& sum
     THESEUS_UNROLL
     for (int i = 0; i < kTilesSource; ++i) {
       float step[kTilesTarget][4] = {};
-      float(&into)[kTilesTarget][4] = S::kSplit ? step : sum[i];
+      float (&into)[kTilesTarget][4] = S::kSplit ? step : sum[i];
       THESEUS_UNROLL
       for (int p = S::kParts - 1; p >= 0; --p) {
         uint32_t a[4];

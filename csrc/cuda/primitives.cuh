@@ -105,11 +105,11 @@ THESEUS_DEVICE void load_matrices(const void* row, uint32_t (&out)[4]) {
 // word: a[0], a[1]: rows g, g + 8, columns t, t + 1; a[2], a[3]: the same rows, columns t + 8, t + 9; b[0], b[1]: rows
 // t, t + 1 and t + 8, t + 9 of column g; c[0], c[1]: row g, columns t, t + 1; c[2], c[3]: row g + 8. The sum is cut
 // toward zero, not rounded (Fasi, Higham, Mikaitis and Pranesh 2021).
-#define THESEUS_MMA(type)                                                   \
+#define THESEUS_MMA(type)                                          \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type       \
-               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])             \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 template <class T>
 THESEUS_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
@@ -170,7 +170,9 @@ const char* launch(void (*kernel)(P...), int64_t blocks, int threads, int shared
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  shared_bytes);
   if (error == cudaSuccess) {
+    // clang-format off
     kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    // clang-format on
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -13,7 +13,7 @@ namespace {
 
 template <class T>
 THESEUS_KERNEL(kThreads, sizeof(T) == 4 ? 5 : 3)
-jacobi(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
+jacobi_kernel(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
   const Layout layout(args);
   const int rows = layout.rows, columns = layout.columns, stride = layout.stride;
   T* value = shared<T>(0, kLargestSvd);                    // singular values, in the order of the columns
@@ -119,7 +119,7 @@ jacobi(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
 // to them twice (Gram-Schmidt). A block owns a matrix.
 template <class T>
 THESEUS_KERNEL(kThreads, 2)
-complete(const THESEUS_GRID_CONSTANT SmallSvdArgs args) {
+complete_kernel(const THESEUS_GRID_CONSTANT SmallSvdArgs args) {
   const Layout layout(args);
   const int rows = layout.rows, columns = layout.columns;
   const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
@@ -188,15 +188,15 @@ SmallSvdArgs part_of(SmallSvdArgs args, int64_t first, int64_t count) {
 }
 
 template <class T>
-const char* run(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream, int64_t at_once) {
+const char* launch_svd(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream, int64_t at_once) {
   const bool fits = shared_bytes<T>(args) <= shared_limit;
   const char* error = nullptr;
   for (int64_t first = 0; first < args.count && !error; first += at_once) {
     const SmallSvdArgs part = part_of<T>(args, first, std::min(at_once, args.count - first));
-    error = launch(jacobi<T>, part.count, kThreads, fits ? shared_bytes<T>(args) : kFixedBytes, stream, part,
+    error = launch(jacobi_kernel<T>, part.count, kThreads, fits ? shared_bytes<T>(args) : kFixedBytes, stream, part,
                    fits ? nullptr : static_cast<T*>(workspace));
     if (error || !(Layout(args).transposed ? part.vh : part.u)) continue;
-    error = launch(complete<T>, part.count, kThreads, kLargestSvd * static_cast<int>(sizeof(T)), stream, part);
+    error = launch(complete_kernel<T>, part.count, kThreads, kLargestSvd * static_cast<int>(sizeof(T)), stream, part);
   }
   return error;
 }
@@ -204,17 +204,17 @@ const char* run(const SmallSvdArgs& args, int shared_limit, void* workspace, voi
 }  // namespace
 
 size_t small_svd_workspace(const SmallSvdArgs& args, int shared_limit, int64_t at_once) {
-  const int size = args.dtype == Dtype::float64 ? 8 : 4;
   const int bytes = args.dtype == Dtype::float64 ? shared_bytes<double>(args) : shared_bytes<float>(args);
-  return bytes <= shared_limit ? 0 : static_cast<size_t>(std::min(args.count, at_once)) * Layout(args).elements() * size;
+  return bytes <= shared_limit
+             ? 0
+             : static_cast<size_t>(std::min(args.count, at_once)) * Layout(args).elements() * size_of(args.dtype);
 }
 
-const char* small_svd(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream,
-                      int64_t at_once) {
+const char* small_svd(const SmallSvdArgs& args, int shared_limit, void* workspace, void* stream, int64_t at_once) {
   if (args.rows < 1 || args.columns < 1 || args.rows > kLargestSvd || args.columns > kLargestSvd)
     return "small_svd takes matrices of 1 to 128 rows and columns";
-  if (args.dtype == Dtype::float64) return run<double>(args, shared_limit, workspace, stream, at_once);
-  if (args.dtype == Dtype::float32) return run<float>(args, shared_limit, workspace, stream, at_once);
+  if (args.dtype == Dtype::float64) return launch_svd<double>(args, shared_limit, workspace, stream, at_once);
+  if (args.dtype == Dtype::float32) return launch_svd<float>(args, shared_limit, workspace, stream, at_once);
   return "small_svd works in float32 and float64";
 }
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../cross_moment.h"
+#include "../dtype.h"
 #include "device.h"
 
 namespace theseus::cuda {

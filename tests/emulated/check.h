@@ -1,5 +1,5 @@
-// What the tests of the kernels share: named tests, checks that fail on NaN, buffers of exactly their size, numbers that
-// repeat. The same tests run on the twin, and on a GPU where nvcc compiles them (make gpu-check).
+// What the tests of the kernels share: named tests, checks that fail on NaN, buffers of exactly their size, numbers
+// that repeat. The same tests run on the twin, and on a GPU where nvcc compiles them (make gpu-check).
 #pragma once
 
 #include <cmath>

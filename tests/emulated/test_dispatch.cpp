@@ -64,7 +64,8 @@ TEST(whose_rows_are_made_ahead) {
 template <class S, class T>
 void run_ahead(Problem<S, T>& problem, int64_t chunk) {
   const MomentGroup group = problem.group();
-  Buffer<float> rows[2] = {Buffer<float>(chunk * problem.source.columns), Buffer<float>(chunk * problem.target.columns)};
+  Buffer<float> rows[2] = {Buffer<float>(chunk * problem.source.columns),
+                           Buffer<float>(chunk * problem.target.columns)};
   Buffer<double> unused[2] = {Buffer<double>(2 * problem.source.columns), Buffer<double>(2 * problem.target.columns)};
   for (int64_t begin = 0; begin < problem.rows; begin += chunk) {
     const int64_t count = std::min(chunk, problem.rows - begin);
@@ -91,7 +92,8 @@ TEST(adds_into_masters) {
   for (const int64_t count : {1, 1024, 2311}) {
     Buffer<float> product(count);
     Buffer<double> master(count);
-    for (int64_t i = 0; i < count; ++i) product[i] = static_cast<float>(i) + 0.5f, master[i] = 1e9 * static_cast<double>(i);
+    for (int64_t i = 0; i < count; ++i)
+      product[i] = static_cast<float>(i) + 0.5f, master[i] = 1e9 * static_cast<double>(i);
     CHECK(!finish(add(product.data(), master.data(), count, nullptr)), "launch");
     for (int64_t i = 0; i < count; ++i)
       CHECK(master[i] == 1e9 * static_cast<double>(i) + static_cast<double>(i) + 0.5, "master[%d]", int(i));

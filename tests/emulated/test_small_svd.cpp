@@ -44,7 +44,7 @@ struct Batch {
   }
 
   const char* run(int shared_limit = kSmallestGpu, int64_t at_once = kMostSvdsAtOnce) {
-    const SmallSvdArgs args{a.data(), kDtype<T>, count,    rows,     columns,      matrix_stride, row_stride,
+    const SmallSvdArgs args{a.data(), kDtype<T>, count,    rows,      columns,      matrix_stride, row_stride,
                             floor,    s.data(),  u.data(), vh.data(), polar.data(), sweeps.data()};
     Buffer<char> workspace(static_cast<int64_t>(small_svd_workspace(args, shared_limit, at_once)));
     return finish(small_svd(args, shared_limit, workspace.data(), nullptr, at_once));
