@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from theseus_transport.text import _common_cuts, read_pieces
+from theseus_transport.documents import TextFile
+from theseus_transport.text import _common_cuts
 
 
 def test_common_cuts_reach_every_token_once() -> None:
@@ -22,5 +23,5 @@ def test_common_cuts_reach_every_token_once() -> None:
 def test_pieces_hold_all_the_text(tmp_path: Path) -> None:
     for text in ("x", "x" * 20_000, "line\n" * 5000, "Äpfel\n\n" * 3000):
         (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-        pieces = read_pieces(tmp_path / "a.txt")
+        pieces = list(TextFile(tmp_path / "a.txt"))
         assert "".join(pieces) == text and max(map(len, pieces)) <= 8192

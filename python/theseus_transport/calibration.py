@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 
 from .batches import Tensors, batches_of
 from .checkpoint import Checkpoint, check_finite
+from .documents import LINES, Records, TextFile, builtin_pieces, refuse_other_files
 from .errors import InputRefused
 from .images import Preprocessor, find_images, read_images
-from .text import Tokenizer, builtin_pieces, read_pieces, read_records, rows_of_text
+from .text import Tokenizer, rows_of_text
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +71,8 @@ def load_calibration(
 
     A tensor file holds `input_ids` [n, tokens] with optional `attention_mask` [n, tokens], or `pixel_values`
     [n, c, h, w]; names may carry `source.` and `target.` where the sides differ, then `offsets` [n, tokens, 2] may join
-    (see Calibration). Text (utf-8, or `.jsonl` of `text` or chat `messages`) is tokenized by each model's own tokenizer
-    and packed into rows of `sequence_length`; images are preprocessed as each model's preprocessor_config.json says.
+    (see Calibration). Text (utf-8, or `.jsonl` of records, as :mod:`formats` says) is tokenized by each model's own
+    tokenizer and packed into rows of `sequence_length`; images are preprocessed as each preprocessor_config.json says.
     Of more data than `tokens_wanted` a sample drawn with `seed` is used, in its order; of less, all, with a warning.
     With `hold_out` one batch more is drawn, and held out if that leaves enough, or two. `skip_bad` leaves out images
     and lines that cannot be read, and counts them, rather than refusing them.
@@ -88,7 +90,7 @@ def load_calibration(
             "or 'builtin'"
         )
     extra = batch_size if hold_out else 0  # rows
-    infos = (source, target)
+    infos, form = (source, target), ""  # form: in which the data were read
     if path.suffix == ".safetensors" and not builtin:
         sides = _ready_tensors(path, source, target)
     elif path.is_dir() and not builtin:
@@ -103,11 +105,14 @@ def load_calibration(
         own = Tokenizer(source.folder, source.name, source.vocab_size)
         same = Path(source.folder).resolve() == Path(target.folder).resolve()
         tokenizers = (own, own if same else Tokenizer(target.folder, target.name, target.vocab_size))
-        if path.suffix == ".jsonl" and not builtin:
-            groups = [read_records(path, tokenizers, skip_bad=skip_bad)]
+        groups: Sequence[Sequence[str]]
+        if builtin:
+            groups = builtin_pieces()
         else:
-            groups = builtin_pieces() if builtin else [read_pieces(path)]
+            file = _text_file(path, tokenizers, skip_bad)
+            groups = [file]
         sides = rows_of_text(groups, tokenizers, tokens=tokens_wanted + extra * length, length=length, seed=seed)
+        form = "" if builtin else f" ({file.words})"
         for side, info in zip(sides, infos, strict=True):
             _check_ids(f"the tokenizer of {info.name}", side["input_ids"], info)
     if (kept := drawn_rows(_counts(sides, infos), tokens_wanted, extra, seed)) is not None:
@@ -125,7 +130,7 @@ def load_calibration(
     return Calibration(
         batches=batches_of(*_rows(sides, slice(rows)), batch_size=batch_size),
         tokens=tokens,
-        description=f"{origin}: {rows} rows, {tokens} tokens, seed {seed}{aside}",
+        description=f"{origin}{form}: {rows} rows, {tokens} tokens, seed {seed}{aside}",
         fingerprint=_fingerprint(sides),
         held=_rows(sides, slice(rows, None)) if aside else None,
     )
@@ -139,6 +144,14 @@ def drawn_rows(counts: torch.Tensor, wanted: int, extra: int, seed: int) -> torc
     drawn = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
     enough = int((counts[drawn].cumsum(0) < wanted).sum()) + 1 + extra
     return None if enough >= len(counts) else drawn[:enough].sort().values
+
+
+def _text_file(path: Path, tokenizers: Sequence[Tokenizer], skip_bad: bool) -> TextFile | Records:
+    refuse_other_files(path)
+    if path.suffix.lower() not in LINES:
+        return TextFile(path)
+    template = next((each.chat for each in tokenizers if each.chat), None)
+    return Records(path, template, skip_bad=skip_bad)
 
 
 def _ready_tensors(path: Path, source: SideInfo, target: SideInfo) -> tuple[Tensors, Tensors]:

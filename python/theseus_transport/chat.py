@@ -18,7 +18,7 @@ START = "import json, runpy, sys; sys.path = json.loads(sys.argv[1]); runpy.run_
 
 
 class ChatTemplate:
-    """A template, called with a list of messages (JSON), returns their text; its process starts with the first call.
+    """A template, called with messages and tools (JSON), returns their text; its process starts with the first call.
 
     A template that takes longer or more memory than it may refuses the whole calibration: it would every time.
     """
@@ -29,7 +29,7 @@ class ChatTemplate:
         self._job = {"template": template, "tokens": dict(tokens), "seconds": SECONDS, "bytes": MEMORY}
         self._process: subprocess.Popen[str] | None = None
 
-    def __call__(self, messages: list[Any]) -> str:
+    def __call__(self, messages: list[Any], tools: Any = None) -> str:
         """The text.
 
         Raises:
@@ -39,7 +39,7 @@ class ChatTemplate:
         process = self._process = self._process or self._started()
         assert process.stdin and process.stdout
         try:
-            process.stdin.write(json.dumps(messages) + "\n")
+            process.stdin.write(json.dumps({"messages": messages, "tools": tools or None}) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except OSError:

@@ -1,8 +1,8 @@
 """The process in which a chat template runs: started by file, imports nothing of this package.
 
-The first line on stdin is JSON {"template", "tokens", "seconds", "bytes"}, every further one a list of messages; each
-is answered by a line of JSON on stdout, {"text"} or {"error"}. What takes more seconds of CPU time than that ends the
-process; its memory is what it has after its imports, and so many bytes more.
+The first line on stdin is JSON {"template", "tokens", "seconds", "bytes"}, every further one {"messages", "tools"};
+each is answered by a line of JSON on stdout, {"text"} or {"error"}. What takes more seconds of CPU time than that ends
+the process; its memory is what it has after its imports, and so many bytes more.
 """
 
 import json
@@ -23,7 +23,9 @@ def main() -> None:
         limit = int(used.ru_utime + used.ru_stime) + 1 + job["seconds"]
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
         try:
-            text = render_jinja_template([json.loads(line)], chat_template=job["template"], **job["tokens"])[0][0]
+            chat = json.loads(line)
+            options = {"tools": chat["tools"], "chat_template": job["template"], **job["tokens"]}
+            text = render_jinja_template([chat["messages"]], **options)[0][0]
             longest = (1 << 16) + 8 * len(line)
             if len(text) > longest:
                 raise ValueError(f"it makes {len(text)} characters of messages that allow {longest}")

@@ -177,7 +177,7 @@ ALL: dict[str, tuple[Any, Any]] = {
     "calibration": _option(
         str,
         "builtin",
-        help="Text (.txt, .jsonl of text or messages), a folder of images, a .safetensors of ready tensors, or "
+        help="Text (.txt), records (.jsonl), a folder of images, a .safetensors of ready tensors, or "
         "'builtin' (text Python ships).",
     ),
     "alpha": _option(
