@@ -99,7 +99,7 @@ CASES = [
     case("PiSSA", "initialised by pissa", tuned=adapter(init_lora_weights="pissa")),
     case("biases", "trains biases", tuned=adapter(bias="all")),
     case("half an adapter", "lora_B alone", tuned=tensors("lora", lambda t: t.pop(Q + "A.weight"))),
-    case("adapter beyond the model", "layers.7.* has no rule; --leave", tuned=tensors("lora", lambda t: t.update(
+    case("adapter beyond the model", "layers.7.* has 2 blocks; give the base", tuned=tensors("lora", lambda t: t.update(
         {Q.replace(".0.", ".7.") + f"{f}.weight": torch.ones(s) for f, s in (("A", (4, 24)), ("B", (24, 4)))}))),
     case("adapter from a full tune", "is a full checkpoint; write it as", "--output", "adapter"),
     case("out is an input", "overlaps the input", "--overwrite", out="causal/tuned"),

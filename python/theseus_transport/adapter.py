@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,17 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .errors import InputRefused
+from .family import unwrapped
 from .models import Tensors
 
 PREFIX = "base_model.model."
+SAVE = "save it with PEFT: model.save_pretrained(folder)"
+# what PEFT calls the parts of a LoRA layer; state dicts name the adapter in between
+PART = re.compile(
+    r"(?P<layer>.+)\.(?P<factor>lora_[AB])(\.(?P<name>[^.]+))?\.(?P<kind>weight|bias)"
+    r"|(?P<of>.+?)(\.token_adapter)?\.(?P<other>lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta)"
+    r"(\.(?!weight$)[^.]+)?(\.weight)?"
+)
 REFUSED_INIT = (
     "pissa",
     "olora",
@@ -109,31 +118,58 @@ class Adapter:
         alpha = _by_pattern(self.config.get("alpha_pattern"), layer, self.config["lora_alpha"])
         return float(alpha / math.sqrt(r) if self.config.get("use_rslora") else alpha / r)
 
+    @cached_property
+    def parts(self) -> dict[str, dict[str, str]]:
+        """Layer, as the adapter spells it -> what of a LoRA it has (``lora_A``, ``lora_magnitude_vector``) -> key.
+
+        Raises:
+            InputRefused: a tensor is no part of a LoRA, or of two adapters.
+        """
+        found: dict[str, dict[str, str]] = {}
+        matches = {key: PART.fullmatch(name) for key, name in self._names.items()}
+        if len(adapters := {m["name"] for m in matches.values() if m and m["factor"]}) > 1:
+            named = ", ".join(sorted(name or "one without a name" for name in adapters))
+            raise InputRefused(f"the file holds several adapters ({named}); {SAVE}, one adapter at a time")
+        for key, name in self._names.items():
+            if match := matches[key]:
+                part = match["factor"] or match["other"]
+                part += ".bias" if match["kind"] == "bias" else ""
+                other = found.setdefault(match["layer"] or match["of"], {}).setdefault(part, key)
+                if other != key:
+                    raise InputRefused(f"{other} and {key} are one factor, saved twice; {SAVE}")
+            elif "lora_" in name:
+                raise InputRefused(f"{key} is no part of a LoRA as PEFT saves one; {SAVE}")
+        return found
+
     def layers(self) -> dict[str, tuple[str, str]]:
         """Layer name in the model (as the adapter spells it) -> keys of its A and B.
 
         Raises:
             InputRefused: a tensor is neither a LoRA factor of a linear layer nor saved whole.
         """
-        found: dict[str, dict[str, str]] = {}
-        for key in self.tensors:
-            name = key.removeprefix(PREFIX)
-            if match := re.fullmatch(r"(.+)\.lora_(A|B)(?:\.default)?\.weight", name):
-                found.setdefault(match[1], {})[match[2]] = key
-            elif "lora_" in name:
-                raise InputRefused(f"{key} is no factor of a linear layer; only linear LoRA layers can be moved")
-        for layer, keys in found.items():
+        for layer, keys in self.parts.items():
+            for part, key in keys.items():
+                if part not in ("lora_A", "lora_B"):
+                    raise InputRefused(f"{key} is no factor of a linear layer; only linear LoRA layers can be moved")
             if len(keys) != 2:
-                raise InputRefused(f"{layer} has lora_{next(iter(keys))} alone; the adapter is incomplete")
-        return {layer: (keys["A"], keys["B"]) for layer, keys in found.items()}
+                raise InputRefused(f"{layer} has {next(iter(keys))} alone; the adapter is incomplete")
+        return {layer: (keys["lora_A"], keys["lora_B"]) for layer, keys in self.parts.items()}
 
     def whole(self) -> dict[str, str]:
         """Parameters saved whole (``modules_to_save``): name in the model -> key."""
+        matches = (PART.fullmatch(name) for name in self._names.values())
+        named = sorted({match["name"] for match in matches if match and match["name"]} | {"default"})
+        saved = re.compile(rf"\.modules_to_save(\.({'|'.join(map(re.escape, named))})(?=\.))?|\.base_layer")
         return {
-            re.sub(r"\.modules_to_save(\.default)?|\.base_layer", "", k.removeprefix(PREFIX)): k
-            for k in self.tensors
-            if "lora_" not in k
+            saved.sub("", name): key
+            for key, name in self._names.items()
+            if not PART.fullmatch(name) and ".original_module." not in name
         }
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Key -> its name in the model, without what PEFT and wrappers of the model put in front."""
+        return {key: re.sub(rf"^({re.escape(PREFIX)})+", "", unwrapped(key)) for key in self.tensors}
 
     def factors(self, layer: str) -> Factors:
         key_a, key_b = self.layers()[layer]

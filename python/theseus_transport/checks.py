@@ -17,6 +17,7 @@ import theseus_ext
 
 from .checkpoint import Checkpoint, check_finite
 from .errors import InputRefused
+from .family import unwrapped
 from .headers import if_inside, read_json
 from .models import Base, canonical_shapes, check_shapes, row_tiles, rows_of
 from .spaces import Layout
@@ -52,6 +53,11 @@ def read_layout(name: str, checkpoint: Checkpoint) -> Layout:
         raise InputRefused(f"{name} {checkpoint.folder} has no config.json; give a model's folder")
     if Checkpoint.open(checkpoint.folder, allow_pickle=True).files != checkpoint.files:
         raise InputRefused(f"{name} {checkpoint.files[0]} is not what its folder loads as; give it a folder of its own")
+    if name != "SOURCE" and (wrapped := next((n for n in checkpoint if unwrapped(n) != n), None)):
+        raise InputRefused(
+            f"{name} {checkpoint.folder} has names as torch.compile or data parallelism wraps them ({wrapped}), "
+            f"which transformers does not load; save them under their own names ({unwrapped(wrapped)})"
+        )
     try:
         layout = Layout.of(checkpoint.config)
         check_shapes(layout, canonical_shapes(layout, checkpoint))

@@ -16,6 +16,15 @@ from torch import Tensor
 from .errors import InputRefused
 
 Geometry = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+# what torch.compile, FSDP, activation checkpointing and, in front of all, data parallelism add to names
+WRAPPED = re.compile(r"^(module\.)+|(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what wrappers of the module it was saved from added to it."""
+    while (bare := WRAPPED.sub("", name)) != name:
+        name = bare
+    return name
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ class Family:
 
     def canonical(self, name: str) -> str:
         """The canonical name of a stored tensor or a module, whatever its spelling."""
-        name = name.removeprefix(f"{self.prefix}.")
+        name = unwrapped(name).removeprefix(f"{self.prefix}.")
         for pattern, replacement in self.aliases:
             name = re.sub(pattern, replacement, name)
         return name

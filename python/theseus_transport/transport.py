@@ -20,6 +20,7 @@ from .moves import Move
 from .pieces import Piece, fused
 from .recipes import Rule
 from .stays import Stays
+from .trained_on import changed_by, check_layers
 from .update import Fate, Job, Row, Update
 from .vectors import VectorMove
 
@@ -223,6 +224,7 @@ class _Planner:
         adapter = self.delta.adapter
         if adapter is None:
             return
+        check_layers(adapter, self.source, self.moves)
         found: dict[str, list[Piece]] = {}
         for spelled in adapter.layers():
             name = self.family.canonical(spelled)
@@ -243,7 +245,8 @@ class _Planner:
         if move is None:
             if why := self.stays.by_rule(f"{part}.weight"):
                 return self._row(part, "left", why)
-            raise InputRefused(f"the adapter changes {spelled}, which has no rule; {leaving(part)}")
+            cure = leaving(part) if changed_by(adapter, self.family) & self.moves.keys() else "nothing of it can move"
+            raise InputRefused(f"the adapter changes {spelled}, which has no rule; {cure}")
         weight, into = f"{part}.weight", f"{move.into.name}.weight"
         if weight in self.changed:
             raise InputRefused(f"the adapter both factors {spelled} and saves it whole")
