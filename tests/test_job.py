@@ -71,7 +71,7 @@ def computed(job, cls):
     """(base, its update) by the library alone: models from transformers, batches cut by hand."""
     vision = cls in (ViTModel, ViTForImageClassification)
     extra = {"add_pooling_layer": False} if vision else {}
-    bases = [AutoModel.from_pretrained(r, dtype=torch.float32, **extra).eval() for r in (job.source, job.target)]
+    bases = [AutoModel.from_pretrained(r, dtype="auto", **extra).eval() for r in (job.source, job.target)]
     data, batches = load_file(job.calibration), []
     for start in range(0, len(next(iter(data.values()))), job.batch_size):
         rows = {k: v[start : start + job.batch_size] for k, v in data.items()}

@@ -13,7 +13,8 @@ from theseus_transport import Alignment, Delta, Update, align, models, transport
 from theseus_transport.adapter import PREFIX
 from theseus_transport.alignment import outline
 from theseus_transport.changes import first_change
-from theseus_transport.output import Kind, Rounding, Written, at_alphas, planned, write_updates
+from theseus_transport.output import Kind, Written, at_alphas, planned, write_updates
+from theseus_transport.precision import Rounding
 from theseus_transport.strength import matched
 from theseus_transport.writer import Planned
 from torch import Tensor

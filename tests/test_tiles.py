@@ -17,7 +17,8 @@ from theseus_transport.family import Slot
 from theseus_transport.maps import Dense, Factored, Heads, Identity
 from theseus_transport.models import Base, part_of, pieces, row_tiles, rows_of, squares
 from theseus_transport.moves import Carried, Move, move_bytes
-from theseus_transport.output import Rounding, planned
+from theseus_transport.output import planned
+from theseus_transport.precision import Rounding
 from theseus_transport.strength import matched
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef

@@ -19,7 +19,7 @@ from .batches import Batch
 from .capture import capture
 from .checkpoint import Checkpoint
 from .coherent import Coherent, together
-from .depth import pair_blocks
+from .depth import by_position, pair_blocks
 from .errors import InputRefused
 from .folder import new_folder
 from .headers import inside, read_json
@@ -28,6 +28,7 @@ from .maps import Map
 from .models import Base
 from .paper import Paper
 from .planner import Planner
+from .precision import in_float32
 from .procrustes import FLOOR, FLOOR_DOUBLE, Null
 from .recipes import MapReport, Plan, Recipe, Rule
 from .spaces import Layout
@@ -189,7 +190,8 @@ def align(
     """Align two base models on a few unlabelled batches.
 
     Args:
-        source, target: models of transformers, or of a registered family, with or without their heads.
+        source, target: models of transformers, or of a registered family, with or without their heads. Those in 16
+            bits run in float32, as the command runs them, and are as they were afterwards.
         batches: keyword arguments of the forward pass (``input_ids`` and ``attention_mask``, or ``pixel_values``), the
             same for both models or a pair (source, target).
         recipe: ``coherent``, ``paper``, or a :class:`Recipe`; ``null`` and ``floor`` override its fields. The default
@@ -219,13 +221,14 @@ def align(
     if not pairs:
         raise InputRefused("no calibration batches were given; a few unlabelled ones are needed")
     same = layouts[0].depth == layouts[1].depth
-    blocks = by_position(*layouts) if same else pair_blocks(source, target, layouts, pairs)
     wanted = {"energies": chosen.name == "coherent", "grams": chosen.whiten_power > 0}
-    with capture(source, target, layouts, **wanted, blocks=blocks) as seen:
-        for pair in pairs:
-            seen.run(*pair)
-            if progress:
-                progress()
+    with in_float32(source, target):
+        blocks = by_position(*layouts) if same else pair_blocks(source, target, layouts, pairs)
+        with capture(source, target, layouts, **wanted, blocks=blocks) as seen:
+            for pair in pairs:
+                seen.run(*pair)
+                if progress:
+                    progress()
     tokens = next(iter(seen.moments.values())).count
     if not tokens:
         raise InputRefused("the calibration holds no token that is not masked")
@@ -255,14 +258,6 @@ def check_pair(source: Layout, target: Layout, recipe: Recipe) -> None:
         if values[0] != values[1]:
             said = [f"{f.model_type}, {what.format(value)}" for f, value in zip(families, values, strict=True)]
             raise InputRefused(f"source is {said[0]}, target is {said[1]}; an update moves between models of one kind")
-
-
-def by_position(source: Layout, target: Layout) -> list[int | None]:
-    """Every target block's source block where depths agree; else a guess, evenly spread, before any is compared."""
-    if source.depth >= target.depth:
-        return [(b * source.depth) // target.depth for b in range(target.depth)]
-    fed = {(b * target.depth) // source.depth: b for b in range(source.depth)}
-    return [fed.get(b) for b in range(target.depth)]
 
 
 def outline(source: Layout, target: Layout, recipe: Recipe, blocks: Sequence[int | None] | None = None) -> Alignment:

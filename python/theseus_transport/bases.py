@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .alignment import PLANNERS, Alignment, by_position, outline
+from .alignment import PLANNERS, Alignment, outline
 from .calibration import Calibration, SideInfo, load_calibration
 from .checkpoint import Checkpoint
 from .checks import available_memory, check_dtypes, find_device, free_device_memory, read_layout, resident_memory
-from .depth import pair_streamed
+from .depth import by_position, pair_streamed
 from .errors import InputRefused
 from .extent import Extent, extent
 from .folder import check_writable

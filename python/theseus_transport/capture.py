@@ -17,6 +17,7 @@ from .family import Slot
 from .links import Blocks, Link, energy_links, moment_links
 from .moments import CrossMoment, Energy, Grams, add_energies, update_together
 from .opened import open_attention
+from .precision import widened
 from .spaces import Layout, Space
 
 SIDES = "source", "target"
@@ -247,8 +248,8 @@ def backbone(model: nn.Module, layout: Layout) -> nn.Module:
 
 
 def run_model(model: nn.Module, layout: Layout, batch: Batch, device: torch.device) -> None:
-    """One forward pass; arguments the model does not know by name are given by position."""
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "offsets"}
+    """One forward pass, 16 bits widened as the model is; arguments it does not know by name are given by position."""
+    inputs = {k: widened(v).to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "offsets"}
     known = inspect.signature(model.forward).parameters
     if "use_cache" in known and layout.family.modality == "text":
         inputs["use_cache"] = False

@@ -93,6 +93,14 @@ def _paired(updates: Sequence[Sequence[Sequence[Tensor]]]) -> list[int | None]:
     return increasing(similarities(*joined))
 
 
+def by_position(source: Layout, target: Layout) -> list[int | None]:
+    """Every target block's source block where depths agree; else a guess, evenly spread, before any is compared."""
+    if source.depth >= target.depth:
+        return [(b * source.depth) // target.depth for b in range(target.depth)]
+    fed = {(b * target.depth) // source.depth: b for b in range(source.depth)}
+    return [fed.get(b) for b in range(target.depth)]
+
+
 def block_updates(model: nn.Module, layout: Layout, batch: Batch, keep: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """What each block adds to the residual in one forward pass: of [samples * tokens, width] what ``keep`` keeps."""
     inside = backbone(model, layout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,57 +15,13 @@ from torch import Tensor
 
 from .adapter import PREFIX, Factors
 from .errors import InputRefused
-from .models import dtype_of, pieces, rows_of, shape_of
+from .models import dtype_of, rows_of, shape_of
+from .precision import Rounding
 from .update import Update
 from .writer import Output, Planned, write_checkpoints
 
 Kind = Literal["adapter", "checkpoint", "delta"]
 Files = Mapping[str, bytes | str | Path | Callable[[], str]]
-LOST = 0.1  # share of an update that rounding may swallow before it is worth a warning
-NAMED = 3  # tensors a warning names
-
-
-@dataclass
-class Rounding:
-    """What writing base plus update in the output's dtype loses: |round(W + d) - W - d| / |d|, by tensor.
-
-    Attributes:
-        sums: tensor -> sum of squares of what rounding changed, and of the update; JSON, to go on from.
-    """
-
-    sums: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, name: str, base: Tensor, change: Tensor, rounded: Tensor) -> None:
-        """One piece of a tensor more."""
-        lost = float((rounded.double() - base.double() - change.double()).square().sum())
-        before = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = [before[0] + lost, before[1] + float(change.double().square().sum())]
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """|round(W + d) - W - d| / |d| by tensor, of those that moved."""
-        return {name: (lost / moved) ** 0.5 for name, (lost, moved) in sorted(self.sums.items()) if moved}
-
-    @property
-    def total(self) -> float:
-        """|round(W + d) - W - d| / |d| over all tensors; 0 where nothing was added."""
-        lost, moved = (math.fsum(part) for part in zip(*self.sums.values(), strict=True)) if self.sums else (0.0, 0.0)
-        return (lost / moved) ** 0.5 if moved else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "tensors": self.shares}
-
-    def warnings(self) -> list[str]:
-        """One sentence that names the worst tensors, if rounding swallows more than a tenth of any."""
-        shares = self.shares
-        worst = sorted((n for n, share in shares.items() if share > LOST), key=lambda n: -shares[n])
-        if not worst:
-            return []
-        named = ", ".join(f"{name} {shares[name]:.0%}" for name in worst[:NAMED])
-        return [
-            f"rounding swallows more than {LOST:.0%} of the update of {len(worst)} tensors ({self.total:.0%} of all), "
-            f"worst {named}; --out-dtype float32 or --output delta keeps it"
-        ]
 
 
 @dataclass
@@ -251,10 +206,7 @@ def _tuned(update: Update, name: str, dtype: torch.dtype, rounding: Rounding, ro
     if name not in update:
         return base.to(dtype)
     change, rounded = rows_of(update, name, rows), torch.empty(base.shape, dtype=dtype)
-    for into, old, by in zip(*(pieces(tensor) for tensor in (rounded, base, change)), strict=True):
-        wide = old.to(by.dtype)
-        into.copy_(torch.where(by == 0, wide, wide + by))  # a part of a fused tensor that stays keeps its -0.0
-        rounding.add(name, old, by, into)
+    rounding.put(rounded, name, base, change)
     return rounded
 
 

@@ -8,8 +8,8 @@ from math import prod
 
 import torch
 
-from .alignment import by_position
 from .checkpoint import Checkpoint
+from .depth import by_position
 from .links import moment_links
 from .models import canonical_shapes
 from .recipes import Recipe

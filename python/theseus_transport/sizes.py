@@ -8,8 +8,9 @@ from math import prod
 
 import torch
 
-from .alignment import by_position, outline
+from .alignment import outline
 from .checkpoint import Checkpoint
+from .depth import by_position
 from .extent import Extent
 from .halves import HALVES, Half, of_half
 from .links import block_of, moment_links

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ from .errors import InputRefused, NumericalError
 from .family import Family
 from .models import Base, dtype_of, growing, pieces, row_tiles, rows_of, shape_of
 from .moves import Carried
+from .precision import Rounding
 from .stays import GUESSED
 
+log = logging.getLogger(__name__)
 Fate = Literal["transported", "folded", "unchanged", "left"]
 
 
@@ -241,11 +244,22 @@ class Update(Mapping[str, Tensor]):
         return len(list(iter(self)))
 
     def add_to(self, model: nn.Module) -> None:
-        """Add the update to the target's parameters in place; all is computed before anything is added."""
-        parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+        """Add the update to the target's parameters in place, each sum rounded once; all is computed before any is
+        added. What rounding to 16 bits swallows of it is measured, and warned of.
+
+        Raises:
+            InputRefused: the model is not the target.
+        """
+        parameters, rounding = dict(model.named_parameters()) | dict(model.named_buffers()), Rounding()
+        for name in self:
+            if name not in parameters or parameters[name].shape != shape_of(self.target.tensors, name):
+                raise InputRefused(f"{type(model).__name__} has no {name} of the target's shape; give the target")
         with torch.no_grad():
             for name, value in list(self.items()):
-                parameters[name] += value.to(parameters[name])
+                rounding.put(parameters[name], name, parameters[name], value.to(parameters[name].device))
+        for text in rounding.warnings("add it to model.float(), or save_delta keeps it"):
+            self.said.append(text)
+            log.warning(text)
 
     @property
     def source_family(self) -> Family:
@@ -264,3 +278,13 @@ class Update(Mapping[str, Tensor]):
         from .output import write_update
 
         write_update(self, folder, "adapter", base_name=base_name, overwrite=overwrite)
+
+    def save_delta(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the update itself, in float32 (float64 where the target is): no rounding to the target's dtype.
+
+        Raises:
+            InputRefused: ``folder`` is not empty and ``overwrite`` is false.
+        """
+        from .output import write_update
+
+        write_update(self, folder, "delta", overwrite=overwrite)

@@ -21,6 +21,7 @@ from ..alignment import align
 from ..delta import Delta
 from ..errors import InputRefused
 from ..opened import open_attention
+from ..precision import in_float32
 from ..recipes import Recipe
 from ..transport import transport
 from .feed import batches, encode
@@ -152,7 +153,7 @@ class DropIn:
         if recipe.name == "coherent":
             return {"move": _coherently(*scopes, pairs, recipe), "n_batches": count}
         wanted = {short: delta[full] for short, full in _keys(delta).items()} if delta else scopes[0].state_dict()
-        with _in_evaluation(source_model, target_model), ExitStack() as stack:
+        with _in_evaluation(source_model, target_model), in_float32(source_model, target_model), ExitStack() as stack:
             opened = set()
             if chosen.patch_qkv if chosen.split_qkv is None else chosen.split_qkv:
                 opened = {name for scope in scopes for name in _open(stack, scope)}

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..precision import widened
 from .taps import Refused
 
 INPUTS = ("pixel_values", "images", "image", "inputs", "x")
 
 
 def encode(model: nn.Module, images: Tensor) -> object:
-    """Run the part of the model that reads images, where it says which; on the device the model is on."""
+    """Run the part of the model that reads images, where it says which; on the device the model is on, 16 bits widened
+    as it is."""
     known = next(iter(model.parameters()), images)
     run = getattr(model, "encode_image", None) or getattr(model, "visual", None)
-    return (run if callable(run) else model)(images.to(known.device))
+    return (run if callable(run) else model)(widened(images).to(known.device))
 
 
 def batches(
