@@ -70,7 +70,7 @@ def test_what_is_no_alignment(tmp_path: Path) -> None:
     for number in (99, None):
         (folder / "alignment.json").write_text(json.dumps({**record, "format": number}))
         with pytest.raises(
-            InputRefused, match=f"maps has alignment format {number}, this version reads 2; align again"
+            InputRefused, match=f"maps has alignment format {number}, this version reads 3; align again"
         ):
             Alignment.load(folder)
     (folder / "alignment.json").write_text("{")

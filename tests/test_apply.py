@@ -50,6 +50,23 @@ def test_what_an_alignment_records(root, maps):
     invoke("verify", maps)
 
 
+def test_apply_tells_what_align_warned_of(root, maps, tmp_path):
+    """On screen, to programs, in the manifest and in the card; what transport would have said."""
+    sides, ids = (root / "causal/source", root / "causal/tuned", root / "causal/target"), root / "ids.safetensors"
+    warned = Alignment.load(maps).provenance["warnings"]
+    assert warned == outcome_of(maps)["warnings"] and any("calibration tokens for a widest space" in w for w in warned)
+    for alpha in ("1", "match"):  # match aligns first
+        own = ("transport", *sides, tmp_path / f"transport-{alpha}", "--calibration", ids, *FAST, "--alpha", alpha)
+        for call_of in (own, ("apply", maps, root / "causal/tuned", tmp_path / f"apply-{alpha}", "--alpha", alpha)):
+            told = json.loads(call(*call_of, "--json").stdout)
+            assert [w for w in told["warnings"] if w in warned] == warned
+            card, screen = (Path(told["written"]) / "README.md").read_text(), call(*call_of, "--overwrite").stdout
+            assert outcome_of(told["written"])["warnings"] == told["warnings"]
+            assert "## Warnings" in card and all(f"- {w}" in card and f"warning {w}" in screen for w in warned)
+    dry = json.loads(call("apply", maps, root / "causal/tuned", tmp_path / "dry", "--dry-run", "--json").stdout)
+    assert dry["warnings"] == told["warnings"]
+
+
 def test_moved_and_changed_bases(root, maps, tmp_path):
     """A base may lie elsewhere; another base is refused, by headers or, with the same headers, by content."""
     moved = edited(tmp_path / "moved", root / "causal/source")

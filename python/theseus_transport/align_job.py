@@ -89,7 +89,7 @@ class AlignSession:
             made: list[Alignment] = []
             outcome = self.outcome(calibration=data.description, tokens=data.tokens, warnings=warnings)
             sink = Maps(draft)
-            files = {RECORD: lambda: json.dumps(made[0].record(sink.kinds), indent=1)}
+            files = {RECORD: lambda: json.dumps(made[0].record(sink.stamps), indent=1)}
             described = Output(job.out, sink.tensors, files, lambda: {"outcome": told_in_manifest(outcome)})
             key = self.bases.key(data, recipe=asdict(draft.recipe), **options_of(job))
             with Work.open(job.out, [described], **self.bases.writing(key, stem="maps", shard_size=2**62)) as work:
@@ -97,6 +97,7 @@ class AlignSession:
                 alignment, passage = self.bases.align(data, draft, sink, work, partial(progress, "align"))
                 for side, checkpoint in zip(("source", "target"), self.bases.checkpoints, strict=True):
                     alignment.provenance[side]["content_hash"] = content_hash(checkpoint)
+                alignment.provenance["warnings"] = list(warnings)  # for those who apply it
                 made.append(alignment)
                 outcome = self.outcome(**told(alignment), warnings=warnings)
                 outcome.job["recipe"] = asdict(alignment.recipe)

@@ -31,11 +31,12 @@ from .planner import Planner
 from .precision import in_float32
 from .procrustes import FLOOR, FLOOR_DOUBLE, Null
 from .recipes import MapReport, Plan, Recipe, Rule
+from .restored import check_blocks, check_restored
 from .spaces import Layout
-from .stored import MAPS, StoredMaps
+from .stored import MAPS, Stamp, StoredMaps, stamp
 
 log = logging.getLogger(__name__)
-FORMAT = 2
+FORMAT = 3
 RECORD = "alignment.json"
 PLANNERS: dict[str, type[Planner]] = {"coherent": Coherent, "paper": Paper}
 
@@ -89,8 +90,8 @@ class Alignment:
         nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
         with new_folder(folder, nbytes=nbytes, metadata=metadata, overwrite=overwrite, inputs=inputs) as place:
             save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, place / MAPS)
-            kinds = {name: type(m).__name__ for name, m in self.maps.items()}
-            (place / RECORD).write_text(json.dumps(self.record(kinds), indent=1))
+            stored = {name: stamp(m) for name, m in self.maps.items()}
+            (place / RECORD).write_text(json.dumps(self.record(stored), indent=1))
         return Path(folder)
 
     def filled(self, plan: Plan, *, tokens: int, provenance: dict[str, Any]) -> Alignment:
@@ -105,12 +106,8 @@ class Alignment:
         if tokens < 4 * widest:
             log.warning("%d calibration tokens for a widest space of %d: give at least %d", tokens, widest, 4 * widest)
         if weak := [r.space for r in plan.reports if r.weak]:
-            log.warning(
-                "%d of %d maps have less than half their rank, first %s: give more, and more varied, calibration",
-                len(weak),
-                len(plan.reports),
-                weak[0],
-            )
+            text = "%d of %d maps have less than half their rank, first %s: give more, and more varied, calibration"
+            log.warning(text, len(weak), len(plan.reports), weak[0])
         return replace(
             self,
             maps=plan.maps,
@@ -123,14 +120,14 @@ class Alignment:
             draft=False,
         )
 
-    def record(self, kinds: Mapping[str, str]) -> dict[str, Any]:
-        """What ``alignment.json`` holds; ``kinds`` tells the class of every map that was made."""
+    def record(self, stored: Mapping[str, Stamp]) -> dict[str, Any]:
+        """What ``alignment.json`` holds; ``stored`` tells the class and digest of every map that was made."""
         return {
             "format": FORMAT,
             **{side: getattr(self, side).plain() for side in ("source", "target")},
             "recipe": dataclasses.asdict(self.recipe),
             **{n: {k: dataclasses.asdict(r) for k, r in getattr(self, n).items()} for n in ("rules", "vectors")},
-            "maps": dict(kinds),
+            "maps": {name: one._asdict() for name, one in stored.items()},
             "reports": [dataclasses.asdict(r) for r in self.reports],
             "blocks": self.blocks,
             "heads": self.heads,
@@ -140,10 +137,10 @@ class Alignment:
 
     @classmethod
     def load(cls, folder: str | Path) -> Alignment:
-        """Open what :meth:`save` wrote; maps are read when asked for.
+        """Open what :meth:`save` wrote; maps are read when asked for, and compared with their digests then.
 
         Raises:
-            InputRefused: the folder holds no alignment, or one of another format.
+            InputRefused: the folder holds no alignment, one of another format, or one that does not fit itself.
         """
         path = Path(folder)
         try:
@@ -160,19 +157,21 @@ class Alignment:
             raise InputRefused(
                 f"{path} has alignment format {record.get('format')}, this version reads {FORMAT}; align again"
             )
-        return cls(
-            source=Layout.restored(record["source"]),
-            target=Layout.restored(record["target"]),
-            recipe=Recipe(**record["recipe"]),
-            maps=StoredMaps(Checkpoint.open(inside(path, MAPS)), record["maps"]),
+        sides, recipe = [Layout.restored(record[side]) for side in ("source", "target")], Recipe(**record["recipe"])
+        blocks = check_blocks(record["blocks"], (sides[0].depth, sides[1].depth))
+        drawn = outline(sides[0], sides[1], recipe, blocks)
+        restored = replace(
+            drawn,
+            maps=StoredMaps(Checkpoint.open(inside(path, MAPS)), record["maps"], drawn),
             rules={k: Rule(**r) for k, r in record["rules"].items()},
             vectors={k: Rule(**r) for k, r in record["vectors"].items()},
             reports=[MapReport(**r) for r in record["reports"]],
-            blocks=record["blocks"],
             heads={int(b): h for b, h in record["heads"].items()},
             lost={int(b): h for b, h in record["lost"].items()},
             provenance=record["provenance"],
         )
+        check_restored(restored, drawn)
+        return restored
 
 
 def align(

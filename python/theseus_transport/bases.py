@@ -255,6 +255,8 @@ class Bases:
             recorded, checkpoint = recorded_base(alignment, side), self.checkpoints[i]
             if "header_hash" not in recorded:
                 raise InputRefused(f"{folder} does not say which {side} it was made for; align again")
+            if getattr(alignment, side) != self.layouts[i]:
+                raise InputRefused(f"{folder} records another geometry of the {side} than it was made for; align again")
             kinds = ("header_hash", "content_hash") if whole else ("header_hash",)
             found = (checkpoint.header_hash(), content_hash(checkpoint) if whole else "")
             for kind, now in zip(kinds, found, strict=False):

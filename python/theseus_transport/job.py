@@ -165,6 +165,7 @@ class Session:
     def rehearse(self) -> Outcome:
         """What :meth:`run` would do, calibration included; all weights are read, nothing is computed or written."""
         with collected_warnings() as warnings:
+            warnings += self._warned()
             known = told(self.alignment) if self.alignment else {}
             if not self.alignment:
                 data = self.bases.calibration()
@@ -186,6 +187,7 @@ class Session:
             return self._aligned_first(progress)
         job, clock = self.job, Clock()
         with collected_warnings() as warnings:
+            warnings += self._warned()
             check_rows(self.coverage, *self.bases.checkpoints)
             data = None if self.alignment else self.bases.calibration()
             draft = self.alignment if data is None else self.bases.draft(data)
@@ -274,6 +276,10 @@ class Session:
             known["MAPS"] = read_manifest(job.maps)["files"]  # by content: what a matched strength needs is made anew
         known |= {"alphas": list(alphas), "recipe": asdict(recipe), **options_of(job)}
         return self.bases.key(data, self.tuned, whole=job.verify_inputs, **known)
+
+    def _warned(self) -> list[str]:
+        """What the run that aligned the bases warned of, where that was another."""
+        return list(self.alignment.provenance.get("warnings", [])) if self.alignment else []
 
     def _opened(self) -> Alignment:
         assert self.job.maps

@@ -17,7 +17,7 @@ from .planner import Planner
 from .recipes import Plan, Rule
 from .schedule import Visit
 from .spaces import Layout, by_block
-from .stored import planned_maps
+from .stored import Stamp, planned_maps, stamp
 from .update import Update
 from .weights import Window
 from .writer import Planned
@@ -154,7 +154,7 @@ class Maps:
 
     Attributes:
         tensors: what is planned.
-        kinds: name of every map that was made -> its class.
+        stamps: of every map that was made, by name.
         work: to write to; to be set before anything is taken.
     """
 
@@ -164,7 +164,7 @@ class Maps:
         """For all maps the alignment of this outline may have."""
         maps = planned_maps(draft, draft.recipe)
         self.tensors = [Planned(*planned, partial(self._made, planned[0])) for planned in maps]
-        self.kinds: dict[str, str] = {}
+        self.stamps: dict[str, Stamp] = {}
         self._draft, self._maps = draft, dict[str, Map]()
 
     def _made(self, name: str, rows: slice | None) -> Tensor:
@@ -178,8 +178,10 @@ class Maps:
         pass
 
     def take(self, plan: Plan, visit: Visit | None) -> None:
-        self.kinds, self._maps = plan.kinds, plan.maps
+        self._maps = plan.maps
         for name, made in plan.maps.items():
+            if name not in self.stamps:
+                self.stamps[name] = stamp(made)
             for part in made.tensors():
                 self.work.write(f"{name}/{part}")
         if visit is None:
@@ -192,10 +194,10 @@ class Maps:
         return set(), set()
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {"stamps": self.stamps}
 
     def restore(self, state: dict[str, Any]) -> None:
-        pass
+        self.stamps = {name: Stamp(*stamped) for name, stamped in state["stamps"].items()}
 
 
 def apply(sink: Moves, windows: Sequence[Window], layouts: Sequence[Layout], work: Work) -> None:

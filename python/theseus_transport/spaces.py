@@ -15,6 +15,7 @@ from .errors import InputRefused
 from .families import FAMILIES, REFUSED
 from .family import Family
 
+DEEPEST = 10_000  # blocks; a record that says more is no model's
 Role = Literal["query", "key", "value", "output", "expand", "contract", "head"]
 
 
@@ -140,8 +141,16 @@ class Layout:
         kind = values["family"]
         if kind not in FAMILIES:
             raise InputRefused(f"family {kind!r} is not known here; register it first (theseus_transport.register)")
-        sides = {k: tuple(values[k]) if values[k] else None for k in ("image", "patch")}
-        return cls(**{**values, **sides, "family": FAMILIES[kind]})
+        found: dict[str, Any] = {**values, "family": FAMILIES[kind]}
+        for name in ("depth", "width", "heads", "kv_heads", "head_dim", "middle"):
+            found[name] = _size(name, values[name])
+        for name in ("vocabulary", "channels", "positions"):
+            found[name] = None if values[name] is None else _size(name, values[name])
+        for name in ("image", "patch"):
+            found[name] = None if values[name] is None else _pair(name, values[name])
+        if found["depth"] > DEEPEST:
+            raise InputRefused(f"depth is {found['depth']}, and no model has more than {DEEPEST} blocks")
+        return cls(**found)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .checkpoint import Checkpoint
 from .errors import InputRefused
 from .links import Pairs, moment_links
-from .maps import Map, from_tensors, parts
+from .maps import Heads, Map, from_tensors, parts
 from .recipes import Recipe
+from .writer import raw
 
 if TYPE_CHECKING:
     from .alignment import Alignment
@@ -22,40 +24,73 @@ KEPT = 4  # maps in memory: what a layer reads and writes, and its neighbour doe
 PlannedMap = tuple[str, tuple[int, ...], torch.dtype]
 
 
+class Stamp(NamedTuple):
+    """What is recorded of a map: the name of its class, and the BLAKE2b of its tensors."""
+
+    kind: str
+    blake2b: str
+
+
+def stamp(made: Map) -> Stamp:
+    """Of a map as it is written, and again as it is read."""
+    running = hashlib.blake2b(digest_size=32)
+    for part, tensor in made.tensors().items():
+        running.update(f"{part} {tensor.dtype} {list(tensor.shape)}".encode())
+        running.update(raw(tensor))
+    return Stamp(type(made).__name__, running.hexdigest())
+
+
 class StoredMaps(Mapping[str, Map]):
     """Maps by name, each read from its file when asked for; the last few are kept."""
 
-    def __init__(self, file: Checkpoint, kinds: Mapping[str, str]) -> None:
+    def __init__(self, file: Checkpoint, stamps: Mapping[str, Mapping[str, str]], drawn: Alignment) -> None:
         """
         Args:
-            kinds: name -> class of the map.
+            stamps: fields of a :class:`Stamp` for all maps the file holds, by name.
+            drawn: the outline of their alignment, which says what they may be.
 
         Raises:
-            InputRefused: the file holds other tensors than these maps are made of.
-            KeyError: a class is unknown.
+            InputRefused: the file holds other tensors than these maps are made of, or of other shapes.
+            KeyError, TypeError: a class is unknown, or a stamp is none.
         """
-        self._file, self._kinds = file, dict(kinds)
-        expected = {f"{name}/{part}" for name, kind in kinds.items() for part in parts(kind)}
+        self._file, self._stamps = file, {name: Stamp(**fields) for name, fields in stamps.items()}
+        expected = {f"{name}/{part}" for name, one in self._stamps.items() for part in parts(one.kind)}
         if wrong := sorted(expected ^ set(file)):
             lacks = "lacks" if wrong[0] in expected else "holds a stray"
             raise InputRefused(f"{file.folder / MAPS} {lacks} {wrong[0]} ({len(wrong)} such); align again")
+        fits = {name: (shape, dtype) for name, shape, dtype in planned_maps(drawn, drawn.recipe)}
+        for name, shape in file.shapes.items():
+            if (found := (shape, file.dtypes[name])) != fits.get(name):
+                raise InputRefused(f"{file.folder / MAPS}: {name} is {found}, expected {fits.get(name)}; align again")
+        self._heads = {"value": drawn.source.kv_heads, "key": drawn.source.kv_heads}, drawn.source.heads
         self._read = lru_cache(maxsize=KEPT)(self._from_disk)
 
     def _from_disk(self, name: str) -> Map:
-        kind = self._kinds[name]
-        return from_tensors(kind, {part: self._file[f"{name}/{part}"] for part in parts(kind)})
+        recorded = self._stamps[name]
+        found = from_tensors(recorded.kind, {part: self._file[f"{name}/{part}"] for part in parts(recorded.kind)})
+        if stamp(found) != recorded:
+            raise InputRefused(f"{self._file.folder / MAPS}: the map {name} is not what was written; align again")
+        if isinstance(found, Heads):
+            shared, plain = self._heads
+            count = shared.get(name.rpartition(".")[2], plain)
+            if found.heads != count or not bool(((found.source_head >= 0) & (found.source_head < count)).all()):
+                raise InputRefused(
+                    f"{self._file.folder / MAPS}: the map {name} reads heads {found.source_head.tolist()[:8]} of "
+                    f"{found.heads}, the source has {count}; align again"
+                )
+        return found
 
     def __getitem__(self, name: str) -> Map:
         return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._kinds)
+        return iter(self._stamps)
 
     def __len__(self) -> int:
-        return len(self._kinds)
+        return len(self._stamps)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._kinds
+        return name in self._stamps
 
 
 def planned_maps(alignment: Alignment, recipe: Recipe) -> list[PlannedMap]:
