@@ -152,9 +152,12 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[Any, str]:
     path = if_inside(checkpoint.folder, "tokenizer.json")
     model = read_json(path).get("model") if path else None
     tokens = model.get("vocab") if isinstance(model, dict) else None
+    entries = list(tokens.items()) if isinstance(tokens, dict) else []
     if isinstance(tokens, list):  # unigram: [token, score], by id
-        return {i: str(entry[0]) for i, entry in enumerate(tokens)}
-    return {i: token for token, i in tokens.items()} if isinstance(tokens, dict) else {}
+        entries = [(entry[0] if isinstance(entry, list) and entry else entry, i) for i, entry in enumerate(tokens)]
+    if wrong := [(token, i) for token, i in entries if not isinstance(token, str) or type(i) is not int]:
+        raise InputRefused(f"{path}: vocab holds {wrong[0]!r}, expected tokens and their ids; was it edited?")
+    return {i: token for token, i in entries}
 
 
 def _classes(checkpoint: Checkpoint) -> dict[Any, str]:

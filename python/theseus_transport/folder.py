@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,6 +61,21 @@ def warn_leftovers(target: Path) -> None:
     """Name what a killed process left beside a folder."""
     if leftovers := [path.name for kind in ("tmp", "old") for path in target.parent.glob(f".{target.name}.{kind}-*")]:
         log.warning("%s holds %s from an interrupted run; remove it", target.parent, ", ".join(leftovers))
+
+
+def make_private(folder: Path) -> None:
+    """A folder of this user alone, made (with those above it) unless it is there; InputRefused as `refuse_foreign`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    refuse_foreign(folder)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise InputRefused unless this path is a folder, no link to one, of this user, that not everyone may write."""
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
+        raise InputRefused(f"{folder} is in the way and no folder of yours alone; remove it first")
 
 
 @contextmanager

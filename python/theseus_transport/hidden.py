@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import ReadFailed
+from .folder import make_private
 from .headers import digest
 
 
@@ -28,14 +30,20 @@ def temporary(folder: Path | None) -> Iterator[Path | None]:
         yield None
         return
     place = folder / "before"
+    make_private(folder)
     shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
-    place.mkdir(parents=True)
+    make_private(place)
     try:
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
         with suppress(OSError):  # the loop's files lie there
             folder.rmdir()
+
+
+def _no_link(path: str, flags: int) -> int:
+    """An opener that follows no link, and waits for no pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
 class Hidden:
@@ -131,8 +139,8 @@ class Hidden:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._sizes[:i])
 
     def _write(self, number: int, i: int, state: Tensor) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self._path(number).open("wb" if i == 0 else "r+b") as file:
+        make_private(self._folder)
+        with open(self._path(number), "wb" if i == 0 else "r+b", opener=_no_link) as file:
             file.seek(self._offset(i))
             file.write(state.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -142,7 +150,7 @@ class Hidden:
         buffer = state.reshape(-1).view(torch.uint8).numpy()
         cure = "remove the unfinished run and start again"
         try:
-            with path.open("rb") as file:
+            with open(path, "rb", opener=_no_link) as file:
                 file.seek(self._offset(i))
                 count = file.readinto(buffer)
         except OSError as error:

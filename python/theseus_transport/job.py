@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +24,7 @@ from .checkpoint import Checkpoint
 from .checks import check_dtypes, check_left, check_rows, check_tune, check_values
 from .delta import Delta
 from .errors import AlreadyDone, InputRefused, NothingToResume, NumericalError
-from .folder import MANIFEST, differences, read_manifest
+from .folder import MANIFEST, differences, read_manifest, refuse_foreign
 from .headers import if_inside
 from .identity import recorded_base
 from .journal import Work
@@ -243,7 +244,8 @@ class Session:
     def _aligned_first(self, progress: Progress) -> Outcome:
         """A strength that follows from all of the update needs all maps first: they lie beside the output meanwhile."""
         maps = self.job.out.with_name(f".{self.job.out.name}.maps")
-        there = maps.exists()  # of a run that got so far
+        if there := os.path.lexists(maps):  # of a run that got so far
+            refuse_foreign(maps)
         aligned = replace(self.job.alignment, out=maps, resume=self.job.resume or there)
         try:
             AlignSession(aligned).run(progress)

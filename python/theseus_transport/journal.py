@@ -34,6 +34,7 @@ class Work:
     that is killed leaves it too.
 
     Attributes:
+        home: the folder that the user named.
         folder: where the loop may keep files of its own, in folders with names of their own; a commit needs them as
             they were then, so what is to change goes to another file.
         written, dropped: names of planned tensors that are done with.
@@ -55,7 +56,7 @@ class Work:
         self._plans, self._layout = laid_out(outputs, stem, shard_size)
         targets = [Path(output.folder).expanduser().resolve() for output in outputs]
         self._place = Workplace(home, targets, self._layout, key, overwrite=overwrite, inputs=inputs)
-        self.folder, self._record = self._place.folder, self._place.record
+        self.home, self.folder, self._record = home, self._place.folder, self._place.record
         self._files: dict[Path, BinaryIO] = {}  # written to since the last commit
         self.written, self.dropped = set[str](), set[str]()
 

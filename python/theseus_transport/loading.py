@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import transformers
 
 from .checks import out_of_memory
-from .errors import InputRefused
+from .errors import InputRefused, TheseusError
 from .headers import if_inside, read_json
 
 CONFIG = "config.json"
@@ -83,19 +83,36 @@ def loaded(folder: Path, names: Sequence[str], load: Callable[[Path], Made], *, 
     """
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    with _private_copy(folder, names) as place:
-        try:
+    try:
+        with (
+            _private_copy(folder, names) as place,
+            refused(says or f"transformers cannot load {folder}", (place, folder)),
+        ):
             return load(place)
-        except BaseException as error:  # loaders raise errors of many kinds; a panic in Rust is no Exception
-            if out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
-                raise
-            said = f"{type(error).__name__}: {' '.join(str(error).split())}".replace(str(place), str(folder))[:1000]
-            cure = f"was {names[0]} edited?" if len(names) == 1 else "was a file edited?"
-            if "trust_remote_code" in said:
-                said, cure = "it needs code that came with it", f"Theseus never runs any; {OWN_CODE}"
-            raise InputRefused(f"{says or f'transformers cannot load {folder}'}: {said}; {cure}") from error
-        finally:
-            transformers.logging.set_verbosity(level)
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+@contextmanager
+def refused(says: str, places: tuple[Path, Path] | None = None) -> Iterator[None]:
+    """Whatever a library raises over a model's files becomes InputRefused, which begins with ``says``.
+
+    Args:
+        places: a folder, and what it is called in messages.
+    """
+    try:
+        yield
+    except BaseException as error:  # errors of many kinds; a panic in Rust is no Exception
+        panic = type(error).__name__ == "PanicException"
+        if out_of_memory(error) or isinstance(error, TheseusError) or not (isinstance(error, Exception) or panic):
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if places:
+            said = said.replace(str(places[0]), str(places[1]))
+        cure = "was a file of it edited?"
+        if "trust_remote_code" in said:
+            said, cure = "it needs code that came with it", f"Theseus never runs any; {OWN_CODE}"
+        raise InputRefused(f"{says}: {said[:1000]}; {cure}") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,8 @@ from .calibration import Calibration
 from .capture import Capture
 from .coherent import together
 from .errors import InputRefused, NumericalError
-from .hidden import temporary
+from .folder import refuse_foreign
+from .hidden import own_folder, temporary
 from .journal import Work
 from .links import Blocks, moment_links
 from .models import Base
@@ -140,10 +142,23 @@ class Passage:
     def _folder(self) -> Path:
         """Where hidden states are kept: of this run alone; a run goes on where it began."""
         if self.work.state:
-            return Path(self.work.state["folder"])
+            return self._recorded(Path(self.work.state["folder"]))
         if self.folder is None:
             return self.work.folder / "hidden"
         return self.folder
+
+    def _recorded(self, folder: Path) -> Path:
+        """The folder that a journal names, if such a run has one of this name: all in it will be removed.
+
+        Raises:
+            InputRefused: it is another, or not of this user.
+        """
+        own = folder == self.work.folder / "hidden" or folder.name == own_folder(folder.parent, self.work.home).name
+        if not own:
+            raise InputRefused(f"{self.work.folder} keeps its files in {folder}, which is not its own; remove it")
+        if os.path.lexists(folder):
+            refuse_foreign(folder)
+        return folder
 
     def _visits(self) -> list[Visit]:
         """The schedule; once the first map turns out to lack directions, deeper spaces are wanted as well."""

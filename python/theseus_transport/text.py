@@ -14,7 +14,7 @@ from .chat import ChatTemplate
 from .errors import InputRefused
 from .formats import Template
 from .headers import if_inside
-from .loading import tokenizer_of
+from .loading import refused, tokenizer_of
 
 ENCODED_AT_ONCE = 8  # pieces
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
@@ -33,23 +33,27 @@ class Tokenizer:
                 "with a .safetensors of input_ids [n, tokens]"
             )
         self._call: Any = tokenizer_of(folder)
-        plain, whole = self._call("a", add_special_tokens=False)["input_ids"], self._call("a")["input_ids"]
-        place = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), 0)
-        added = len(whole) > len(plain)
-        self.prefix: list[int] = whole[:place] if added else []
-        self.suffix: list[int] = whole[place + len(plain) :] if added else []
-        pad = self._call.pad_token_id
-        self.pad = pad if pad is not None and pad < (vocab_size or pad + 1) else 0
-        self.exact = bool(self._call.is_fast)  # only those know offsets
-        self.chat: Template | None = None  # where there is a chat template
-        if getattr(self._call, "chat_template", None):
-            tokens = {key: value for key, value in self._call.special_tokens_map.items() if isinstance(value, str)}
-            self.chat = ChatTemplate(self._call.get_chat_template(), tokens, name)
+        self._says = f"the tokenizer in {folder} does not work"
+        with refused(self._says):
+            plain, whole = self._call("a", add_special_tokens=False)["input_ids"], self._call("a")["input_ids"]
+            place = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), 0)
+            added = len(whole) > len(plain)
+            self.prefix: list[int] = whole[:place] if added else []
+            self.suffix: list[int] = whole[place + len(plain) :] if added else []
+            pad = self._call.pad_token_id
+            self.pad = pad if pad is not None and pad < (vocab_size or pad + 1) else 0
+            self.exact = bool(self._call.is_fast)  # only those know offsets
+            self.chat: Template | None = None  # where there is a chat template
+            if getattr(self._call, "chat_template", None):
+                tokens = {key: value for key, value in self._call.special_tokens_map.items() if isinstance(value, str)}
+                self.chat = ChatTemplate(self._call.get_chat_template(), tokens, name)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Token ids [tokens] and character offsets [tokens, 2] (zeros if not `exact`) of each text, nothing added."""
         options = {"return_offsets_mapping": True} if self.exact else {}
-        found = self._call(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+        options |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        with refused(self._says):
+            found = self._call(list(texts), **options)
         offsets = found.get("offset_mapping") or [[(0, 0)] * len(ids) for ids in found["input_ids"]]
         return [
             Encoded(np.asarray(ids, dtype=np.int64), np.asarray(spans, dtype=np.int64).reshape(-1, 2))

@@ -22,7 +22,16 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .errors import AlreadyDone, InputRefused, NothingToResume
-from .folder import check_writable, differences, put_in_place, read_manifest, refuse_overlap, sync, warn_leftovers
+from .folder import (
+    check_writable,
+    differences,
+    put_in_place,
+    read_manifest,
+    refuse_foreign,
+    refuse_overlap,
+    sync,
+    warn_leftovers,
+)
 from .headers import digest, inside
 from .record import JOURNAL, LOCK, NEXT, Record, lock
 from .writer import Layout
@@ -111,7 +120,7 @@ class Workplace:
             self._created = [parent for parent in self.folder.parents if not parent.exists()]
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.folder.mkdir()
+                self.folder.mkdir(mode=0o700)
             except FileExistsError:
                 raise InputRefused(f"another process has just begun to write {self.home}; wait for it") from None
             self._lock = lock(self.folder)
@@ -184,8 +193,9 @@ class Workplace:
     def _refuse_foreign(self) -> None:
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {"a file"}
         ours = not names or names & {JOURNAL, LOCK}
-        if not ours or self.folder.is_symlink() or self.folder.stat().st_uid != os.geteuid():
+        if not ours or self.folder.is_symlink():
             raise InputRefused(f"{self.folder} is in the way and no unfinished run of yours; remove it first")
+        refuse_foreign(self.folder)
 
     def _is_ours(self, folder: Path) -> bool:
         with suppress(InputRefused):
