@@ -30,8 +30,9 @@ from rich.text import Text
 from . import __version__
 from .folder import MANIFEST
 from .options import options, parse_alpha, parse_size
-from .report import console, plan_table, record, report, warnings
+from .report import plan_table, record, report, warnings
 from .screen import errors
+from .terminal import console
 
 app = typer.Typer(
     add_completion=False,

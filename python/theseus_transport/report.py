@@ -9,18 +9,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from .terminal import in_page
 
 if TYPE_CHECKING:
     from .outcome import Outcome
     from .plan import Plan
 
 MATCH = "alpha |delta_T| / |W_T| = |delta_S| / |W_S|, norms over the weight matrices that move"
-CARD = jinja2.Template(
+PAGE = jinja2.Environment(finalize=lambda value: value if isinstance(value, Markup) else in_page(value))
+CARD = PAGE.from_string(
     """\
 ---
 base_model: {{ job.target | tojson }}
@@ -53,8 +57,7 @@ evaluated; measure it on your task before you rely on it.
 
 {% for warning in warnings %}- {{ warning }}
 {% endfor %}{% endif %}
-""",
-    autoescape=False,
+"""
 )
 
 
@@ -72,7 +75,7 @@ def model_card(outcome: Outcome) -> str:
         title=title,
         held=held_out(outcome.quality) if outcome.quality else "",
         recipe=choices(outcome.job["recipe"]),
-        match=MATCH.replace("|", "\\|"),
+        match=MATCH,
         rounding=outcome.alphas[0]["rounding"]["total"],
     )
     return card
@@ -273,10 +276,6 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.2f} GiB"
-
-
-def console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, soft_wrap=False)
 
 
 def _stages(seconds: dict[str, float]) -> str:

@@ -10,7 +10,7 @@ from typing import NoReturn
 import typer
 
 from .errors import AlreadyDone, TheseusError
-from .report import console
+from .terminal import console
 
 
 @contextmanager
