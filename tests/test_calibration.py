@@ -103,7 +103,7 @@ BAD_TEXT = {
     "negative id": ({"input_ids": ids - 1}, "ids -1 to -1"),
     "float ids": ({"input_ids": ids.float()}, r"input_ids is torch.float32, expected integers"),
     "bool ids": ({"input_ids": ids.bool()}, "input_ids is torch.bool"),
-    "flat ids": ({"input_ids": ids[0]}, r"input_ids is \[3\], expected \[3\] \(\[n, tokens\]\)"),
+    "flat ids": ({"input_ids": ids[0]}, r"input_ids is \[3\], one row .* give \[n, tokens\], a text a row: ids"),
     "mask of other shape": ({"input_ids": ids, "attention_mask": ones[:, :2]}, r"mask is \[2, 2\], expected \[2, 3\]"),
     "mask of 2": ({"input_ids": ids, "attention_mask": ones * 2}, "must hold 0 and 1 only"),
     "row all masked": ({"input_ids": ids, "attention_mask": ones.tril(-1)}, "a 1 in every row"),

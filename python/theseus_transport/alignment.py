@@ -15,14 +15,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import maps
+from .arguments import check_models, sample_of
 from .batches import Batch
 from .capture import capture
 from .checkpoint import Checkpoint
+from .checks import find_device
 from .coherent import Coherent, together
 from .depth import by_position, pair_blocks
 from .errors import InputRefused
 from .folder import new_folder
 from .headers import inside, read_json
+from .inputs import checked_batches
 from .links import Pairs
 from .maps import Map
 from .models import Base
@@ -71,6 +74,10 @@ class Alignment:
     lost: dict[int, list[int]]
     provenance: dict[str, Any] = field(default_factory=dict)
     draft: bool = False
+
+    def __repr__(self) -> str:
+        sides = f"{self.source.words} -> {self.target.words}"
+        return f"Alignment({sides}, recipe {self.recipe.name}, {len(self.maps)} maps)"
 
     def save(
         self,
@@ -206,19 +213,16 @@ def align(
     """
     options = {k: v for k, v in (("null", null), ("floor", floor)) if v is not None}
     chosen = Recipe.named(recipe, **options)
+    check_models(source=source, target=target)
     double = all(p.dtype == torch.float64 for model in (source, target) for p in model.parameters())
     if floor is None and chosen.floor == FLOOR and double:
         chosen = replace(chosen, floor=FLOOR_DOUBLE)
     bases = Base.of(source), Base.of(target)
     layouts = (bases[0].layout, bases[1].layout)
     check_pair(*layouts, chosen)
+    pairs = checked_batches(batches, layouts)
     if device is not None:
-        source.to(device), target.to(device)
-    if isinstance(batches, (Mapping, torch.Tensor)):
-        raise InputRefused("batches must be a list of batches, each a dict of forward arguments; give [batch]")
-    pairs = [batch if isinstance(batch, tuple) else (batch, batch) for batch in batches]
-    if not pairs:
-        raise InputRefused("no calibration batches were given; a few unlabelled ones are needed")
+        source.to(place := find_device(device)), target.to(place)
     same = layouts[0].depth == layouts[1].depth
     wanted = {"energies": chosen.name == "coherent", "grams": chosen.whiten_power > 0}
     with in_float32(source, target):
@@ -235,7 +239,8 @@ def align(
     toward = together(*bases, seen.links, seen.moments) if completed else None
     planner = PLANNERS[chosen.name](*bases, blocks, chosen, toward=toward)
     made = planner.whole(seen.moments, seen.energies, seen.grams)
-    return outline(*layouts, chosen, blocks).filled(made, tokens=tokens, provenance=provenance or {})
+    known = {**sample_of(bases[0]), **(provenance or {})}
+    return outline(*layouts, chosen, blocks).filled(made, tokens=tokens, provenance=known)
 
 
 def check_pair(source: Layout, target: Layout, recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .alignment import PLANNERS, Alignment, outline
-from .calibration import Calibration, SideInfo, load_calibration
+from .calibration import Calibration, load_calibration
 from .checkpoint import Checkpoint
 from .checks import available_memory, check_dtypes, find_device, free_device_memory, read_layout, resident_memory
 from .depth import by_position, pair_streamed
@@ -20,6 +20,7 @@ from .extent import Extent, extent
 from .folder import check_writable
 from .hidden import own_folder
 from .identity import content_hash, recorded_base, reference_of, versions
+from .inputs import SideInfo
 from .journal import Work
 from .links import Blocks
 from .models import Base
@@ -174,7 +175,8 @@ class Bases:
         )
 
     def _side(self, i: int) -> SideInfo:
-        return _side(self.checkpoints[i], self.layouts[i], ("SOURCE", "TARGET")[i])
+        folder, name = self.checkpoints[i].folder, ("SOURCE", "TARGET")[i]
+        return SideInfo.of(self.layouts[i], f"{name} {folder.name}", folder)
 
     def recipe(self) -> Recipe:
         """The job's, with the floor that follows the models' precision."""
@@ -283,17 +285,3 @@ def options_of(job: Any) -> dict[str, Any]:
 def quiet(stage: str, steps: int) -> Callable[[], object]:
     """Progress that nobody watches."""
     return lambda: None
-
-
-def _side(checkpoint: Checkpoint, layout: Layout, name: str) -> SideInfo:
-    vision = layout.family.modality == "vision"
-    return SideInfo(
-        folder=checkpoint.folder,
-        kind=layout.family.modality,
-        name=f"{name} {checkpoint.folder.name}",
-        vocab_size=layout.vocabulary,
-        channels=layout.channels,
-        image_size=layout.image,
-        max_positions=layout.positions,
-        tokens_per_image=layout.grid[0] * layout.grid[1] + sum(layout.ahead) if vision else 1,
-    )

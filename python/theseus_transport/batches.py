@@ -41,6 +41,37 @@ def batches_of(source: Tensors, target: Tensors | None = None, *, batch_size: in
     return pairs
 
 
+def check_correspond(key: str, source: Batch, target: Batch, where: str = "") -> None:
+    """Refuse a pair of batches whose rows do not stand for each other.
+
+    Args:
+        key: of the input both are read from. where: begins the message.
+    """
+    for side, batch in (("source", source), ("target", target)):
+        if key not in batch:
+            raise InputRefused(f"{where}the {side} batch has no {key}, only {', '.join(batch) or 'nothing'}")
+    samples = [len(batch[key]) for batch in (source, target)]
+    if samples[0] != samples[1]:
+        raise InputRefused(f"{where}the source batch has {samples[0]} samples, the target batch {samples[1]}")
+    spans = [batch.get("offsets") is not None for batch in (source, target)]
+    if key == "pixel_values" or all(spans):
+        return
+    if any(spans):
+        raise InputRefused(f"{where}offsets on one side only; give both batches offsets")
+    shapes = [list(b[key].shape) for b in (source, target)]
+    if shapes[0] != shapes[1]:
+        raise InputRefused(
+            f"{where}source input_ids are {shapes[0]}, target input_ids {shapes[1]}; they must pair up one to one, or "
+            "both hold offsets [n, tokens, 2]"
+        )
+    own, other = (b.get("attention_mask") for b in (source, target))
+    same = own is other or (own is not None and other is not None and torch.equal(own.cpu().bool(), other.cpu().bool()))
+    if not same:
+        raise InputRefused(
+            f"{where}the attention masks of source and target differ; give both models the same masked tokens"
+        )
+
+
 def mixings(layouts: tuple[Layout, Layout], source: Batch, target: Batch) -> Mixings:
     """Which source tokens stand for which target tokens in one pair of batches.
 
@@ -51,27 +82,16 @@ def mixings(layouts: tuple[Layout, Layout], source: Batch, target: Batch) -> Mix
         InputRefused: the two batches do not hold the same samples or tokens.
     """
     key = MAIN_INPUT[layouts[0].family.modality]
-    for side, batch in (("source", source), ("target", target)):
-        if key not in batch:
-            raise InputRefused(f"the {side} batch has no {key}, only {', '.join(batch) or 'nothing'}")
+    check_correspond(key, source, target)
     samples = len(source[key])
-    if samples != len(target[key]):
-        raise InputRefused(f"the source batch has {samples} samples, the target batch {len(target[key])}")
     if key == "pixel_values":
         return _by_patches(*layouts, samples)
     if "offsets" in source and "offsets" in target:
         return _by_characters(source, target)
-    shapes = [tuple(b[key].shape) for b in (source, target)]
-    if shapes[0] != shapes[1]:
-        raise InputRefused(
-            f"source input_ids are {list(shapes[0])}, target input_ids {list(shapes[1])}; they must pair up"
-        )
-    masks = [b.get("attention_mask") for b in (source, target)]
-    if masks[0] is None and masks[1] is None:
+    mask = target.get("attention_mask")
+    if mask is None:
         return None, None
-    if masks[0] is None or masks[1] is None or not torch.equal(masks[0].cpu().bool(), masks[1].cpu().bool()):
-        raise InputRefused("the attention masks of source and target differ; give both models the same masked tokens")
-    chosen = tokens.select(masks[1].cpu())
+    chosen = tokens.select(mask.cpu())
     return chosen, chosen
 
 

@@ -16,26 +16,13 @@ from .checkpoint import Checkpoint, check_finite
 from .documents import LINES, Records, TextFile, builtin_pieces, refuse_other_files
 from .errors import InputRefused
 from .images import Preprocessor, find_images, read_images
+from .inputs import SideInfo, check_ids, check_tensors
 from .text import Tokenizer, rows_of_text
 
 log = logging.getLogger(__name__)
 
 KEYS = ("input_ids", "attention_mask", "pixel_values", "offsets")
 LENGTH = 512  # tokens of a row of text
-
-
-@dataclass(frozen=True)
-class SideInfo:
-    """What calibration has to know of one model; `tokens_per_image` is what one image counts as (patches)."""
-
-    folder: Path
-    kind: str  # "text" or "vision"
-    name: str
-    vocab_size: int | None = None
-    channels: int | None = None
-    image_size: int | tuple[int, int] | None = None  # pixels: side, or (height, width)
-    max_positions: int | None = None  # tokens
-    tokens_per_image: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,7 +101,7 @@ def load_calibration(
         sides = rows_of_text(groups, tokenizers, tokens=tokens_wanted + extra * length, length=length, seed=seed)
         form = "" if builtin else f" ({file.words})"
         for side, info in zip(sides, infos, strict=True):
-            _check_ids(f"the tokenizer of {info.name}", side["input_ids"], info)
+            check_ids(f"the tokenizer of {info.name}", side["input_ids"], info)
     if (kept := drawn_rows(_counts(sides, infos), tokens_wanted, extra, seed)) is not None:
         sides = _rows(sides, kept)
     origin = f"text of Python {platform.python_version()}" if builtin else path.name
@@ -218,50 +205,13 @@ def _check_side(path: Path, prefix: str, side: Tensors, info: SideInfo) -> None:
             f"{path} holds {', '.join(prefix + key for key in side)}; {info.name} is a {info.kind} model and needs "
             f"{prefix}{main}" + ("" if len(allowed) == 1 else f", with {prefix}attention_mask if wanted")
         )
-    data = side[main]
-    if data.numel() == 0:
-        raise InputRefused(f"{path}: {prefix}{main} {list(data.shape)} is empty")
+    check_tensors(f"{path}: {prefix}", side, info)
     if info.kind == "vision":
-        size = (info.image_size, info.image_size) if isinstance(info.image_size, int) else info.image_size
-        expected = (info.channels, *(size or (None, None)))
-        fits = data.ndim == 4 and all(want in (None, have) for have, want in zip(data.shape[1:], expected, strict=True))
-        if not fits or not data.is_floating_point():
-            raise InputRefused(
-                f"{path}: {prefix}pixel_values is {list(data.shape)} {data.dtype}, {info.name} reads floats "
-                f"[n, {', '.join('any' if want is None else str(want) for want in expected)}]; preprocess for it"
-            )
-        check_finite(f"{path}: {prefix}pixel_values", data)
+        check_finite(f"{path}: {prefix}pixel_values", side[main])
         return
-    for key in side:
-        if side[key].is_floating_point() or side[key].is_complex() or (key != "attention_mask" and side[key].dtype is
-                                                                       torch.bool):  # fmt: skip
-            raise InputRefused(f"{path}: {prefix}{key} is {side[key].dtype}, expected integers")
-        expected = (*data.shape, 2) if key == "offsets" else tuple(data.shape)
-        if data.ndim != 2 or tuple(side[key].shape) != expected:
-            raise InputRefused(
-                f"{path}: {prefix}{key} is {list(side[key].shape)}, expected {list(expected)} ([n, tokens])"
-            )
-        side[key] = side[key].long()
-    _check_ids(f"{path}: {prefix}input_ids", side["input_ids"], info)
-    if info.max_positions and data.shape[1] > info.max_positions:
-        raise InputRefused(
-            f"{path}: {prefix}input_ids has rows of {data.shape[1]} tokens, {info.name} reads at most "
-            f"{info.max_positions}; cut them to that"
-        )
-    mask = side.setdefault("attention_mask", torch.ones_like(side["input_ids"]))
-    if not (((mask == 0) | (mask == 1)).all() and mask.any(dim=1).all()):
-        raise InputRefused(f"{path}: {prefix}attention_mask must hold 0 and 1 only, and a 1 in every row")
-    if "offsets" in side and ((side["offsets"] < 0).any() or (side["offsets"].diff(dim=-1) < 0).any()):
-        raise InputRefused(f"{path}: {prefix}offsets must be [start, stop] with 0 <= start <= stop")
-
-
-def _check_ids(where: str, ids: torch.Tensor, info: SideInfo) -> None:
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (info.vocab_size is not None and high >= info.vocab_size):
-        raise InputRefused(
-            f"{where} holds ids {low} to {high}, {info.name} has a vocabulary of {info.vocab_size}; "
-            "was it made with this model's tokenizer?"
-        )
+    side |= {key: tensor.long() for key, tensor in side.items()}
+    if not side.setdefault("attention_mask", torch.ones_like(side[main])).any(dim=1).all():
+        raise InputRefused(f"{path}: {prefix}attention_mask must hold a 1 in every row")
 
 
 def _counts(sides: tuple[Tensors, Tensors], infos: tuple[SideInfo, SideInfo]) -> torch.Tensor:

@@ -30,18 +30,27 @@ SAMPLED, ROWS = 32, 16  # matrices, and rows of each, that are compared
 FOREIGN = 0.5  # share of token ids that mean another token, above which a vocabulary is another one
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name; a requested device is never replaced by another."""
+def named_device(name: str | torch.device) -> torch.device:
+    """The device of that name, which may be ``meta``, of shapes alone; a requested one is never replaced by another."""
+    name = str(name)
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InputRefused(f"device is {name!r}; give cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+    except RuntimeError:
+        raise InputRefused(f"device is {name!r}; give cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda", "meta") or (device.type == "cpu" and device.index):
         raise InputRefused(f"device is {name!r}; only cpu, cuda and cuda:N are supported")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputRefused(f"device is {name}, but this torch sees no GPU; run `theseus doctor`, or use --device cpu")
+        raise InputRefused(f"device is {name}, but this torch sees no GPU; give cpu, or leave it out")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputRefused(f"device is {name}, but this torch sees {torch.cuda.device_count()} GPUs; give cuda:0")
+    return device
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """:func:`named_device`, on which models can run."""
+    device = named_device(name)
+    if device.type == "meta":
+        raise InputRefused(f"device is {str(name)!r}; only cpu, cuda and cuda:N are supported")
     if device.type == "cuda" and (problem := theseus_ext.cuda_problem(device)):
         raise InputRefused(f"device is {name}: {problem}, or use --device cpu")
     return device

@@ -30,6 +30,11 @@ class Delta:
     adapter: Adapter | None = None
     label: str = field(default="", compare=False)
 
+    def __repr__(self) -> str:
+        if self.adapter is None:
+            return f"Delta(full tune, {len(self.tuned or ())} tensors)"
+        return f"Delta(LoRA adapter{f' {self.label}' if self.label else ''}, {len(self.adapter.tensors)} tensors)"
+
     @classmethod
     def between(cls, base: nn.Module | Tensors, tuned: nn.Module | Tensors) -> Delta:
         """The task vector ``tuned - base``; each a module, a state dict or a lazy checkpoint."""

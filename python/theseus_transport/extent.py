@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from .batches import MAIN_INPUT
-from .calibration import LENGTH, SideInfo, drawn_rows
+from .calibration import LENGTH, drawn_rows
 from .checkpoint import Checkpoint
 from .headers import if_inside
 from .images import find_images
+from .inputs import SideInfo
 
 PREFIXES = "source.", "target."
 ROWS = 4096  # of a mask that are read at a time

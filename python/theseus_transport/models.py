@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,12 @@ def tensors_of(model: nn.Module | Tensors) -> Tensors:
     """The parameters and buffers of a module, or the mapping itself (a state dict, a lazy checkpoint)."""
     if hasattr(model, "peft_config"):
         raise InputRefused("this is a PEFT model: give its base, and the adapter's folder to Delta.from_adapter")
-    return model.state_dict() if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        return model.state_dict()
+    if not isinstance(model, Mapping):
+        told = f"a {type(model).__name__}" + f" ({model!r})" * isinstance(model, (str, Path))
+        raise InputRefused(f"a model is given as {told}; give a torch module, a state dict, or Checkpoint.open(folder)")
+    return model
 
 
 def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:

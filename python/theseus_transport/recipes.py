@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -56,6 +57,11 @@ class Recipe:
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise InputRefused(f"recipe {name} is {value!r}; choose one of {', '.join(choices)}")
+        for name in ("floor", "whiten_power", "whiten_eps"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, Real):
+                raise InputRefused(f"{name} is {value!r}; give a number")
+        if not isinstance(self.center, bool):
+            raise InputRefused(f"center is {self.center!r}; give True or False")
         if not 0 <= self.floor < 1:
             raise InputRefused(f"floor is {self.floor}; it must be at least 0 and below 1 (default {FLOOR:g})")
         if not 0 <= self.whiten_power <= 0.5:

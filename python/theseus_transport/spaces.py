@@ -80,6 +80,11 @@ class Layout:
     scaled: bool = False
     positions: int | None = None
 
+    @property
+    def words(self) -> str:
+        """In short, for people."""
+        return f"{self.family.model_type} of {self.depth} blocks, {self.width} wide"
+
     @classmethod
     def of(cls, config: Any) -> Layout:
         """From a transformers config, its dict, or a model.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from .errors import InputRefused
+
 if TYPE_CHECKING:
     from .alignment import Alignment
 
@@ -24,6 +26,12 @@ class Stays:
 
     alignment: Alignment
     patterns: Sequence[str]
+
+    def __post_init__(self) -> None:
+        listed = isinstance(self.patterns, Sequence) and not isinstance(self.patterns, str)
+        if not listed or not all(isinstance(pattern, str) for pattern in self.patterns):
+            given = [self.patterns] if isinstance(self.patterns, str) else ["lm_head*"]
+            raise InputRefused(f"leave is {self.patterns!r}; give a list of glob patterns, as leave={given}")
 
     def asked(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)

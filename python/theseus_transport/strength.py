@@ -33,7 +33,8 @@ def chosen(alpha: Alpha | Sequence[Alpha]) -> list[Strength]:
     """The strengths of a job; refuses what is no strength, and one given twice."""
     asked: list[Any] = list(alpha) if isinstance(alpha, (list, tuple)) else [alpha]
     for one in asked:
-        if one != "match" and not (isinstance(one, (int, float)) and 0 < abs(one) < float("inf")):
+        number = isinstance(one, (int, float)) and not isinstance(one, bool)
+        if one != "match" and not (number and 0 < abs(one) < float("inf")):
             raise InputRefused(f"alpha is {one}; give a finite number other than 0, or match")
     if twice := [one for one in asked if asked.count(one) > 1]:
         raise InputRefused(f"alpha {twice[0]} is given twice; keep one")

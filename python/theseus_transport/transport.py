@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, Factors
 from .alignment import Alignment
+from .arguments import check_direction, check_kinds
 from .changes import changes, leaving
+from .checks import named_device
 from .delta import Delta, Renamed
 from .errors import InputRefused
 from .family import Slot
@@ -40,25 +42,22 @@ def transport(
     Args:
         alignment: of the two bases; its rules and maps are looked up when a value is computed, and may come till then.
         delta: the update, with the source base it belongs to.
-        target: the target base.
-        alpha: strength of the update.
+        target: the target base; alpha: the strength of the update.
         leave: glob patterns of canonical tensor names to leave behind.
         presumed: count every tensor of a full tune as changed, unread, until :meth:`Update.compare` finds otherwise;
             only what has no rule is compared at once.
         device: where moves are computed, in float64 always; None: the GPU the target lies on, else the CPU. Bases,
             tune and maps may lie anywhere: of each, what one layer needs is copied there and freed behind it. Values
-            are handed out on the CPU, ready to be saved; :meth:`Update.add_to` adds them wherever the model lies.
+            are handed out on the CPU; :meth:`Update.add_to` adds them wherever the model lies.
 
     Raises:
-        InputRefused: a changed tensor has no rule, nothing changed at all, shapes do not fit the alignment, or there is
-            no such device.
+        InputRefused: a changed tensor has no rule, nothing changed at all, an argument does not fit the others.
 
     Source: arXiv 2602.12952 (the map of an update), and RECIPE fields of :class:`Recipe` for gains, biases and scales.
     """
+    check_kinds(alignment=(alignment, Alignment), delta=(delta, Delta))
     tensors = tensors_of(target)
-    place = device_of(tensors) if device is None else torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputRefused(f"device is {place}, but this torch sees no GPU; give cpu, or leave it out")
+    place = device_of(tensors) if device is None else named_device(device)
     return _Planner(alignment, delta, tensors, alpha, leave, presumed=presumed, device=place).plan()
 
 
@@ -129,6 +128,7 @@ class _Planner:
         return self.update
 
     def _check_bases(self) -> None:
+        check_direction(self.alignment.provenance, self.delta, self.source, self.tuned)
         for side, base in (("source", self.source), ("target", self.target)):
             shapes = {name: base.shape(name) for name in base.slots}
             says = f"the alignment's {side}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import PREFIX, Factors
+from .arguments import check_number
 from .checkpoint import count_nonfinite
 from .delta import Delta, Renamed
 from .errors import InputRefused, NumericalError
@@ -95,6 +97,15 @@ class Update(Mapping[str, Tensor]):
     carried: Carried = field(default_factory=Carried)
     _jobs: dict[str, dict[str, Job]] = field(default_factory=dict)  # stored name -> canonical name -> job
     _last: dict[tuple[Job, int | None], dict[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_number(self.alpha)
+
+    def __repr__(self) -> str:
+        fates = Counter(row.fate for row in self.coverage)
+        told = ", ".join(f"{n} {fate}" for fate, n in sorted(fates.items()))
+        sides = f"{self.source.layout.words} -> {self.target.layout.words}"
+        return f"Update({sides}, alpha {self.alpha:g}: {told})"
 
     @property
     def warnings(self) -> list[str]:
