@@ -144,8 +144,29 @@ def test_enough_tokens_are_no_news(caplog: pytest.LogCaptureFixture) -> None:
         made = align(source.build(), source.build(), few(source, 12, 20))
     assert not caplog.messages
     ranks = {r.space: (r.rank, r.tokens) for r in made.reports}
-    assert ranks["0.attention"] == (24, 240) and ranks["1.middle"] == (40, 240) and ranks["1.context"] == (32 // 2, 240)
+    assert ranks["0.attention"] == (24, 240) and ranks["1.middle"] == (40, 240) and ranks["1.context"] == (32, 240)
     assert all(0 < r.gap <= 1 and not r.weak for r in made.reports)
+
+
+@pytest.mark.parametrize("counts", [((4, 2), (4, 2)), ((4, 2), (8, 8)), ((8, 8), (4, 2))])
+def test_maps_by_heads_are_told_in_the_widths_of_the_models(counts: tuple[tuple[int, int], ...]) -> None:
+    sides = [base(LLAMA, seed=s, num_attention_heads=n, num_key_value_heads=kv) for s, (n, kv) in enumerate(counts)]
+    made = align(*(side.build() for side in sides), batches(sides[0], seed=3))
+    widths = [8 * heads for heads, _ in counts]  # heads of 8 features
+    told = [r for r in made.reports if r.space.endswith((".context", ".query"))]
+    assert len(told) == 4 and all([r.source, r.target] == widths for r in told)
+    assert all(r.rank == r.most <= min(widths) for r in told)
+
+
+def test_the_rank_of_heads_counts_each_source_head_once_per_group() -> None:
+    blocks = torch.zeros(4, 3, 2)
+    for source_head, ranks, expected in (
+        ([0, 1, 2, 3], [2, 1], 6),  # both of a group have its rank
+        ([0, 0, 1, 1], [2, 1], 3),  # a copy in the same group adds nothing
+        ([0, 1, 0, 1], [2, 1], 6),  # one in another group does, up to the 3 features there are
+        ([0, 1, 0, 1], [2, 2], 6),
+    ):
+        assert Heads(torch.tensor(source_head), blocks, 4).rank(torch.tensor(ranks)) == expected
 
 
 def test_heads_are_told() -> None:

@@ -145,7 +145,13 @@ def test_several_strengths_are_what_each_alone_is(root, maps, tmp_path):
         invoke("verify", out)
         assert call("inspect", out).stdout.count("files are as written") == 3
         refused("is not empty", "apply", maps, root / tuned, out, "--alpha", "1,2")
-        invoke("apply", maps, root / tuned, out, "--alpha", "1,2", "--overwrite")
+        said = call("apply", maps, root / tuned, out, "--alpha", "1,2", "--overwrite").stdout.partition("next\n")[2]
+        first, second = (f"'{out}/alpha-{alpha}'" for alpha in (1, 2))
+        loads = f"model = LlamaForCausalLM.from_pretrained({first})    # or {second}\n"
+        if tuned == "lora":
+            loads = f"model = LlamaForCausalLM.from_pretrained('{root / 'causal/target'}')\n"
+            loads += f"  model = PeftModel.from_pretrained(model, {first})    # or {second}\n"
+        assert said == f"  {loads}  measure {out}/alpha-1\n  measure {out}/alpha-2\n"
 
 
 @pytest.mark.parametrize("tuned", ["causal/tuned", "lora"])

@@ -33,6 +33,7 @@ from .output import Kind, Written, described_outputs, planned
 from .predict import move_flops, move_seconds
 from .recipes import Recipe
 from .report import model_card
+from .settings import warn_of_settings
 from .sinks import Moves, apply
 from .strength import Alpha, chosen, folders
 from .transport import transport
@@ -166,12 +167,11 @@ class Session:
     def rehearse(self) -> Outcome:
         """What :meth:`run` would do, calibration included; all weights are read, nothing is computed or written."""
         with collected_warnings() as warnings:
-            warnings += self._warned()
+            self._warn(warnings)
             known = told(self.alignment) if self.alignment else {}
             if not self.alignment:
                 data = self.bases.calibration()
                 known = {"calibration": data.description, "tokens": data.tokens}
-            check_rows(self.coverage, *self.bases.checkpoints)
             check_values(*self.bases.checkpoints, self.tuned)
             draft = self.transport(self.alignment or outline(*self.bases.layouts, self.job.recipe))
             self.coverage = draft.settled()
@@ -188,8 +188,7 @@ class Session:
             return self._aligned_first(progress)
         job, clock = self.job, Clock()
         with collected_warnings() as warnings:
-            warnings += self._warned()
-            check_rows(self.coverage, *self.bases.checkpoints)
+            self._warn(warnings)
             data = None if self.alignment else self.bases.calibration()
             draft = self.alignment if data is None else self.bases.draft(data)
             assert draft is not None
@@ -279,9 +278,12 @@ class Session:
         known |= {"alphas": list(alphas), "recipe": asdict(recipe), **options_of(job)}
         return self.bases.key(data, self.tuned, whole=job.verify_inputs, **known)
 
-    def _warned(self) -> list[str]:
-        """What the run that aligned the bases warned of, where that was another."""
-        return list(self.alignment.provenance.get("warnings", [])) if self.alignment else []
+    def _warn(self, said: list[str]) -> None:
+        """Of what the run said that aligned the bases, where that was another; and of rows and settings that differ."""
+        if self.alignment:
+            said += self.alignment.provenance.get("warnings", [])
+        check_rows(self.coverage, *self.bases.checkpoints)
+        warn_of_settings(self.bases.source, self.tuned)
 
     def _opened(self) -> Alignment:
         assert self.job.maps

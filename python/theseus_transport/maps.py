@@ -88,6 +88,18 @@ class Heads:
         size = torch.linalg.matrix_norm(self.blocks, 2).clamp(min=torch.finfo(torch.float64).tiny)
         return replace(self, blocks=self.blocks / size[:, None, None])
 
+    def rank(self, of_groups: Tensor) -> int:
+        """Directions of the source that reach the target: each head's of one group once, and no more than it has.
+
+        Args:
+            of_groups: rank of the map that consecutive target heads share, [groups].
+        """
+        group = torch.arange(len(self.source_head)) // (len(self.source_head) // len(of_groups))
+        read = torch.stack([self.source_head.cpu(), group], 1).unique(dim=0)
+        found = torch.zeros(self.heads, dtype=torch.int64)
+        found.index_add_(0, read[:, 0], of_groups.cpu().long()[read[:, 1]])
+        return int(found.clamp(max=self.blocks.shape[1]).sum())
+
     def by_head(self, features: Tensor) -> Tensor:
         """Of source features [heads * head_dim_S] those each target head reads, [heads_T, head_dim_S]."""
         per_head: Tensor = features.unflatten(0, (self.heads, -1))

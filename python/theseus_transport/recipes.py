@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 from . import maps
@@ -109,19 +110,27 @@ class Rule:
 
 @dataclass(frozen=True)
 class MapReport:
-    """What is known of one map: sizes, determined rank, gap (smallest kept singular value over the largest), tokens."""
+    """What is known of one map.
+
+    Attributes:
+        source, target: features of the two spaces.
+        rank: directions that are determined; most: of so many, where heads are paired less than the spaces have.
+        gap: smallest kept singular value over the largest.
+        tokens: it was made from.
+    """
 
     space: str
     source: int
     target: int
     rank: int
+    most: int
     gap: float
     tokens: int
 
     @property
     def weak(self) -> bool:
         """Fewer than half of the directions are determined."""
-        return self.rank < min(self.source, self.target) / 2
+        return self.rank < self.most / 2
 
 
 @dataclass
@@ -143,13 +152,19 @@ class Plan:
         self.maps[name], self.kinds[name] = built, type(built).__name__
 
     def add(self, name: str, polar: Polar, tokens: int, built: Map | None = None) -> None:
-        """Put a map and report it."""
-        self.put(name, built or maps.Dense(polar.map))
-        size = polar.map.shape[-2:]
-        batch = max(polar.rank.numel(), 1)  # per-head maps are reported as one block-diagonal map
-        self.reports.append(
-            MapReport(name, batch * size[0], batch * size[1], int(polar.rank.sum()), float(polar.gap.min()), tokens)
-        )
+        """Put a map and report it.
+
+        Args:
+            built: what is put, where that is not the polar factor itself; of heads, one factor for each group.
+        """
+        made = built or maps.Dense(polar.map)
+        self.put(name, made)
+        source, target = polar.map.shape[-2:]
+        ranks = polar.rank, torch.full_like(polar.rank, min(source, target))
+        if isinstance(made, maps.Heads):
+            source, target = made.heads * source, len(made.source_head) * target
+        rank, most = (made.rank(r) if isinstance(made, maps.Heads) else int(r) for r in ranks)
+        self.reports.append(MapReport(name, source, target, rank, most, float(polar.gap.min()), tokens))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """As JSON and tensors; :meth:`restored` reads them."""

@@ -49,7 +49,7 @@ evaluated; measure it on your task before you rely on it.
 {% if rounding %}| rounding | {{ "%.1f" | format(100 * rounding) }} % of the update |
 {% endif %}| calibration | {{ calibration }} |
 | tensors | {% for fate, n in fates %}{{ n }} {{ fate }}{% if not loop.last %}, {% endif %}{% endfor %} |
-{% if maps %}| maps | {{ maps | length }}, lowest rank {{ "%.0f" | format(100 * lowest) }} % of its width |
+{% if maps %}| maps | {{ maps | length }}, lowest rank {{ "%.0f" | format(100 * lowest) }} % of the most it could have |
 {% endif %}{% if quality %}| held out | {{ held }} |
 {% endif %}| versions | {% for name, v in job.versions.items() %}{{ name }} {{ v }} {% endfor %}|
 {% if warnings %}
@@ -116,11 +116,10 @@ def maps_table(maps: list[dict[str, Any]]) -> Table:
     )
     for kind, group in by_kind(maps).items():
         worst = min(group, key=_share)
-        full = min(worst["source"], worst["target"])
-        colour = "yellow" if worst["rank"] < full / 2 else ""
+        colour = "yellow" if _share(worst) < 1 / 2 else ""
         gap = f"{min(m['gap'] for m in group):.1e}"
         size = f"{worst['source']} x {worst['target']}"
-        table.add_row(escape(kind), str(len(group)), size, Text(f"{worst['rank']} of {full}", colour), gap)
+        table.add_row(escape(kind), str(len(group)), size, Text(f"{worst['rank']} of {worst['most']}", colour), gap)
     return table
 
 
@@ -253,20 +252,17 @@ def next_steps(outcome: Outcome) -> list[str]:
         return ["nothing was computed or written (--dry-run); run the same command without it"]
     if outcome.kind == "alignment":
         return [f"theseus apply {out} TUNED OUT    # for every tune of {job['source']}"]
-    if len(outcome.alphas) > 1:
-        return [f"measure {row['written']}" for row in outcome.alphas]
+    first, *others = [str(row["written"]) for row in outcome.alphas]
+    more = f"    # or {', '.join(map(repr, others))}" if others else ""
+    measure = [f"measure {place}" for place in (first, *others)]
+    if not others:
+        measure = ["measure it on your task; try --alpha 0.5 and 1.5 beside it"]
     if outcome.kind == "adapter":
-        return [
-            f"model = {job['target_class']}.from_pretrained({job['target']!r})",
-            f"model = PeftModel.from_pretrained(model, {out!r})",
-            "measure it on your task; try --alpha 0.5 and 1.5 beside it",
-        ]
+        base = f"model = {job['target_class']}.from_pretrained({job['target']!r})"
+        return [base, f"model = PeftModel.from_pretrained(model, {first!r}){more}", *measure]
     if outcome.kind == "checkpoint":
-        return [
-            f"model = {job['target_class']}.from_pretrained({out!r})",
-            "measure it on your task; try --alpha 0.5 and 1.5 beside it",
-        ]
-    return [f"add the tensors of {out} to those of {job['target']}, scaled as you like"]
+        return [f"model = {job['target_class']}.from_pretrained({first!r}){more}", *measure]
+    return [f"add the tensors of {first} to those of {job['target']}, scaled as you like{more}"]
 
 
 def size(nbytes: float) -> str:
@@ -288,4 +284,4 @@ def _kind(tensor: str) -> str:
 
 
 def _share(row: dict[str, Any]) -> float:
-    return float(row["rank"] / max(min(row["source"], row["target"]), 1))
+    return float(row["rank"] / max(row["most"], 1))

@@ -37,7 +37,7 @@ def check_restored(restored: Alignment, drawn: Alignment) -> None:
                 raise InputRefused(f"{into!r} has scales {rule.scale_in!r} and {rule.scale_out!r}; {AGAIN}")
     _check_heads(restored)
     for report in restored.reports:
-        _check_plain("reports", vars(report), {"space": str}, "source", "target", "rank", "gap", "tokens")
+        _check_plain("reports", vars(report), {"space": str}, "source", "target", "rank", "most", "gap", "tokens")
     _check_provenance(restored.provenance)
 
 
