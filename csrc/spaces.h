@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include "alignment.h"
 #include "cross_moment.h"
 
 namespace theseus {
@@ -29,13 +30,9 @@ struct Spaces {
 // One group per space: shapes, dtypes, strides and devices are checked, entries of the mixings are not.
 std::vector<MomentGroup> describe(const Spaces& spaces);
 
-// Bytes to which the rows must be aligned where BLAS may read them: it gives the same bytes for the same alignment.
-constexpr uintptr_t kAlignment = 64;
-
 // The tokens are the rows, in the compute type, where BLAS may read them.
 inline bool usable_in_place(const Side& side, Dtype compute) {
-  return !side.column && side.dtype == compute && side.stride == side.width &&
-         reinterpret_cast<uintptr_t>(side.tokens) % kAlignment == 0;
+  return !side.column && side.dtype == compute && side.stride == side.width && is_aligned(side.tokens);
 }
 
 }  // namespace theseus

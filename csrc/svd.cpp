@@ -1,5 +1,5 @@
-// svd, svdvals and polar. On the CPU the matrices of a batch are shared out over torch's threads, each through torch's
-// own LAPACK; on a GPU small ones go to the Jacobi kernel.
+// svd, svdvals and polar. On the CPU the matrices of a batch are shared out over torch's threads, each by itself
+// through torch's own LAPACK; on a GPU small ones go to the Jacobi kernel.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "alignment.h"
 #include "cuda/small_svd.h"
 #include "stream.h"
 
@@ -49,21 +50,29 @@ Tensor empty(const std::array<int64_t, dims>& size, const Tensor& like) {
   return torch::stable::empty({size.data(), dims}, like.scalar_type(), std::nullopt, like.device());
 }
 
-// op(matrices[i], options...) -> out[...][i] for every i; inside the parallel region LAPACK stays on the calling thread
-template <size_t inputs, size_t outputs>
-void share_out(const char* op, const Tensor& matrices, const std::array<StableIValue, inputs>& options,
-               const std::array<Tensor, outputs>& out) {
+// op(batches[...][i], options...) -> out[...][i] for every i; inside the parallel region BLAS and LAPACK stay on the
+// calling thread. Each i goes by itself and starts aligned: bytes depend neither on where the batch lies nor, on one
+// thread, on what else is in it.
+template <size_t inputs, size_t others, size_t outputs>
+void share_out(const char* op, const std::array<Tensor, inputs>& batches,
+               const std::array<StableIValue, others>& options, const std::array<Tensor, outputs>& out) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  if (matrices.numel() == 0) return;
-  torch::stable::parallel_for(0, matrices.size(0), 1, [&](int64_t begin, int64_t end) {
-    const auto part = [&](Tensor tensor) { return torch::stable::narrow(tensor, 0, begin, end - begin); };
-    std::array<StableIValue, std::max(inputs + 1, outputs)> stack{from(part(matrices))};
-    std::copy(options.begin(), options.end(), stack.begin() + 1);
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-    for (size_t i = 0; i < outputs; ++i) {
-      Tensor into = part(out[i]);
-      torch::stable::copy_(into, to<Tensor>(stack[i]));
+  if (out[0].numel() == 0) return;
+  torch::stable::parallel_for(0, out[0].size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto at = [i](Tensor batch) { return torch::stable::narrow(batch, 0, i, 1); };
+      std::array<StableIValue, std::max(inputs + others, outputs)> stack;
+      for (size_t j = 0; j < inputs; ++j) {
+        const Tensor one = at(batches[j]);
+        stack[j] = from(is_aligned(one.const_data_ptr()) ? one : torch::stable::clone(one));
+      }
+      std::copy(options.begin(), options.end(), stack.begin() + inputs);
+      TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+      for (size_t j = 0; j < outputs; ++j) {
+        Tensor into = at(out[j]);
+        torch::stable::copy_(into, to<Tensor>(stack[j]));
+      }
     }
   });
 }
@@ -77,14 +86,14 @@ std::tuple<Tensor, Tensor, Tensor> svd_cpu(const Tensor& input) {
   using torch::stable::detail::from;
   const Tensor matrices = checked_on_cpu(input);
   const std::array<Tensor, 3> out = results(matrices);
-  share_out<2, 3>("aten::linalg_svd", matrices, {from(false), from(std::nullopt)}, out);
+  share_out<1, 2, 3>("aten::linalg_svd", {matrices}, {from(false), from(std::nullopt)}, out);
   return {out[0], out[1], out[2]};
 }
 
 Tensor svdvals_cpu(const Tensor& input) {
   const Tensor matrices = checked_on_cpu(input);
   const Tensor out = empty<2>({matrices.size(0), std::min(matrices.size(1), matrices.size(2))}, matrices);
-  share_out<1, 1>("aten::linalg_svdvals", matrices, {torch::stable::detail::from(std::nullopt)}, {out});
+  share_out<1, 1, 1>("aten::linalg_svdvals", {matrices}, {torch::stable::detail::from(std::nullopt)}, {out});
   return out;
 }
 
@@ -101,12 +110,11 @@ void leave_out(const std::array<Tensor, 3>& found, double floor) {
 }
 
 std::tuple<Tensor, Tensor> polar_cpu(const Tensor& input, double floor) {
-  using torch::stable::detail::from;
   const auto [u, s, vh] = svd_cpu(input);
   s.scalar_type() == ScalarType::Double ? leave_out<double>({u, s, vh}, floor) : leave_out<float>({u, s, vh}, floor);
-  std::array<StableIValue, 2> stack{from(u), from(vh)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), s};
+  const Tensor out = empty<3>({u.size(0), u.size(1), vh.size(2)}, u);
+  share_out<2, 0, 1>("aten::bmm", {u, vh}, {}, {out});
+  return {out, s};
 }
 
 #ifdef THESEUS_CUDA

@@ -1,4 +1,4 @@
-"""theseus_ext.svd, svdvals, polar: on the CPU torch's results bit for bit, on a GPU within bounds; contracts."""
+"""theseus_ext.svd, svdvals, polar: bytes on the CPU, bounds on a GPU, contracts."""
 
 import pytest
 import torch
@@ -34,23 +34,55 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def torch_on_one_thread(matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def everything(matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (*theseus_ext.svd(matrices), theseus_ext.svdvals(matrices), *theseus_ext.polar(matrices, FLOOR))
+
+
+def elsewhere(matrices: torch.Tensor, skipped: int) -> torch.Tensor:
+    """The same values, which start so many numbers behind where torch aligns memory."""
+    place = torch.empty(skipped + matrices.numel(), dtype=matrices.dtype)
+    return place[skipped:].view(matrices.shape).copy_(matrices)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_on_one_thread_a_matrix_has_torchs_bytes_whatever_the_batch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """In a batch most matrices start unaligned, and the last bits of some of MKL's paths depend on where."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return (*torch.linalg.svd(matrices, full_matrices=False), torch.linalg.svdvals(matrices))
+        matrices = draw(*shape, dtype=dtype)
+        wholes = [x.flatten(0, len(shape) - 3) if len(shape) > 2 else x[None] for x in everything(matrices)]
+        for i, matrix in enumerate(matrices.reshape(-1, *shape[-2:])):
+            mine = [whole[i] for whole in wholes]
+            alone = (*torch.linalg.svd(matrix, full_matrices=False), torch.linalg.svdvals(matrix))
+            alone += theseus_ext.polar(matrix, FLOOR)
+            assert [x.dtype for x in mine] == [dtype] * 6 and all(map(torch.equal, mine, alone)), i
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
-def test_is_torch_bit_for_bit(threads: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 300, 200)], ids=str)
+def test_the_same_inputs_on_as_many_threads_give_the_same_bytes(
+    threads: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Wherever they lie. Other counts may not: LAPACK takes other paths for 300 x 200; values agree to its test ratio."""
     matrices = draw(*shape, dtype=dtype)
+    found = everything(matrices)
+    assert all(x.is_contiguous() for x in found)
+    for skipped in (0, 1, 3):
+        assert all(map(torch.equal, everything(elsewhere(matrices, skipped)), found)), skipped
+    bound = 30 * torch.finfo(dtype).eps * max(shape) * float(found[1].max())
+    torch.testing.assert_close(found[1], torch.linalg.svdvals(matrices), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_of_nothing_as_torch(threads: int, shape: tuple[int, ...]) -> None:
+    matrices = draw(*shape)
     found = (*theseus_ext.svd(matrices), theseus_ext.svdvals(matrices))
-    for own, expected in zip(found, torch_on_one_thread(matrices), strict=True):
-        assert own.shape == expected.shape and own.dtype == dtype and own.is_contiguous()
-        assert torch.equal(own, expected)
+    expected = (*torch.linalg.svd(matrices, full_matrices=False), torch.linalg.svdvals(matrices))
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
 
 
 @QUICK
@@ -127,13 +159,6 @@ def test_strides_are_free_and_inputs_stay_as_they_were(device: str) -> None:
         before = view.clone()
         found, expected = theseus_ext.svd(view), theseus_ext.svd(before)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and torch.equal(view, before)
-
-
-def test_a_batch_is_its_matrices(threads: int) -> None:
-    matrices = draw(11, 20, 30)
-    whole = theseus_ext.svd(matrices)
-    for i, matrix in enumerate(matrices):
-        assert all(torch.equal(a[i], b) for a, b in zip(whole, theseus_ext.svd(matrix), strict=True))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -116,11 +116,12 @@ def cross_moments_(
 def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin singular value decompositions ``matrices = U diag(S) Vh`` of a batch, largest singular value first.
 
-    On the CPU the matrices are shared out over torch's threads and each is decomposed on one: bit for bit what
-    ``torch.linalg.svd`` gives it on one thread, whatever the batch and the thread count. Torch itself takes them one
-    after the other, which leaves the other threads waiting while they are small (heads, LoRA cores; up to some hundred
-    rows). On CUDA matrices of up to 128 rows and columns go to a kernel of one-sided Jacobi rotations, a block each.
-    Elsewhere it is ``torch.linalg.svd``. No gradient flows.
+    On the CPU the matrices are shared out over torch's threads, and each is decomposed on one. Torch itself takes them
+    one after the other, which leaves the other threads waiting while they are small (heads, LoRA cores; up to some
+    hundred rows). Same inputs and thread count give the same bytes, wherever in memory the inputs lie; on one thread
+    they are those that ``torch.linalg.svd`` gives each matrix alone, on several LAPACK may round otherwise. On CUDA
+    matrices of up to 128 rows and columns go to a kernel of one-sided Jacobi rotations, a block each. Elsewhere it is
+    ``torch.linalg.svd``. No gradient flows.
 
     Args:
         matrices: [..., m, n], float64 or float32; strides are free.
