@@ -1,8 +1,6 @@
-"""The polar factor by iteration: optimal weights, the ratio tests of test_procrustes.py on every path, peak memory."""
+"""The polar factor by iteration: optimal weights, and the ratio tests of test_procrustes.py on every path."""
 
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +9,8 @@ from nohost import NoHost
 from test_procrustes import EPS, SHAPES, THRESHOLD, VALUES, draw, known, ratios
 from theseus_transport import NumericalError, polar
 from theseus_transport import procrustes as module
-from theseus_transport.polar import ENTRY, LIFT, QUINTICS, START, polar_bytes, polar_factor, qdwh_weights
+from theseus_transport.polar import ENTRY, LIFT, QUINTICS, START, polar_factor, qdwh_weights
 from theseus_transport.procrustes import FLOOR, certify, procrustes
-from warm import apart
 
 SINGLE = torch.finfo(torch.float32).eps
 # both ways to lift small values, both ways to decide which count
@@ -346,42 +343,3 @@ def test_cuda_iterates(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) 
     exact = procrustes(c, method="lapack")
     assert found.map.is_cuda and torch.equal(found.rank.cpu(), exact.rank)
     torch.testing.assert_close(found.map.cpu(), exact.map, rtol=0, atol=1e-9)
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def kib(name: str) -> int:
-    return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def peak(shape: tuple[int, int], kept: int, method: str) -> tuple[int, int]:
-    """Bytes that one factor takes at its peak, and its rank."""
-    c = torch.randn(*shape, dtype=torch.float64)
-    if kept < min(shape):
-        c[:, kept:] = 0
-    module.START = 1e-3  # memory is the same at every step: fewer do
-    procrustes(c[:70, :80], floor=0.1, method=method)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = kib("VmRSS")
-    found = procrustes(c, floor=0.1, method=method)
-    return (kib("VmHWM") - before) * 1024, int(found.rank)
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc of Linux")
-@pytest.mark.parametrize(
-    "shape, rank, method, predicted, least",
-    [
-        ((1024, 4000), 1024, "auto", "newton", 0.9),
-        ((7500, 500), 500, "iterate", "newton", 0.9),
-        ((400, 9000), 150, "iterate", "iterate", 0.9),
-        ((400, 6000), 400, "lapack", "lapack", 0.7),  # a bound: what gesdd asks for differs between wide and tall
-    ],
-)
-def test_peak_memory_is_as_predicted(
-    shape: tuple[int, int], rank: int, method: str, predicted: str, least: float
-) -> None:
-    """In a process whose allocator returns every freed block, as it does anyway for those of 32 MiB and more."""
-    used, found = apart(peak, shape, rank, method)
-    expected = polar_bytes(*shape, method=predicted)  # type: ignore[arg-type]
-    assert found == rank and least * expected <= used <= 1.1 * expected

@@ -67,7 +67,7 @@ def test_on_one_thread_a_matrix_has_torchs_bytes_whatever_the_batch(shape: tuple
 def test_the_same_inputs_on_as_many_threads_give_the_same_bytes(
     threads: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Wherever they lie. Other counts may not: LAPACK takes other paths for 300 x 200; values agree to its test ratio."""
+    """Wherever they lie. Other counts may not: LAPACK takes other paths for 300 x 200; values to its test ratio."""
     matrices = draw(*shape, dtype=dtype)
     found = everything(matrices)
     assert all(x.is_contiguous() for x in found)

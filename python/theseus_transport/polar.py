@@ -227,7 +227,8 @@ def polar_bytes(rows: int, columns: int, *, method: str, device: bool = False) -
     k, m = sorted((rows, columns))
     lapack = 2, 4 if m < 11 * k / 6 else 6  # gesdd's divide and conquer; from there on it begins with QR
     copies, squares = {"newton": (1, 2), "iterate": (1, 4), "lapack": lapack, "auto": lapack}[method]
-    blocked = 2 * min(k, _strip(k, device=device)) * m  # rows of C and of its residual, in the certificate
+    strips = 3 if method == "iterate" else 2  # of C, of its residual and, below full rank, of what T leaves out of C
+    blocked = strips * min(k, _strip(k, device=device)) * m  # in the certificate
     return 8 * (copies * k * m + squares * k * k + blocked) + BUFFERS
 
 
