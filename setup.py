@@ -220,6 +220,7 @@ def path(value: Path) -> str:
 
 setup(
     packages=sorted({"theseus_ext", "theseus_transport", *find_packages("python")}),
+    py_modules=["theseus_command"],
     package_dir={"": "python", "theseus_ext": "theseus_ext"},
     package_data={"theseus_ext": ["py.typed"], "theseus_transport": ["py.typed"]},
     ext_modules=[Extension("theseus_ext._C", sources=HOST + DEVICE)],

@@ -1,11 +1,14 @@
 """Random models of the bench's geometries on disk, and jobs that move them, for tests of memory and of abuse."""
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from theseus_transport import passage
+from theseus_transport.cli import main
 from theseus_transport.job import Job
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
@@ -36,3 +39,12 @@ def arguments(root: Path, out: str = "out") -> tuple[object, ...]:
     """The same job as the command's arguments."""
     options = ("--calibration", root / "ids.safetensors", "--tokens", 192, "--batch-size", 4)
     return ("transport", *(root / name for name in ("source", "tuned", "target", out)), *options)
+
+
+def command(folder: Path, call: list[object], change: Callable[[], None] = lambda: None) -> None:
+    """The command as it is called, in a process of its own, printing into files; ``change``: before it starts."""
+    for descriptor, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
+    change()
+    sys.argv = ["theseus", *map(str, call)]
+    main()

@@ -4,9 +4,6 @@ import errno
 import json
 import os
 import shutil
-import signal
-import sys
-import time
 from pathlib import Path
 
 import killing
@@ -17,9 +14,8 @@ from abused import COMMIT, TINY, arguments, job_of, written
 from calls import identical, invoke, refused
 from safetensors.torch import save_file
 from theseus_transport import passage as passage_module
-from theseus_transport.cli import main
 from theseus_transport.job import Session
-from warm import apart, started
+from warm import apart
 
 
 @pytest.fixture
@@ -189,30 +185,3 @@ def test_a_full_disk_in_the_middle(kind, root, monkeypatch):
     assert step == 2
     invoke(*arguments(root), *more, "--resume")
     assert identical(root / "out", root / "once") and not (root / ".out.theseus").exists()
-
-
-def command(folder: Path, call: list[object]) -> None:
-    """The command as it is called, and what it prints in files."""
-    for descriptor, name in enumerate(("stdout", "stderr"), 1):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
-    sys.argv = ["theseus", *map(str, call)]
-    main()
-
-
-def test_an_interrupted_command_says_how_to_go_on(tmp_path):
-    """SIGINT to a process of its own, behind a commit."""
-    root = written(tmp_path, TINY, samples=128, length=16)  # 16 passes a block: it is at work when the signal comes
-    call = [*arguments(root), "--tokens", 1024, "--json"]
-    journal = root / ".out.theseus/journal.json"
-    process = started(command, root, call)
-    while process.is_alive() and not (journal.exists() and json.loads(journal.read_text())["step"] > 1):
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGINT)
-    process.join()
-    told, said = ((root / name).read_text() for name in ("stdout", "stderr"))
-    assert process.exitcode == 130, said
-    assert json.loads(told)["exit_code"] == 130 and "--resume" in json.loads(told)["error"]
-    assert "interrupted; run again with --resume to go on after step" in said
-    invoke(*call, "--resume")
-    invoke(*arguments(root, "once"), "--tokens", 1024)
-    assert identical(root / "out", root / "once")

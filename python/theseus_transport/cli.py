@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -31,8 +30,8 @@ from . import __version__
 from .folder import MANIFEST
 from .options import options, parse_alpha, parse_size
 from .report import plan_table, record, report, warnings
-from .screen import errors
-from .terminal import console
+from .screen import deaf, errors
+from .terminal import console, say, standard_streams
 
 app = typer.Typer(
     add_completion=False,
@@ -180,8 +179,12 @@ def main_options(
 
 
 def main() -> None:
-    """Entry point of the command."""
-    app()
+    """The command, once it is imported; it starts in ``theseus_command``."""
+    with standard_streams():
+        try:
+            app()
+        finally:
+            deaf()
 
 
 def _moved(given: dict[str, Any]) -> dict[str, Any]:
@@ -212,10 +215,7 @@ def _verdict(faults: list[str], whole: str) -> Any:
 
 
 def _show(data: dict[str, Any], renderable: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(data, indent=1))
-    else:
-        console().print(renderable, crop=False)
+    say(data if as_json else renderable)
 
 
 class Rate(ProgressColumn):

@@ -37,3 +37,15 @@ class AlreadyDone(TheseusError):
     """What is asked for lies there, whole, from an earlier run."""
 
     exit_code = 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a scheduler sends; as Ctrl-C."""
+
+    exit_code = 143
+
+
+class HungUp(KeyboardInterrupt):
+    """SIGHUP, of a terminal that closed; as Ctrl-C."""
+
+    exit_code = 129

@@ -250,7 +250,7 @@ def _told(error: BaseException | None, place: Workplace, cure: str, *, kept: boo
     if not kept:
         return None
     if isinstance(error, KeyboardInterrupt):
-        return KeyboardInterrupt(f"interrupted; {cure}")
+        return type(error)(f"interrupted; {cure}")
     if isinstance(error, ResourceError):
         return type(error)(f"{error}; {cure}")
     if isinstance(error, Exception):
