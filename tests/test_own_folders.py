@@ -12,6 +12,7 @@ from theseus_transport.folder import make_private, refuse_foreign
 from theseus_transport.hidden import Hidden, own_folder, temporary
 from theseus_transport.job import Job, Session
 from theseus_transport.passage import Passage
+from theseus_transport.record import signed
 
 OPTIONS = {"tokens": 64, "batch_size": 4}
 
@@ -72,7 +73,7 @@ def test_an_offload_folder_is_not_followed(models: Path, tmp_path: Path, victim:
 def test_hidden_states_go_through_no_link(tmp_path: Path, victim: Path) -> None:
     make_private(tmp_path / "own")
     (tmp_path / "own" / "source-0.bin").symlink_to(victim / "before" / "kept")
-    with pytest.raises(OSError, match="symbolic"):
+    with pytest.raises(InputRefused, match="source-0.bin is no file of this run"):
         Hidden(tmp_path / "own", "source", resident=False).append(torch.zeros(1, 2, 3))
     assert (victim / "before" / "kept").read_text() == "kept"
 
@@ -89,8 +90,8 @@ def test_a_journal_cannot_have_a_folder_removed(
     assert stat.S_IMODE(journal.parent.stat().st_mode) == 0o700
     record = json.loads(journal.read_text())
     record["state"]["folder"] = str(victim)
-    journal.write_text(json.dumps(record))
-    with pytest.raises(InputRefused, match="remove"):
+    journal.write_text(json.dumps(signed(record)))
+    with pytest.raises(InputRefused, match="keeps its files in .*victim, which is not its own; remove it"):
         Session(job_of(models, tmp_path / "out", resume=True)).run()
     assert kept(victim)
 

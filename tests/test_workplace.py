@@ -11,6 +11,7 @@ from resumable import KEY, Stop, content, interrupted, loop, names
 from theseus_transport import workplace
 from theseus_transport.errors import AlreadyDone, InputRefused
 from theseus_transport.journal import Work
+from theseus_transport.record import signed
 from theseus_transport.writer import Output, Planned
 
 
@@ -87,9 +88,14 @@ def test_changed_plan_is_refused(tmp_path: Path) -> None:
 def edited(**fields: object) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
         record = json.loads((folder / "journal.json").read_text())
-        (folder / "journal.json").write_text(json.dumps(record | fields))
+        (folder / "journal.json").write_text(json.dumps(signed(record | fields)))
 
     return edit
+
+
+def changed(path: Path, old: bytes, new: bytes) -> None:
+    assert path.read_bytes().count(old) == 1
+    path.write_bytes(path.read_bytes().replace(old, new))
 
 
 def linked(name: str) -> Callable[[Path], object]:
@@ -106,6 +112,7 @@ def linked(name: str) -> Callable[[Path], object]:
 SHARD = "staged-1/model-00002-of-00004.safetensors"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "format": (edited(format=0), "of another version"),
+    "digest": (lambda f: changed(f / "journal.json", b'"whole": false', b'"whole": true'), "journal.json is damaged"),
     "field": (edited(extra=1), "journal.json is damaged"),
     "type": (edited(step="2"), "journal.json is damaged"),
     "bool": (edited(step=True), "journal.json is damaged"),

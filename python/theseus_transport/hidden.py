@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ReadFailed
+from .errors import InputRefused, ReadFailed
 from .folder import make_private
 from .headers import digest
 
@@ -39,11 +40,6 @@ def temporary(folder: Path | None) -> Iterator[Path | None]:
         shutil.rmtree(place, ignore_errors=True)
         with suppress(OSError):  # the loop's files lie there
             folder.rmdir()
-
-
-def _no_link(path: str, flags: int) -> int:
-    """An opener that follows no link, and waits for no pipe."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
 class Hidden:
@@ -133,14 +129,17 @@ class Hidden:
             self._path(number).unlink()
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{self._name}-{number}.bin"
+        path = self._folder / f"{self._name}-{number}.bin"
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise InputRefused(f"{path} is no file of this run but a link, a pipe or a folder; remove it")
+        return path
 
     def _offset(self, i: int) -> int:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._sizes[:i])
 
     def _write(self, number: int, i: int, state: Tensor) -> None:
         make_private(self._folder)
-        with open(self._path(number), "wb" if i == 0 else "r+b", opener=_no_link) as file:
+        with self._path(number).open("wb" if i == 0 else "r+b") as file:
             file.seek(self._offset(i))
             file.write(state.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -150,7 +149,7 @@ class Hidden:
         buffer = state.reshape(-1).view(torch.uint8).numpy()
         cure = "remove the unfinished run and start again"
         try:
-            with open(path, "rb", opener=_no_link) as file:
+            with path.open("rb") as file:
                 file.seek(self._offset(i))
                 count = file.readinto(buffer)
         except OSError as error:

@@ -19,6 +19,7 @@ import torch
 from .checkpoint import Checkpoint
 from .errors import ResourceError
 from .folder import read_manifest, seal, sync
+from .headers import digest, head
 from .record import Record
 from .workplace import Workplace
 from .writer import Output, copy_tensors, laid_out, write_plain, write_tensor
@@ -152,9 +153,11 @@ class Work:
         self._flush()
         for path in [*files, *{path.parent for path in files}]:
             sync(path)
+        written = self._place.state(step)
         if tensors:
-            write_plain(self._place.state(step), tensors)
-        self._save(step=step, state=json.loads(json.dumps(state)), tensors=bool(tensors))
+            write_plain(written, tensors)
+        headers = digest(head(written)) if tensors else ""
+        self._save(step=step, state=json.loads(json.dumps(state)), tensors=headers)
         self._place.state(step - 1).unlink(missing_ok=True)
 
     def finish(self) -> list[dict[str, Any]]:

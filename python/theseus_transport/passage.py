@@ -173,7 +173,8 @@ class Passage:
         options |= {"resident": self.resident, "tiles": self.tiles, "halves": self.halves}
         loop = Loop(self.windows, self.layouts, batches, **options, folder=self._folder)
         if self.work.step:
-            loop.resume(self.work.state["hidden"])
+            with self._damage_refused():
+                loop.resume(self.work.state["hidden"])
         return loop
 
     def _visit(self, loop: Loop, visits: Sequence[Visit], done: Callable[[], object]) -> None:
@@ -230,10 +231,20 @@ class Passage:
         self.work.commit({"folder": str(self._folder), **record}, tensors, files)
         loop.committed()
 
+    @contextmanager
+    def _damage_refused(self) -> Iterator[None]:
+        """A state that is not what :meth:`_commit` writes is refused."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise InputRefused(f"the unfinished run in {self.work.folder} is damaged ({said}); remove it") from error
+
     def _restore(self, state: dict[str, Any]) -> None:
-        self.planner.restore(state["planner"], self.work.tensors, device=self.decompose or self.device)
-        self.sink.restore(state["sink"])
-        self.rows = [Quality(*row) for row in state["quality"]]
+        with self._damage_refused():
+            self.planner.restore(state["planner"], self.work.tensors, device=self.decompose or self.device)
+            self.sink.restore(state["sink"])
+            self.rows = [Quality(*row) for row in state["quality"]]
 
 
 def all_together(

@@ -13,11 +13,11 @@ from typing import Any
 
 from .errors import InputRefused
 from .folder import sync, write_file
-from .headers import inside, read_json
+from .headers import digest, inside, read_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 JOURNAL, NEXT, LOCK = "journal.json", "journal.json.next", "lock"
 WORDS = {"size": "size in bytes", "mtime_ns": "time of change in ns", "header_blake2b": "header", "blake2b": "content"}
 
@@ -28,7 +28,7 @@ class Record:
 
     Attributes:
         key: JSON of all that decides what is written; plan: digest of where the tensors lie.
-        step: commits so far; state: JSON of the last; tensors: whether it has any.
+        step: commits so far; state: JSON of the last; tensors: digest of the header of its own, "" where it has none.
         written, dropped: names of tensors.
         whole: every folder is complete and waits for its name.
     """
@@ -37,7 +37,7 @@ class Record:
     plan: str
     step: int = 0
     state: dict[str, Any] = field(default_factory=dict)
-    tensors: bool = False
+    tensors: str = ""
     written: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     whole: bool = False
@@ -49,7 +49,7 @@ class Record:
 
     def save(self, folder: Path) -> None:
         """Replace the record of a folder: by one rename, durable."""
-        write_file(folder / NEXT, json.dumps({"format": FORMAT, **vars(self)}))
+        write_file(folder / NEXT, json.dumps(signed({"format": FORMAT, **vars(self)})))
         os.replace(folder / NEXT, folder / JOURNAL)
         sync(folder)
 
@@ -59,12 +59,14 @@ class Record:
         if not os.path.lexists(folder / JOURNAL):
             return None
         found = read_json(inside(folder, JOURNAL))
+        whole = found == signed(found)
+        found.pop("blake2b", None)
         if found.pop("format", None) != FORMAT:
             raise InputRefused(f"{folder / JOURNAL} is of another version of this program; remove {folder}")
         kinds = {name: type(getattr(cls({}, ""), name)) for name in cls.__dataclass_fields__}
         names = [*listed] if isinstance(listed := found.get("written"), list) else []
         names += [*listed] if isinstance(listed := found.get("dropped"), list) else []
-        if {name: type(value) for name, value in found.items()} != kinds or found["step"] < 0 or any(
+        if not whole or {name: type(value) for name, value in found.items()} != kinds or found["step"] < 0 or any(
             not isinstance(name, str) for name in names
         ):  # fmt: skip
             raise InputRefused(f"{folder / JOURNAL} is damaged; remove {folder}")
@@ -79,6 +81,12 @@ class Record:
             for name in {**before, **now}
             if before.get(name, missing) != now.get(name, missing)
         ]
+
+
+def signed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record (JSON) with the digest that tells whether it is as it was saved."""
+    rest = {key: value for key, value in record.items() if key != "blake2b"}
+    return {**rest, "blake2b": digest(json.dumps(rest, sort_keys=True).encode())}
 
 
 def _leaves(key: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

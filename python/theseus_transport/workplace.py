@@ -32,7 +32,7 @@ from .folder import (
     sync,
     warn_leftovers,
 )
-from .headers import digest, inside
+from .headers import digest, head, inside
 from .record import JOURNAL, LOCK, NEXT, Record, lock
 from .writer import Layout
 
@@ -223,7 +223,8 @@ class Workplace:
                     header = self.layout.headers[name]
                     whole &= file.read(len(header)) == header and path.stat().st_size == self.layout.sizes[name]
             if record.tensors:
-                Checkpoint.open(inside(self.folder, self.state(record.step).name))
+                state = inside(self.folder, self.state(record.step).name)
+                whole &= digest(head(state)) == record.tensors and len(Checkpoint.open(state)) > 0
             if whole:
                 return
         raise self._damaged()
