@@ -95,9 +95,9 @@ CASES = [
     case("adapter of another base", r"is \[24, 24\], the base's \[40, 40\]", source="causal/target", tuned="lora"),
     case("adapter without config", "has no adapter_config.json", tuned=without("lora", "adapter_config.json")),
     case("adapter config no JSON", "no valid JSON", tuned=text("lora", "adapter_config.json", "[")),
-    case("DoRA", "uses use_dora", tuned=adapter(use_dora=True)),
-    case("PiSSA", "initialised by pissa", tuned=adapter(init_lora_weights="pissa")),
-    case("biases", "trains biases", tuned=adapter(bias="all")),
+    case("DoRA", "holds DoRA, which .*; --output checkpoint", tuned=adapter(use_dora=True)),
+    case("PiSSA", "initialised by pissa.*: python -c", tuned=adapter(init_lora_weights="pissa")),
+    case("biases", "holds trained biases .*; --output checkpoint", tuned=adapter(bias="all")),
     case("half an adapter", "lora_B alone", tuned=tensors("lora", lambda t: t.pop(Q + "A.weight"))),
     case("adapter beyond the model", "layers.7.* has 2 blocks; give the base", tuned=tensors("lora", lambda t: t.update(
         {Q.replace(".0.", ".7.") + f"{f}.weight": torch.ones(s) for f, s in (("A", (4, 24)), ("B", (24, 4)))}))),

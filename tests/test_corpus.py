@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from corpus import ADAPTERS, CHECKPOINTS, FIRST, INDEX, LORA, LORA_CONFIG, SECOND, Break, adapter, checkpoint
+from theseus_transport import Delta
 from theseus_transport.adapter import Adapter
 from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.checks import check_dtypes, check_values
 from theseus_transport.errors import InputRefused, ReadFailed
+from theseus_transport.families import LLAMA
 
 MEMORY = 1 << 23  # bytes of Python objects a refusal may need; all files but two of 200 KB are below 10 KB
 HANG = 120  # seconds after which a hanging reader dies with a traceback; nothing here should take one
@@ -37,6 +39,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     opened.fingerprint(full=True), opened.header_hash()
     if opened.kind == "adapter":
         lora = Adapter.of(opened)
+        Delta({}, adapter=lora).tuned_tensors(LLAMA)  # refuses what factors do not carry
         assert all(abs(lora.factors(layer).scaling) < float("inf") for layer in lora.layers()) and lora.whole() == {}
     assert all(held[name].shape == opened.shapes[name] and held[name].dtype is opened.dtypes[name] for name in held)
     return held

@@ -159,26 +159,31 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"peft_type": "LOHA"}, "the adapter is of type 'LOHA'; only LORA adapters can be moved"),
-        ({"peft_type": None}, "the adapter is of type None"),
+        ({"peft_type": "LOHA"}, "of type 'LOHA'; merge it into its base with PEFT, then move TUNED-merged: python -c"),
+        ({"peft_type": None}, "says peft_type None; is it an adapter of PEFT?"),
+        (
+            {"peft_type": "PROMPT_TUNING"},
+            "puts trained vectors in front of the input: no weights hold it; train a LoRA",
+        ),
+        ({"peft_type": "XLORA"}, "acts on activations: no weights hold it; train a LoRA"),
         *(
-            ({"init_lora_weights": init}, f"initialised by {init}, which changes the base; convert it to plain LoRA")
-            for init in ("pissa", "pissa_niter_16", "PiSSA", "olora", "corda", "loftq", "lora_ga")
+            ({"init_lora_weights": init}, f"initialised by {init}, which changes the base; merge it into its base with")
+            for init in ("pissa", "PiSSA", "olora")
         ),
         *(
-            ({option: value}, f"the adapter uses {option}, which is not a plain B A update; train without it")
+            ({"init_lora_weights": init}, f"initialised by {init}, .*; where it was trained, save it as a plain LoRA")
+            for init in ("pissa_niter_16", "corda", "loftq", "lora_ga")
+        ),
+        *(
+            ({option: value}, f"the adapter uses {option}; merge it into its base with PEFT, then move TUNED-merged")
             for option, value in {
-                "use_dora": True,
                 "use_qalora": True,
-                "lora_bias": True,
-                "layer_replication": [[0, 2]],
                 "target_parameters": ["mlp.experts"],
-                "trainable_token_indices": [1, 2],
-                "alora_invocation_tokens": [5],
+                "kasa_config": {"beta": 1},
             }.items()
         ),
-        ({"bias": "all"}, r"the adapter trains biases \(bias='all'\); only bias='none' can be moved"),
-        ({"bias": "lora_only"}, r"bias='lora_only'"),
+        ({"layer_replication": [[0, 2]]}, "uses layer_replication, which makes another base, .*; train without it"),
+        ({"alora_invocation_tokens": [5]}, "uses alora_invocation_tokens, which acts on some tokens only"),
         ({"r": 0}, "r is 0, expected a positive number"),
         ({"r": None}, "r is None, expected a positive number"),
         ({"r": "x"}, "r is 'x', expected a positive number"),
@@ -192,6 +197,23 @@ def test_refused_by_configuration(config: dict, message: str) -> None:
         adapter(**config)
 
 
+@pytest.mark.parametrize(
+    "config, what",
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, r"trained biases \(bias='all'\)"),
+        ({"lora_bias": True, "use_dora": True}, r"DoRA and biases behind its factors \(lora_bias\)"),
+        ({"trainable_token_indices": [1, 2]}, "trained tokens"),
+    ],
+)
+def test_more_than_factors_is_merged(config: dict, what: str) -> None:
+    delta = Delta.from_lora({**PLAIN, **config}, factors(), SPEC.state)
+    with pytest.raises(
+        InputRefused, match=f"the adapter holds {what}, which no moved adapter can; --output checkpoint"
+    ):
+        delta.tuned_tensors(LLAMA_FAMILY)
+
+
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
 def test_initialisations_that_leave_the_base_alone(init: object) -> None:
     assert adapter(init_lora_weights=init).scaling(LAYER) == 3
@@ -200,7 +222,10 @@ def test_initialisations_that_leave_the_base_alone(init: object) -> None:
 @pytest.mark.parametrize(
     "extra, message",
     [
-        ({"model.embed_tokens.lora_embedding_A": torch.ones(2, 60)}, "lora_embedding_A is no factor of a linear layer"),
+        (
+            {"model.embed_tokens.lora_embedding_A": torch.ones(2, 60)},
+            "lora_embedding_A is no factor of a linear layer; --output",
+        ),
         ({f"{LAYER}.lora_magnitude_vector": torch.ones(32)}, "lora_magnitude_vector is no factor of a linear layer"),
         ({f"{LAYER}.lora_B.bias": torch.ones(32)}, r"lora_B\.bias is no factor of a linear layer"),
         ({"model.layers.1.mlp.up_proj.lora_A.weight": torch.ones(2, 24)}, "up_proj has lora_A alone"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,32 +21,32 @@ from .models import Tensors
 
 PREFIX = "base_model.model."
 SAVE = "save it with PEFT: model.save_pretrained(folder)"
+MERGING = "--output checkpoint (in Python Delta.merged) merges it into its base and moves that"
+HEAD = re.compile(r"(score|classifier)\.weight$")
 # what PEFT calls the parts of a LoRA layer; state dicts name the adapter in between
 PART = re.compile(
     r"(?P<layer>.+)\.(?P<factor>lora_[AB])(\.(?P<name>[^.]+))?\.(?P<kind>weight|bias)"
     r"|(?P<of>.+?)(\.token_adapter)?\.(?P<other>lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta)"
     r"(\.(?!weight$)[^.]+)?(\.weight)?"
 )
-REFUSED_INIT = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-)  # they change the base, so BA is no update of the plain one
-
-REFUSED_OPTIONS = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "monteclora_config",
-    "kasa_config",
-)
+PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"}
+UNMERGED = {*PROMPTS, "ADAPTION_PROMPT", "XLORA", "POLY", "LILY", "SHADOW"}  # they act on activations, not on weights
+# these change the base in front of training: PEFT makes the first ones again from the plain base, the others by chance
+REDONE_INIT, RANDOM_INIT = ("pissa", "olora"), ("pissa_niter", "corda", "loftq", "lora_ga")
+# what PEFT can merge into the base, and what nothing can
+MERGED_OPTIONS = ("use_qalora", "use_bdlora", "target_parameters", "monteclora_config", "kasa_config")
+STUCK_OPTIONS = {
+    "alora_invocation_tokens": "acts on some tokens only, so that no weights could hold it",
+    "layer_replication": "makes another base, of more blocks",
+    "arrow_config": "chooses among adapters token by token, so that no weights could hold it",
+}
+TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}  # PEFT's task -> class of transformers
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         config = self.config
-        if config.get("peft_type") != "LORA":
-            raise InputRefused(f"the adapter is of type {config.get('peft_type')!r}; only LORA adapters can be moved")
-        init = config.get("init_lora_weights")
-        if isinstance(init, str) and init.lower().startswith(REFUSED_INIT):
-            raise InputRefused(
-                f"the adapter was initialised by {init}, which changes the base; convert it to plain LoRA first"
-            )
-        for option in REFUSED_OPTIONS:
-            if config.get(option):
-                raise InputRefused(f"the adapter uses {option}, which is not a plain B A update; train without it")
-        if config.get("bias", "none") != "none":
-            raise InputRefused(f"the adapter trains biases (bias={config['bias']!r}); only bias='none' can be moved")
+        refuse_unlike(config)
         for option, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
             by_layer = config.get(patterns) or {}
             if not isinstance(by_layer, Mapping):
@@ -94,16 +85,21 @@ class Adapter:
         """Read ``adapter_config.json`` and ``adapter_model.safetensors``.
 
         Raises:
-            InputRefused: a file is missing, unreadable or not a plain LoRA.
+            InputRefused: a file is missing, unreadable or not of a LoRA.
         """
         return cls.of(Checkpoint.open(folder))
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, tensors: Tensors | None = None) -> Adapter:
-        """The adapter in an opened PEFT folder, its tensors read through ``tensors``; refuses as :meth:`open`."""
+    def of(cls, checkpoint: Checkpoint, tensors: Tensors | None = None, *, source: Checkpoint | None = None) -> Adapter:
+        """The adapter in an opened PEFT folder, its tensors read through ``tensors``; refuses as :meth:`open`.
+
+        Args:
+            source: the base, which a cure names.
+        """
         if not checkpoint.adapter_config:
             raise InputRefused(f"{checkpoint.folder} has no adapter_config.json; is it a PEFT adapter?")
         try:
+            refuse_unlike(checkpoint.adapter_config, checkpoint, source)
             return cls(checkpoint.adapter_config, checkpoint if tensors is None else tensors)
         except InputRefused as error:
             raise InputRefused(f"{checkpoint.folder}: {error}") from error
@@ -148,12 +144,24 @@ class Adapter:
             InputRefused: a tensor is neither a LoRA factor of a linear layer nor saved whole.
         """
         for layer, keys in self.parts.items():
-            for part, key in keys.items():
-                if part not in ("lora_A", "lora_B"):
-                    raise InputRefused(f"{key} is no factor of a linear layer; only linear LoRA layers can be moved")
+            if other := sorted(keys.keys() - {"lora_A", "lora_B"}):
+                raise InputRefused(f"{keys[other[0]]} is no factor of a linear layer; {MERGING}")
             if len(keys) != 2:
                 raise InputRefused(f"{layer} has {next(iter(keys))} alone; the adapter is incomplete")
         return {layer: (keys["lora_A"], keys["lora_B"]) for layer, keys in self.parts.items()}
+
+    def beyond_factors(self) -> list[str]:
+        """What else it holds than factors of linear layers and modules saved whole, in words."""
+        config, parts = self.config, {part for keys in self.parts.values() for part in keys}
+        bias = config.get("bias", "none")
+        said = {
+            "DoRA": config.get("use_dora") or "lora_magnitude_vector" in parts,
+            f"trained biases (bias={bias!r})": bias != "none",
+            "biases behind its factors (lora_bias)": config.get("lora_bias") or "lora_B.bias" in parts,
+            "trained tokens": config.get("trainable_token_indices") or "trainable_tokens_delta" in parts,
+            "factors of an embedding": "lora_embedding_A" in parts or "lora_embedding_B" in parts,
+        }
+        return [what for what, held in said.items() if held]
 
     def whole(self) -> dict[str, str]:
         """Parameters saved whole (``modules_to_save``): name in the model -> key."""
@@ -191,3 +199,53 @@ def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) ->
         if re.match(rf"(.*\.)?({pattern})$", layer):
             return value
     return default
+
+
+def refuse_unlike(
+    config: Mapping[str, Any], checkpoint: Checkpoint | None = None, source: Checkpoint | None = None
+) -> None:
+    """Refuse an adapter that is no update ``B A`` of the plain base, with the way to a tune that can be moved.
+
+    Args:
+        checkpoint: the adapter's folder; source: its base; a cure names both.
+    """
+    kind, init = config.get("peft_type"), config.get("init_lora_weights")
+    if not isinstance(kind, str):
+        raise InputRefused(f"adapter_config.json says peft_type {kind!r}; is it an adapter of PEFT?")
+    if kind in UNMERGED:
+        acts = "puts trained vectors in front of the input" if kind in PROMPTS else "acts on activations"
+        raise InputRefused(f"the adapter is of type {kind}, which {acts}: no weights hold it; train a LoRA instead")
+    if kind != "LORA":
+        raise InputRefused(f"the adapter is of type {kind!r}; {_peft_merges(config, checkpoint, source)}")
+    for option, why in STUCK_OPTIONS.items():
+        if config.get(option):
+            raise InputRefused(f"the adapter uses {option}, which {why}; train without it")
+    for option in MERGED_OPTIONS:
+        if config.get(option):
+            raise InputRefused(f"the adapter uses {option}; {_peft_merges(config, checkpoint, source)}")
+    if isinstance(init, str) and init.lower().startswith(RANDOM_INIT):
+        raise InputRefused(
+            f"the adapter was initialised by {init}, which changes the base in a way that is not kept; where it was "
+            "trained, save it as a plain LoRA: model.save_pretrained(folder, path_initial_model_for_weight_conversion="
+            "first), first being the adapter as it was saved before training"
+        )
+    if isinstance(init, str) and init.lower().startswith(REDONE_INIT):
+        cure = _peft_merges(config, checkpoint, source)
+        raise InputRefused(f"the adapter was initialised by {init}, which changes the base; {cure}")
+
+
+def _peft_merges(config: Mapping[str, Any], checkpoint: Checkpoint | None, source: Checkpoint | None) -> str:
+    """The line that merges an adapter into its base with PEFT."""
+    base, tuned = (
+        str(side.folder.resolve()) if side else name for side, name in ((source, "SOURCE"), (checkpoint, "TUNED"))
+    )
+    task, kinds = str(config.get("task_type")), source.config.get("architectures") if source else None
+    own = kinds[0] if isinstance(kinds, list) and kinds and re.fullmatch(r"\w+", str(kinds[0])) else TASKS["CAUSAL_LM"]
+    heads = [shape[0] for name, shape in (checkpoint.shapes if checkpoint else {}).items() if HEAD.search(name)]
+    classes = f", num_labels={heads[0]}" if heads and task.endswith("_CLS") else ""
+    line = (
+        f"from transformers import {TASKS.get(task, own)} as M; from peft import PeftModel as P; "
+        f"P.from_pretrained(M.from_pretrained({json.dumps(base)}{classes}), {json.dumps(tuned)})"
+        f".merge_and_unload().save_pretrained({json.dumps(f'{tuned}-merged')})"
+    )
+    return f"merge it into its base with PEFT, then move {tuned}-merged: python -c {shlex.quote(line)}"

@@ -23,6 +23,7 @@ from .identity import content_hash, recorded_base, reference_of, versions
 from .inputs import SideInfo
 from .journal import Work
 from .links import Blocks
+from .merged import Merged
 from .models import Base
 from .passage import Passage, Sink, all_together
 from .plan import Plan, fitted
@@ -95,7 +96,7 @@ class Bases:
         return alignment_seconds(self.checkpoints, self.layouts, recipe, tokens, self.device) | move_seconds(move)
 
     def fitted(
-        self, *, tuned: Checkpoint | None = None, aligned: bool = False, keys: frozenset[str] | None = None
+        self, *, tuned: Checkpoint | Merged | None = None, aligned: bool = False, keys: frozenset[str] | None = None
     ) -> Plan:
         """How the run fits the memory it may take.
 

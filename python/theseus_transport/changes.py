@@ -32,7 +32,7 @@ def _is_changed(update: Update, stays: Stays, name: str, *, presumed: bool) -> b
             f"was the right base given? ({leaving(name)})"
         )
     kinds = tuned.dtype(name), dtype_of(source.tensors, source.slots[name].stored)
-    if kinds[0] != kinds[1] and not update.said:
+    if kinds[0] != kinds[1] and not update.said and not update.delta.is_merged:
         named = (str(kind).removeprefix("torch.") for kind in kinds)
         update.said.append("the tuned model is {}, the base {}: their rounding moves along".format(*named))
     if presumed:

@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import MERGING, Adapter
+from .checkpoint import Checkpoint
+from .errors import InputRefused
 from .family import Family, Slot
+from .merged import Merged
 from .models import Tensors, dtype_of, part_of, shape_of, tensors_of
+from .weights import Window
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,14 @@ class Delta:
         base: tensors of the base, as stored.
         tuned: tensors of the tuned model, or None.
         adapter: a LoRA adapter, or None.
+        is_merged: whether the tuned tensors are the base's own, changed by an adapter: nothing else was rounded.
     """
 
     base: Tensors
     tuned: Tensors | None = None
     adapter: Adapter | None = None
     label: str = field(default="", compare=False)
+    is_merged: bool = False
 
     def __repr__(self) -> str:
         if self.adapter is None:
@@ -50,11 +56,56 @@ class Delta:
         """A LoRA adapter in memory: PEFT's configuration as a dict, and tensors under PEFT's names."""
         return cls(tensors_of(base), adapter=Adapter(config, tensors))
 
+    @classmethod
+    def opened(
+        cls, tuned: Checkpoint, source: Checkpoint, base: Window, family: Family, *, as_adapter: bool
+    ) -> tuple[Delta, Window]:
+        """The update in an opened folder, and the window through which its tensors are read.
+
+        Args:
+            base: a window over the source.
+            as_adapter: it is moved as factors; else an adapter that factors cannot carry is merged into its base.
+
+        Raises:
+            InputRefused: the adapter is none of a LoRA, or does not fit the base.
+        """
+        window = Window(tuned)
+        if tuned.kind != "adapter":
+            return cls(base, window), window
+        delta = cls(base, adapter=Adapter.of(tuned, window, source=source))
+        if as_adapter or not delta.needs_merging(family):
+            return delta, window
+        window = Window(Merged(source, Adapter.of(tuned), family))
+        return cls(base, window, is_merged=True), window
+
+    def needs_merging(self, family: Family) -> bool:
+        """Whether this is an adapter that holds more than factors and saved heads or embeddings."""
+        if self.adapter is None:
+            return False
+        f = family
+        norms = (f.attention_norm, f.mlp_norm, f.query_norm, f.key_norm, f.final_norm, f.embedding_norm)
+        ends = tuple(f".{name}" for name in (*norms, f.output_scale, f.contract_scale) if name)
+        whole = (f".{f.canonical(name)}" for name in self.adapter.whole())
+        return bool(self.adapter.beyond_factors()) or any(
+            name.removesuffix(".weight").removesuffix(".bias").endswith(ends) for name in whole
+        )
+
+    def merged(self, family: Family) -> Delta:
+        """The same update as a full tune: the adapter merged into its base, each tensor when it is read.
+
+        So move what factors cannot carry: DoRA, trained biases, tokens and norms, LoRA on embeddings.
+        """
+        if self.adapter is None:
+            return self
+        return replace(self, tuned=Merged(self.base, self.adapter, family), adapter=None, is_merged=True)
+
     def tuned_tensors(self, family: Family) -> Renamed:
         """Canonical name -> tensor of the tuned model, lazily; for an adapter only what it saves whole."""
         if self.tuned is not None:
             return Renamed(self.tuned, family.index(self.tuned))
         assert self.adapter is not None
+        if beyond := self.adapter.beyond_factors():
+            raise InputRefused(f"the adapter holds {' and '.join(beyond)}, which no moved adapter can; {MERGING}")
         whole = self.adapter.whole()
         index = family.index(whole)
         return Renamed(self.adapter.tensors, {n: replace(s, stored=whole[s.stored]) for n, s in index.items()})

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 
-from .adapter import Adapter
 from .align_job import AlignJob, AlignSession
 from .alignment import Alignment, outline
 from .bases import Bases, Progress, check_room, options_of, quiet
@@ -38,7 +37,6 @@ from .sinks import Moves, apply
 from .strength import Alpha, chosen, folders
 from .transport import transport
 from .update import Update
-from .weights import Window
 from .writer import planned_bytes
 
 log = logging.getLogger(__name__)
@@ -127,12 +125,10 @@ class Session:
         self.bases = Bases(job.alignment)
         source = self.bases.source
         self.tuned = Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
-        self.window = Window(self.tuned)
-        if self.tuned.kind == "adapter":
-            self.delta = Delta(self.bases.windows[0], adapter=Adapter.of(self.tuned, self.window))
-        else:
-            self.delta = Delta.between(self.bases.windows[0], self.window)
         self.kind: Kind = _kind(job, self.tuned)
+        base, family = self.bases.windows[0], self.bases.layouts[0].family
+        as_adapter = self.kind == "adapter"
+        self.delta, self.window = Delta.opened(self.tuned, source, base, family, as_adapter=as_adapter)
         self.dtype = DTYPES[job.out_dtype]
         self.inputs = [*self.bases.inputs, self.tuned.folder, *([Path(job.maps)] if job.maps else [])]
         check_dtypes(self.tuned)
@@ -151,7 +147,7 @@ class Session:
         twice = 2 if self.kind == "delta" else 1  # what did not change is left out by a copy, at the end
         check_room(self.places, max(2 * maps, maps + twice * self.bytes_out), job.alignment, inputs=self.inputs)
         flops = move_flops(draft)
-        full = self.tuned if self.tuned.kind == "checkpoint" else None
+        full = None if self.delta.tuned is None else self.window.checkpoint
         keys = None if self.maps_first else frozenset[str]().union(*(tensor.needs for tensor in tensors))
         self.plan = self.bases.fitted(tuned=full, aligned=self.alignment is not None, keys=keys)
         self.seconds = move_seconds(flops) if self.alignment else self.bases.seconds(move=flops)

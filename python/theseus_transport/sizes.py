@@ -14,6 +14,7 @@ from .depth import by_position
 from .extent import Extent
 from .halves import HALVES, Half, of_half
 from .links import block_of, moment_links
+from .merged import Merged
 from .recipes import Recipe
 from .spaces import Layout, by_block
 from .stored import planned_maps
@@ -35,7 +36,7 @@ class Sizes:
     checkpoints: tuple[Checkpoint, Checkpoint]
     layouts: tuple[Layout, Layout]
     recipe: Recipe
-    tuned: Checkpoint | None
+    tuned: Checkpoint | Merged | None
     extent: Extent
     device: torch.device
     aligned: bool = False
@@ -114,7 +115,7 @@ class Sizes:
         return name.removesuffix(".completed") in self.wanted
 
 
-def _largest(checkpoint: Checkpoint, layout: Layout, half: Half | None, *, cast: bool = False) -> int:
+def _largest(checkpoint: Checkpoint | Merged, layout: Layout, half: Half | None, *, cast: bool = False) -> int:
     """Bytes of a model's largest block, or of one half; ``cast``: of what is converted before it runs, once it is."""
     runs = checkpoint.compute_dtype
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .batches import Batch
 from .capture import backbone, run_model
-from .checkpoint import Checkpoint
 from .errors import InputRefused
 from .halves import Half, Halves, of_half
 from .loading import model_of
@@ -39,16 +38,15 @@ class Skeleton:
 
     def __init__(self, window: Window, layout: Layout, device: torch.device) -> None:
         """Raises InputRefused where transformers cannot build it, or tensors are missing (they would be random)."""
-        checkpoint = window.checkpoint
         self.layout, self._window, self._device = layout, window, device
-        self._dtype = checkpoint.compute_dtype
-        self.model = backbone(_built(checkpoint, layout, self._dtype), layout).eval()
+        self._dtype = window.checkpoint.compute_dtype
+        self.model = backbone(_built(window, layout, self._dtype), layout).eval()
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         family = layout.family
-        stored = {family.canonical(name): name for name in checkpoint}
+        stored = {family.canonical(name): name for name in window}
         self._stored = {n: stored.get(family.canonical(n)) for n, _ in self.model.named_parameters()}
-        _check_names(checkpoint, layout, self._stored)
+        _check_names(window, layout, self._stored)
         window.upload = self._upload = Upload(device, filter(None, self._stored.values()))
         spelled = family.spelled(name for name, _ in self.model.named_modules())
         self._block_names = [spelled[f"{family.blocks}.{b}"] for b in range(layout.depth)]
@@ -143,22 +141,22 @@ class Skeleton:
         self.model.get_submodule(module)._parameters[own] = parameter
 
 
-def _built(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype) -> nn.Module:
+def _built(window: Window, layout: Layout, dtype: torch.dtype) -> nn.Module:
     extra = {"add_pooling_layer": False} if layout.family.model_type == "vit" else {}
     with init_empty_weights(include_buffers=False):
-        tower = TOWERS.get(checkpoint.config["model_type"])
-        model: nn.Module = model_of(checkpoint.folder, tower, dtype=dtype, **extra)
+        tower = TOWERS.get(window.config["model_type"])
+        model: nn.Module = model_of(window.folder, tower, dtype=dtype, **extra)
     return model
 
 
-def _check_names(checkpoint: Checkpoint, layout: Layout, stored: Mapping[str, str | None]) -> None:
+def _check_names(window: Window, layout: Layout, stored: Mapping[str, str | None]) -> None:
     family = layout.family
     if missing := sorted(name for name, found in stored.items() if found is None):
-        raise InputRefused(f"{checkpoint.folder} lacks {missing[0]} ({len(missing)} such tensors); is it complete?")
+        raise InputRefused(f"{window.folder} lacks {missing[0]} ({len(missing)} such tensors); is it complete?")
     known = {family.canonical(name) for name in stored}
-    inside = [n for n in checkpoint if family.canonical(n).startswith(family.blocks)]
+    inside = [n for n in window if family.canonical(n).startswith(family.blocks)]
     unread = [n for n in inside if family.canonical(n) not in known and not family.why_left(family.canonical(n))]
     if unread:
         raise InputRefused(
-            f"{checkpoint.folder}: config.json has no place for {min(unread)} ({len(unread)} such); {BELONG}"
+            f"{window.folder}: config.json has no place for {min(unread)} ({len(unread)} such); {BELONG}"
         )

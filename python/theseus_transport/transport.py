@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Factors
+from .adapter import MERGING, Adapter, Factors
 from .alignment import Alignment
 from .arguments import check_direction, check_kinds
 from .changes import changes, leaving
@@ -154,7 +154,7 @@ class _Planner:
                 self._row(name, "left", reason)
             return
         if around and self.delta.adapter is not None:
-            raise InputRefused(f"the adapter saves {sorted(around)[0]} whole; a moved adapter cannot carry its change")
+            raise InputRefused(f"the adapter saves {sorted(around)[0]} whole, which no moved adapter can; {MERGING}")
         norm = self.alignment.target.family.norm
         takes_bias = its_bias in self.target or (norm == "layer" and rule.fold and into.norm is not None)
         if bias in self.changed and not takes_bias:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, check_finite
+from .merged import Merged
 from .upload import Upload
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class Window(Mapping[str, Tensor]):
     InputRefused for NaN or Inf.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint | Merged) -> None:
         """Nothing is read yet."""
         self.checkpoint = checkpoint
         self.folder, self.config = checkpoint.folder, checkpoint.config
