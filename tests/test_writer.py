@@ -154,7 +154,8 @@ BAD_PLANS = {
     "rows backwards": ([tiled((0, 8), (8, 6))], {}, "are not all its rows"),
     "file in place of weights": (plan({"a": torch.ones(1)}), {"model.safetensors": b""}, "must be a plain name"),
     "file in place of the manifest": (plan({"a": torch.ones(1)}), {"theseus.json": b""}, "must be a plain name"),
-    "file elsewhere": (plan({"a": torch.ones(1)}), {"../x": b""}, "must be a plain name"),
+    **{f"file {name!r}": (plan({"a": torch.ones(1)}), {name: b""}, "must be a plain name")
+       for name in ("../x", "x/..", "/x", "x/", "a/b/c", "", ".", "..", "./x")},
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .companions import PATTERNS
 from .errors import InputRefused, ReadFailed
 from .headers import DEQUANTISE, digest, file_blake2b, head, inside, read_header, read_json, refuse_unreadable
 
@@ -68,12 +69,11 @@ def _resolve(reference: str | Path, *, allow_pickle: bool, revision: str | None)
     from huggingface_hub import snapshot_download  # imported late: local models need no hub client
 
     suffixes = ("safetensors", "bin") if allow_pickle else ("safetensors",)
-    weights = [f"{stem}*.{suffix}" for stem in (*KINDS.values(), "pytorch_model") for suffix in suffixes]
-    patterns = [*weights, "*.json", "tokenizer*", "*.model", "vocab.txt", "merges.txt"]
+    stems, ends = (*KINDS.values(), "pytorch_model"), ("", ".index.json")
+    weights = [f"{stem}*.{suffix}{end}" for stem in stems for suffix in suffixes for end in ends]
+    patterns = [*weights, "config.json", "adapter_config.json", *PATTERNS]
     try:
-        return Path(
-            snapshot_download(str(reference), revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
-        )
+        return Path(snapshot_download(str(reference), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises errors of several libraries; each means: not within reach
         raise InputRefused(unreachable.format(f"{type(error).__name__}: {str(error).splitlines()[0]}")) from error
 

@@ -118,11 +118,20 @@ def new_folder(
 
 def seal(staging: Path, metadata: Mapping[str, Any], **more: Any) -> None:
     """Add the manifest of what a folder holds, `more` being further keys of it, and make all of it durable."""
-    written = sorted(path for path in staging.iterdir() if path.name != MANIFEST)
-    files = {path.name: {"size": path.stat().st_size, "blake2b": file_blake2b(path)} for path in written}
+    written = {name: staging / name for name in names_in(staging) if name != MANIFEST}
+    files = {n: {"size": path.stat().st_size, "blake2b": file_blake2b(path)} for n, path in written.items()}
     write_file(staging / MANIFEST, json.dumps({"files": files, "metadata": dict(metadata), **more}, indent=2) + "\n")
-    for path in (*written, staging):
+    for path in (*written.values(), *{path.parent for path in written.values()}, staging):
         sync(path)
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, and in folders in it as "inner/name"; of an empty folder its own name."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        inner = sorted(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+        found += [f"{path.name}/{below.name}" for below in inner] or [path.name]
+    return found
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -148,8 +157,7 @@ def differences(folder: str | Path) -> list[str]:
             faults.append(f"{name} has {size} bytes, the manifest says {row.get('size')}")
         elif (found := file_blake2b(path)) != row.get("blake2b"):
             faults.append(f"{name} has BLAKE2b {found}, the manifest says {row.get('blake2b')}")
-    extra = sorted(path.name for path in folder.iterdir() if path.name not in {*rows, MANIFEST})
-    return faults + [f"{name} is not in the manifest" for name in extra]
+    return faults + [f"{name} is not in the manifest" for name in names_in(folder) if name not in {*rows, MANIFEST}]
 
 
 def write_file(path: Path, content: bytes | str | Path) -> None:

@@ -21,10 +21,10 @@ from .calibration import Calibration
 from .changes import first_change
 from .checkpoint import Checkpoint
 from .checks import check_dtypes, check_left, check_rows, check_tune, check_values
+from .companions import companions
 from .delta import Delta
 from .errors import AlreadyDone, InputRefused, NothingToResume, NumericalError
 from .folder import MANIFEST, differences, read_manifest, refuse_foreign
-from .headers import if_inside
 from .identity import recorded_base
 from .journal import Work
 from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
@@ -42,19 +42,6 @@ from .writer import planned_bytes
 log = logging.getLogger(__name__)
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -298,7 +285,7 @@ class Session:
             if self.dtype and self.kind == "checkpoint":
                 config = {**config, "dtype": self.job.out_dtype}
             files["config.json"] = json.dumps(config, indent=2)
-            files |= {name: path for name in TOKENIZER_FILES if (path := if_inside(target.folder, name))}
+            files |= companions(target.folder)
         return Written(place, alpha, files)
 
 

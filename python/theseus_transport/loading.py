@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,11 @@ from typing import Any, TypeVar
 import transformers
 
 from .checks import out_of_memory
+from .companions import tokenizer_files
 from .errors import InputRefused, TheseusError
 from .headers import if_inside, read_json
 
 CONFIG = "config.json"
-TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm")
-TEMPLATES = "additional_chat_templates"  # a folder in the model's, as transformers names it
 NEVER_READ = ("attn_implementation", "experts_implementation")  # may name kernels on a hub: what runs is ours to say
 SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # and so nothing is asked on stdin
 OWN_CODE = "without the tokenizer, --calibration reads a .safetensors of input_ids"
@@ -61,12 +59,9 @@ def tokenizer_of(folder: Path) -> Any:
     Raises:
         InputRefused: transformers does not like it, or it needs code of its own.
     """
-    names = [name for name in sorted(os.listdir(folder)) if name.endswith(TOKENIZER_SUFFIXES)]
-    if os.path.isdir(folder / TEMPLATES):
-        names += [f"{TEMPLATES}/{name}" for name in sorted(os.listdir(folder / TEMPLATES)) if name.endswith(".jinja")]
     return loaded(
         folder,
-        names,
+        [CONFIG, *tokenizer_files(folder)],
         lambda place: transformers.AutoTokenizer.from_pretrained(place, **SAFE),
         says=f"the tokenizer in {folder} does not load",
     )

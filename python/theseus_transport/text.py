@@ -11,14 +11,12 @@ import numpy as np
 import torch
 
 from .chat import ChatTemplate
+from .companions import has_tokenizer
 from .errors import InputRefused
 from .formats import Template
-from .headers import if_inside
 from .loading import refused, tokenizer_of
 
 ENCODED_AT_ONCE = 8  # pieces
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
-                   "sentencepiece.bpe.model")  # fmt: skip
 
 
 class Tokenizer:
@@ -27,7 +25,7 @@ class Tokenizer:
     def __init__(self, folder: Path, name: str, vocab_size: int | None) -> None:
         """Load it; InputRefused with the cure if the folder has none."""
         self.name = name
-        if not any(if_inside(folder, file) for file in TOKENIZER_FILES):
+        if not has_tokenizer(folder):
             raise InputRefused(
                 f"{name}: {folder} has no tokenizer; copy the model's tokenizer files there, or give --calibration "
                 "with a .safetensors of input_ids [n, tokens]"

@@ -107,6 +107,7 @@ class Layout:
             write_file(folder / self.index, json.dumps(listing, indent=2) + "\n")
         for name in sorted(files, key=lambda name: name == "config.json"):  # what makes it a model comes last
             content = files[name]
+            (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, content() if callable(content) else content)
 
 
@@ -125,8 +126,8 @@ def write_checkpoint(
 
     `make` is called once per tensor or tile, on writing it; no more than one result is held. Shards hold at most
     `shard_size` bytes, or one tensor; an adapter (`stem="adapter_model"`) is never split, since PEFT reads one file.
-    `files` maps a name (config.json, README.md, ...) to bytes, text, a Path to copy or a function that makes the text
-    once all tensors are written. `metadata` (JSON, or a function that makes it as late) goes to the manifest.
+    `files` maps a name (config.json, inner/one.jinja, ...) to bytes, text, a Path to copy or a function that makes the
+    text once all tensors are written. `metadata` (JSON, or a function that makes it as late) goes to the manifest.
     The folder appears by one rename when all is on disk; after any error nothing is left, an old folder is untouched.
 
     Raises InputRefused and ResourceError as `check_writable`; NumericalError for a NaN or Inf; ValueError if a tensor
@@ -252,8 +253,13 @@ def _check_plan(plan: Sequence[Planned], files: Mapping[str, object], reserved: 
             raise ValueError(f"{tensor.name} {list(tensor.shape)}: {tensor.tiles} are not all its rows, in order")
         seen.add(tensor.name)
     for name, content in files.items():
-        if name in reserved or Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"extra file {name!r} must be a plain name other than {', '.join(sorted(reserved))}")
+        parts = name.split("/")
+        plain = all(Path(part).name == part and part not in ("", ".", "..") for part in parts)
+        if name in reserved or len(parts) > 2 or not plain:
+            raise ValueError(
+                f"extra file {name!r} must be a plain name, in one folder at most, other than "
+                f"{', '.join(sorted(reserved))}"
+            )
         if isinstance(content, Path) and not content.is_file():
             raise InputRefused(f"extra file {name!r}: {content} is missing or not a regular file")
 
