@@ -26,6 +26,7 @@ from warm import apart
 
 KINDS = ("checkpoint", "adapter", "alignment")
 RANDOM = 8  # writers killed at random moments
+NEAR = 6  # steps before and after those of another write that are tried
 FACTORS = {f"base_model.model.layers.0.q_proj.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
 CONFIG = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8})
 
@@ -94,49 +95,58 @@ def killed(work: Callable[[], None], *, step: int | None = None, after: float = 
     return code != 0
 
 
-def inspect(kind: str, place: Path) -> str:
-    """What a killed writer left in place of version 1 of ``out``: old, new or absent."""
+def inspect(kind: str, place: Path) -> tuple[str, int]:
+    """Whether a killed writer left ``out`` in place or absent, and of what version the folder then is that lies whole
+    there or, between two renames, beside.
+    """
     out = place / "out"
     hidden = {path for path in place.iterdir() if path.name.startswith((".out.tmp-", ".out.old-"))}
     assert {path.name for path in set(place.iterdir()) - hidden} <= {"out"}
     if out.exists():
-        return "old" if version(kind, out) == 1 else "new"
+        return "in place", version(kind, out)
     (aside,) = (path for path in hidden if ".old-" in path.name)
-    assert version(kind, aside) == 1, "between two renames the old folder lies whole beside"
-    return "absent"
+    return "absent", version(kind, aside)
 
 
 def drive(kind: str, root: Path) -> dict[str, int]:
-    """Kill writers; how often what was found."""
-    write, generator, found, moments = writer(kind), random.Random(0), Counter(), Counter()
+    """Kill writers of version 2 at every step; then of 2, 3, ... around the renames to 3, and at random moments."""
+    write, generator, found, folders = writer(kind), random.Random(0), Counter(), count()
+
+    def trial(work: Callable[[Path], object], **moment: float) -> tuple[bool, str, int]:
+        """Whether the writer was killed before it was done, and what it left in place of version 1."""
+        out = root / str(next(folders)) / "out"
+        write(out, 1)
+        early = killed(lambda: work(out), **moment)
+        place, left = inspect(kind, out.parent)
+        write(out, 10**6)
+        assert version(kind, out) == 10**6, "what is left over stands in nobody's way"
+        return early, place, left
 
     def again(out: Path) -> None:
         for later in count(2):
             write(out, later)
 
-    trials = ((step, 0.0) for step in count())
-    for number in count():
-        step, after = next(trials, (None, 0.0))
-        out = root / str(number) / "out"
-        write(out, 1)
-        if step is None:
-            assert killed(lambda: again(out), after=after)  # noqa: B023
-        elif not killed(lambda: write(out, 2), step=step):  # noqa: B023
-            moments["steps"] = step  # the writer needed no more
-            assert inspect(kind, out.parent) == "new"
-            trials = iter([(None, generator.uniform(0, 0.05)) for _ in range(RANDOM)])
-            continue
-        found[inspect(kind, out.parent)] += 1
-        write(out, 10**6)
-        assert version(kind, out) == 10**6, "what is left over stands in nobody's way"
-        moments["random"] += step is None
-        if moments["random"] == RANDOM:
+    renamed = 0
+    for step in count():
+        early, place, left = trial(lambda out: write(out, 2), step=step)
+        if not early:
+            assert (place, left) == ("in place", 2)
             break
-    return {**found, **moments}
+        assert left == 1 or (place, left) == ("in place", 2)
+        found["absent" if place == "absent" else "old" if left == 1 else "new"] += 1
+        renamed = step if place == "absent" else renamed
+    found["steps"] = steps = step  # the writer needed no more
+    for step in range(steps + renamed - NEAR, steps + renamed + NEAR):
+        _, place, left = trial(again, step=step)
+        found[f"{left} {place}"] += 1
+    for _ in range(RANDOM):
+        assert trial(again, after=generator.uniform(0, 0.05))[0]
+        found["random"] += 1
+    return dict(found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_every_step(kind: str, tmp_path: Path) -> None:
     found = apart(drive, kind, tmp_path)
     assert found["steps"] > 20 and found["random"] == RANDOM, found
-    assert all(found.get(state) for state in ("old", "new", "absent")), found
+    assert all(found.get(state) for state in ("old", "new", "absent", "2 in place", "2 absent", "3 in place")), found
