@@ -21,12 +21,11 @@ from .family import unwrapped
 from .headers import if_inside, read_json
 from .models import Base, canonical_shapes, check_shapes, row_tiles, rows_of
 from .spaces import Layout
+from .trained_on import UNRELATED, cosine, doubt_of_base
 from .update import Row
 
 log = logging.getLogger(__name__)
-UNRELATED = 0.05  # cosine of weights below which TUNED cannot be a tune of SOURCE
 M_MMAP_THRESHOLD = -3  # malloc.h
-SAMPLED, ROWS = 32, 16  # matrices, and rows of each, that are compared
 FOREIGN = 0.5  # share of token ids that mean another token, above which a vocabulary is another one
 
 
@@ -92,10 +91,10 @@ def check_values(*checkpoints: Checkpoint) -> None:
 
 
 def check_tune(source: Checkpoint, tuned: Checkpoint, layout: Layout) -> None:
-    """Refuse a TUNED that is no tune of SOURCE: another geometry, or weights that are uncorrelated.
-
-    Fine-tuning moves weights a little; two models trained apart are uncorrelated.
-    """
+    """Refuse a TUNED of another base than SOURCE: other sizes, uncorrelated weights, or what an adapter records."""
+    if tuned.kind == "adapter":
+        doubt_of_base(tuned, source, layout)
+        return
     trained = f"was {tuned.folder.name} trained from {source.folder.name}?"
     if tuned.config:
         other = Layout.of(tuned.config)
@@ -103,18 +102,10 @@ def check_tune(source: Checkpoint, tuned: Checkpoint, layout: Layout) -> None:
         for what, ours, theirs in ((k, getattr(layout, k), getattr(other, k)) for k in sizes):
             if ours != theirs:
                 raise InputRefused(f"{what} is {theirs} in TUNED and {ours} in SOURCE; {trained}")
-    bases = [Base.of(c, layout) for c in (source, tuned)]
-    dot, base, tune = torch.zeros(3, dtype=torch.float64)
-    shared = [n for n in bases[0].slots if n in bases[1].slots and bases[0].shape(n) == bases[1].shape(n)]
-    matrices = [name for name in shared if len(bases[0].shape(name)) > 1]
-    for name in matrices[:: max(1, len(matrices) // SAMPLED)]:
-        a, b = (rows_of(base.tensors, base.slots[name].stored, slice(0, ROWS)).double() for base in bases)
-        if a.shape == b.shape:
-            dot, base, tune = dot + (a * b).sum(), base + a.square().sum(), tune + b.square().sum()
-    cosine = float(dot / (base * tune).sqrt().clamp(min=1e-300))
-    if base > 0 and cosine < UNRELATED:  # where no shape agrees, the plan says which
+    agreement = cosine(Base.of(source, layout), Base.of(tuned, layout))
+    if agreement is not None and agreement < UNRELATED:  # where no shape agrees, the plan says which
         raise InputRefused(
-            f"the weights of TUNED and SOURCE have cosine {cosine:.3f}, but a tune stays near 1: {trained}"
+            f"the weights of TUNED and SOURCE have cosine {agreement:.3f}, but a tune stays near 1: {trained}"
         )
 
 

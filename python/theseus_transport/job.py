@@ -35,6 +35,7 @@ from .report import model_card
 from .settings import warn_of_settings
 from .sinks import Moves, apply
 from .strength import Alpha, chosen, folders
+from .trained_on import doubt_of_base
 from .transport import transport
 from .update import Update
 from .writer import planned_bytes
@@ -119,8 +120,7 @@ class Session:
         self.dtype = DTYPES[job.out_dtype]
         self.inputs = [*self.bases.inputs, self.tuned.folder, *([Path(job.maps)] if job.maps else [])]
         check_dtypes(self.tuned)
-        if self.tuned.kind == "checkpoint":
-            check_tune(source, self.tuned, self.bases.layouts[0])
+        check_tune(source, self.tuned, self.bases.layouts[0])
         self.alignment = self._opened() if job.maps else None
         draft = self.transport(self.alignment or outline(*self.bases.layouts, job.recipe))
         first_change(draft)
@@ -267,6 +267,8 @@ class Session:
             said += self.alignment.provenance.get("warnings", [])
         check_rows(self.coverage, *self.bases.checkpoints)
         warn_of_settings(self.bases.source, self.tuned)
+        if doubt := doubt_of_base(self.tuned, self.bases.source, self.bases.layouts[0]):
+            log.warning(doubt)
 
     def _opened(self) -> Alignment:
         assert self.job.maps

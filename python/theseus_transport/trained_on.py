@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path
+
+import torch
 
 from .adapter import Adapter
+from .checkpoint import Checkpoint
 from .errors import InputRefused
 from .family import Family
-from .models import Base
+from .models import Base, rows_of
+from .spaces import Layout
+
+SAMPLED, ROWS = 32, 16  # matrices, and rows of each, that are compared
+UNRELATED = 0.05  # cosine of weights below which two models were trained apart
+ROUNDED = 1e-5  # 1 - cosine up to which weights are the same, rounded: 2^-9 of each value gives 1e-6
+QUANTISED = re.compile(r"(-unsloth)?-bnb-\d+bit$|-(gptq|awq)(-\w+)?$")  # what ends the names of quantised copies
 
 
 def changed_by(adapter: Adapter, family: Family) -> set[str]:
@@ -33,3 +43,80 @@ def check_layers(adapter: Adapter, source: Base, moved: Collection[str]) -> None
             f"the adapter changes {foreign[0]} ({len(foreign)} of its {len(names)} layers are like it), but the source "
             f"base {lacks}; give the base that the adapter was trained on as SOURCE"
         )
+
+
+def shared_matrices(one: Base, other: Base) -> list[str]:
+    """Canonical names of the matrices that two models have in one shape."""
+    both = [name for name in one.slots if name in other.slots and len(one.shape(name)) > 1]
+    return [name for name in both if one.shape(name) == other.shape(name)]
+
+
+def cosine(one: Base, other: Base) -> float | None:
+    """Cosine of weights of two models, over rows of matrices that both have; None where there are none, or zeros.
+
+    Fine-tuning moves weights a little; two models trained apart are uncorrelated.
+    """
+    shared, sums = shared_matrices(one, other), torch.zeros(3, dtype=torch.float64)
+    for name in shared[:: max(1, len(shared) // SAMPLED)]:
+        a, b = (rows_of(base.tensors, base.slots[name].stored, slice(0, ROWS)).double() for base in (one, other))
+        if a.shape == b.shape:
+            sums += torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
+    return float(sums[0] / (sums[1] * sums[2]).sqrt()) if sums[1:].min() > 0 else None
+
+
+def doubt_of_base(tuned: Checkpoint, source: Checkpoint, layout: Layout) -> str | None:
+    """Why an adapter may be of another base than the source, by the base its configuration records; None: no reason.
+
+    Where that base is at hand, a folder or in the hub's cache, weights decide; else its name, and another name is no
+    proof: folders are renamed, models mirrored.
+
+    Raises:
+        InputRefused: the recorded base is at hand and another model.
+    """
+    recorded = tuned.adapter_config.get("base_model_name_or_path")
+    if not isinstance(recorded, str) or not recorded.strip():
+        return None
+    trained = f"the adapter {tuned.folder} was trained on {recorded[:200]!r}"
+    if (base := _at_hand(recorded)) is None:
+        names = (str(source.folder), str(source.config.get("_name_or_path") or ""))
+        if _name(recorded) in map(_name, names):
+            return None
+        return f"{trained}, and SOURCE is {source.folder}: if these are two models, the moved adapter means nothing"
+    if base.folder.resolve() == source.folder.resolve():
+        return None
+    try:
+        models = Base.of(base, Layout.of(base.config)), Base.of(source, layout)
+        shared = shared_matrices(*models)
+    except InputRefused:
+        shared = []  # of a family that is not known
+    agreement = cosine(*models) if shared else None
+    if not shared or (agreement is not None and agreement < UNRELATED):
+        differ = f"a cosine of weights of {agreement:.3f}" if shared else "no matrix of one shape"
+        raise InputRefused(f"{trained}, which has {differ} with SOURCE {source.folder}; give {base.folder} as SOURCE")
+    if agreement is not None and agreement < 1 - ROUNDED:
+        return f"{trained}; SOURCE {source.folder} has other weights (cosine {agreement:.4f}), as if tuned further"
+    return None
+
+
+def _at_hand(recorded: str) -> Checkpoint | None:
+    """The recorded base where it can be read without asking a network; None where it cannot, and decides nothing."""
+    try:
+        if (place := Path(recorded).expanduser()).is_dir():
+            found = Checkpoint.open(place)
+        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", recorded):
+            from huggingface_hub import snapshot_download  # imported late: local models need no hub client
+
+            found = Checkpoint.open(snapshot_download(recorded, local_files_only=True))
+        else:
+            return None
+    except (InputRefused, OSError, ValueError, RuntimeError):
+        return None
+    return found if found.config and found.kind == "checkpoint" else None
+
+
+def _name(reference: str) -> str:
+    """What a hub id, a folder or a folder of the hub's cache calls a model, without its owner."""
+    parts = [part for part in re.split(r"[/\\]+", reference.strip().lower()) if part]
+    cached = [part for part in parts if part.startswith("models--")]  # models--owner--name/snapshots/<revision>
+    last = (cached or parts or [""])[-1].rpartition("--")[2]
+    return QUANTISED.sub("", last)
