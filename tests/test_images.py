@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from theseus_transport import images
 from theseus_transport.calibration import SideInfo, load_calibration
 from theseus_transport.errors import InputRefused
 from theseus_transport.images import Preprocessor, find_images, read_images
@@ -185,7 +186,16 @@ def test_a_corrupt_image_is_named_or_counted(tmp_path, caplog):
         ({"size": {"longest_edge": 8}}, "is not understood"),
         ({"size": 8, "image_std": [0.5, 0.0, 0.5]}, "std"),
         ({"size": 8, "image_mean": [0.5]}, "V reads 3 channels"),
-        ({"size": 8, "resample": "x"}, "is not understood"),
+        ({"size": 8, "resample": "x"}, r"preprocessor_config.json is not understood \(resample is 'x', expected a wh"),
+        ({"size": 8, "resample": 6}, "resample is '6', expected a whole number from 0 to 5"),
+        ({"size": "8"}, "size is '8', expected a whole number"),
+        ({"size": {"height": 8, "width": 10**9}}, "width is '1000000000', expected a whole number"),
+        ({"size": {"height": True, "width": 8}}, "height is 'True'"),
+        ({"size": {"shortest_edge": [8]}}, r"shortest_edge is '\[8\]'"),
+        ({"size": 8, "do_resize": "no"}, "do_resize is 'no', expected true or false"),
+        ({"size": 8, "rescale_factor": 1e999}, "rescale_factor is 'inf'"),
+        ({"size": 8, "image_mean": [0.5, float("nan"), 0.5]}, "image_mean is 'nan', expected a number"),
+        ({"size": 8, "image_std": {"r": 1}}, "image_std is .*expected a number"),
     ],
 )
 def test_preprocessors_that_do_not_fit(tmp_path, config, message):
@@ -206,3 +216,37 @@ def test_folders_that_hold_no_image(tmp_path):
     text = SideInfo(Path("."), "text", "T", vocab_size=3)
     with pytest.raises(InputRefused, match="is a folder, T is a text model"):
         load_calibration(tmp_path, text, text, tokens_wanted=1, batch_size=1)
+
+
+def test_null_is_what_the_class_has(tmp_path):
+    """Newer versions write every setting, null where it is not set."""
+    settings = {"size": 8, "crop_size": None, "do_rescale": None, "resample": 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    made = Preprocessor.of(tmp_path, "V", (8, 8), 3)
+    assert (made.resize, made.crop, made.scale, made.resample) == ((8, 8), None, 1 / 255, 3)
+
+
+def test_large_images_are_halved_on_the_way_or_refused_unread(tmp_path, monkeypatch):
+    """The limit is on what is decoded: pixels that a header claims cost nothing."""
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 40)
+    grey = Image.new("L", (100, 90), 128)
+    for name in ("large.jpg", "large.png"):
+        grey.save(tmp_path / name)
+    one = Preprocessor.of(tmp_path, "V", (8, 8), 1)
+    (pixels,) = read_images([tmp_path / "large.jpg"], [one], wanted=1, skip_bad=False)
+    assert torch.allclose(pixels, torch.full((1, 1, 8, 8), 128 / 255 / 0.5 - 1), atol=0.02)
+    with pytest.raises(InputRefused, match="large.png .*100 x 90 pixels are more than the 1600 .*--skip-bad-inputs"):
+        read_images([tmp_path / "large.png"], [one], wanted=1, skip_bad=False)
+    Image.new("L", (1000, 1), 128).save(tmp_path / "long.png")
+    with pytest.raises(InputRefused, match="1000 x 1 pixels would become 8000 x 8"):
+        read_images([tmp_path / "long.png"], [one], wanted=1, skip_bad=False)
+
+
+def test_the_limit_is_of_a_planned_size_and_a_bomb_is_beyond_it():
+    assert images.MAX_PIXELS * 4 == 128 << 20 and 6000 * 4000 < images.MAX_PIXELS < 12000 * 12000
+
+
+def test_other_formats_under_an_image_s_name_start_nothing(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) show\n%%EOF\n")
+    with pytest.raises(InputRefused, match="a.png is no readable image"):
+        read_images([tmp_path / "a.png"], [Preprocessor.of(tmp_path, "V", (8, 8), 1)], wanted=1, skip_bad=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def load_calibration(
         raise InputRefused(
             f"{source.name} is a {source.kind} model, {target.name} a {target.kind} model: no common data"
         )
-    path, builtin = Path(reference).expanduser(), str(reference) == "builtin"
+    path, builtin = Path(os.path.expanduser(reference)), str(reference) == "builtin"
     if not builtin and not (path.is_file() or path.is_dir()):  # nor is a pipe or a device
         raise InputRefused(
             f"calibration {str(reference)!r} is no file; give a .safetensors, a text file, a folder of images "

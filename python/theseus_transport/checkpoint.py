@@ -55,7 +55,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 def _resolve(reference: str | Path, *, allow_pickle: bool, revision: str | None) -> Path:
-    path = Path(reference).expanduser()
+    path = Path(os.path.expanduser(reference))
     if os.path.exists(path):  # unlike Path.exists it answers False to any impossible name
         if revision is not None:
             raise InputRefused(f"{path} is local, revision {revision!r} has no meaning there; leave it out")

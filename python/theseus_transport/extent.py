@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -44,7 +45,7 @@ def extent(reference: str, infos: tuple[SideInfo, SideInfo], *, wanted: int, ext
     Args:
         wanted: tokens; extra: samples to be held out.
     """
-    path = Path(reference).expanduser()
+    path = Path(os.path.expanduser(reference))
     if path.suffix == ".safetensors" and path.is_file():
         return _of_tensors(Checkpoint.open(path), infos, wanted, extra, seed)
     if infos[0].kind == "vision":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputRefused, ResourceError
-from .headers import file_blake2b, inside, read_json
+from .headers import file_blake2b, inside, read_json, real
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def check_writable(folder: str | Path, nbytes: int, *, overwrite: bool = False, 
     Raises InputRefused if the folder is or holds or lies in one of `inputs`, is not empty without `overwrite`, is a
     mount point, or holds the home or working directory; ResourceError, with numbers, if the disk has too little room.
     """
-    target = Path(folder).expanduser().resolve()
+    target = real(folder)
     refuse_overlap(target, inputs)
     if target.exists() and not target.is_dir():
         raise InputRefused(f"output {target} is a file; name a folder")
@@ -52,7 +52,7 @@ def check_writable(folder: str | Path, nbytes: int, *, overwrite: bool = False, 
 
 def refuse_overlap(target: Path, inputs: Sequence[Path]) -> None:
     """Raise InputRefused if a resolved path is, holds or lies in one of `inputs`."""
-    for given in (Path(path).expanduser().resolve() for path in inputs):
+    for given in map(real, inputs):
         if target == given or given in target.parents or target in given.parents:
             raise InputRefused(f"output {target} overlaps the input {given}; name a folder outside every input")
 
@@ -95,7 +95,7 @@ def new_folder(
     described = metadata if callable(metadata) else lambda: metadata or {}
     json.dumps(described())  # raises TypeError now rather than after the computation
     check_writable(folder, nbytes, overwrite=overwrite, inputs=inputs)
-    target = Path(folder).expanduser().resolve()
+    target = real(folder)
     created = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     warn_leftovers(target)

@@ -100,22 +100,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(read_file(path), path)
 
 
+def real(path: str | Path) -> Path:
+    """Where a path leads that a user named: absolute, ~ and links followed; InputRefused where it leads in a circle."""
+    try:
+        return Path(os.path.expanduser(path)).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name too long, a zero in it
+        raise InputRefused(f"{str(path)[:200]!r} leads nowhere: {str(error)[:200]}; name another") from error
+
+
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`, an existing regular file that really lies in the folder (or in its hub cache's blobs)."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", name):
         raise InputRefused(f"{folder}: file name {name!r} leads out of the folder; only plain relative names are read")
     try:
-        real_folder, real = folder.resolve(), (folder / name).resolve()
-        is_file = real.is_file()
+        real_folder, leads = folder.resolve(), (folder / name).resolve()
+        is_file = leads.is_file()
     except (OSError, RuntimeError) as error:  # a name too long, links in a circle
         raise InputRefused(f"{folder}: file name {name[:200]!r} cannot be followed: {str(error)[:200]}") from error
     allowed = [real_folder]
     if real_folder.parent.name == "snapshots":  # <cache>/models--owner--name/snapshots/<revision>
         repository = real_folder.parent.parent
         allowed += [repository / "blobs", repository.parent / "blobs"]  # the second is shared between repositories
-    if not any(real.is_relative_to(root) for root in allowed):
-        raise InputRefused(f"{folder / name} links to {real}, outside the model's folder; put the file itself there")
+    if not any(leads.is_relative_to(root) for root in allowed):
+        raise InputRefused(f"{folder / name} links to {leads}, outside the model's folder; put the file itself there")
     if not is_file:
         raise InputRefused(f"{folder / name} is missing or not a regular file; was the model downloaded whole?")
     return folder / name

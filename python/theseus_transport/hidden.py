@@ -16,12 +16,12 @@ from torch import Tensor
 
 from .errors import InputRefused, ReadFailed
 from .folder import make_private
-from .headers import digest
+from .headers import digest, real
 
 
 def own_folder(offload: Path, out: Path) -> Path:
     """Where the run that writes ``out`` keeps its files in an offload folder; the same for one that goes on."""
-    return offload / f"theseus-{digest(str(out.expanduser().resolve()).encode())[:12]}"
+    return offload / f"theseus-{digest(str(real(out)).encode())[:12]}"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,6 @@ def versions() -> dict[str, str]:
 def reference_of(given: str) -> str:
     """A folder by its absolute path, so that it is found from elsewhere; a hub id as it is."""
     with suppress(OSError):
-        if (path := Path(given).expanduser()).exists():
+        if (path := Path(os.path.expanduser(given))).exists():
             return str(path.resolve())
     return given

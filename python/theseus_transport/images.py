@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import numpy as np
 import torch
 
 from .errors import InputRefused
-from .headers import if_inside, read_json
+from .headers import if_inside, open_regular, read_json
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")  # of PIL's, some of which start other programs
+MAX_PIXELS = 1 << 25  # of an image as it is decoded: 128 MiB
 Size = tuple[int, int]  # height, width in pixels
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 ON_THE_WAY = {"P": "RGBA", "PA": "RGBA", "La": "LA", "LAB": "RGB"}  # modes that PIL converts, or converts quietly, so
@@ -50,18 +53,18 @@ class Preprocessor:
             log.warning("%s has no preprocessor_config.json: images become %d x %d, mean and std 0.5", name, *image)
             return cls(min(image), image, BILINEAR, 1 / 255, (0.5,) * channels, (0.5,) * channels)
         try:
-            size, crops = given.get("size", image), bool(given.get("do_center_crop", False))
+            given = {key: value for key, value in given.items() if value is not None}  # null: as the class has it
+            size, crops = given.get("size", image), _flag(given, "do_center_crop", False)
             size = size if crops and type(size) is int else _size(size)  # one number before a crop: the shortest edge
-            resize = size if given.get("do_resize", True) else None
             cropped = _size(given.get("crop_size", image)) if crops else None
-            normal = given.get("do_normalize", True)
+            rescales, normal = _flag(given, "do_rescale", True), _flag(given, "do_normalize", True)
             found = cls(
-                resize=resize,
+                resize=size if _flag(given, "do_resize", True) else None,
                 crop=(cropped, cropped) if isinstance(cropped, int) else cropped,
-                resample=int(given.get("resample", BILINEAR)),
-                scale=float(given.get("rescale_factor", 1 / 255)) if given.get("do_rescale", True) else 1.0,
-                mean=_vector(given.get("image_mean", 0.5) if normal else 0.0, channels),
-                std=_vector(given.get("image_std", 0.5) if normal else 1.0, channels),
+                resample=_whole(given.get("resample", BILINEAR), "resample", range(6)),
+                scale=_number(given.get("rescale_factor", 1 / 255), "rescale_factor") if rescales else 1.0,
+                mean=_vector(given.get("image_mean", 0.5) if normal else 0.0, "image_mean", channels),
+                std=_vector(given.get("image_std", 0.5) if normal else 1.0, "image_std", channels),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputRefused(f"{path} is not understood ({error}); was it edited?") from error
@@ -87,6 +90,8 @@ class Preprocessor:
         picture = picture.convert(ON_THE_WAY.get(picture.mode, picture.mode)).convert(MODES[len(self.mean)])
         if self.resize is not None:
             height, width = self.resize if isinstance(self.resize, tuple) else _shortest(picture.size, self.resize)
+            if height * width > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels would become {width} x {height}")
             picture = picture.resize((width, height), self.resample)
         pixels = torch.from_numpy(np.array(picture, dtype=np.float32))
         pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
@@ -120,7 +125,8 @@ def read_images(
         if len(made) == wanted:
             break
         try:
-            with Image.open(path) as picture:
+            with open_regular(path) as file, Image.open(file, formats=FORMATS) as picture:
+                _keep_small(picture)
                 made.append([each(picture) for each in preprocessors])
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's ways to say broken
             if not skip_bad:
@@ -131,6 +137,19 @@ def read_images(
     if not made:
         raise InputRefused(f"none of {len(paths)} images can be read, first {paths[0]}")
     return [torch.stack(side) for side in zip(*made, strict=True)]
+
+
+def _keep_small(picture: Any) -> None:
+    """Have a JPEG of more than MAX_PIXELS halved while it is decoded, until it is small enough.
+
+    Raises ValueError where the format has no such way: decoding it would take memory that nobody planned.
+    """
+    width, height = picture.size
+    part = next((n for n in (1, 2, 4, 8) if width * height <= MAX_PIXELS * n * n), 1)
+    if part > 1:
+        picture.draft(None, (width // part, height // part))
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are read; make it smaller")
 
 
 def _eight_bits(picture: Any) -> Any:
@@ -156,15 +175,33 @@ def _eight_bits(picture: Any) -> Any:
 def _size(given: Any) -> Size | int:
     """Of a `size`: one number or [height, width] as given in old files, height and width, or shortest_edge."""
     if isinstance(given, dict) and "shortest_edge" in given:
-        return int(given["shortest_edge"])
+        return _whole(given["shortest_edge"], "shortest_edge")
     if isinstance(given, dict):
-        return int(given["height"]), int(given["width"])
+        return _whole(given["height"], "height"), _whole(given["width"], "width")
     height, width = given if isinstance(given, (list, tuple)) else (given, given)
-    return int(height), int(width)
+    return _whole(height, "size"), _whole(width, "size")
 
 
-def _vector(given: Any, channels: int) -> tuple[float, ...]:
-    return tuple(float(x) for x in (given if isinstance(given, list) else [given] * channels))
+def _vector(given: Any, key: str, channels: int) -> tuple[float, ...]:
+    return tuple(_number(x, key) for x in (given if isinstance(given, list) else [given] * channels))
+
+
+def _number(value: Any, key: str) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{key} is {str(value)[:80]!r}, expected a number")
+    return float(value)
+
+
+def _whole(value: Any, key: str, allowed: range = range(1, 1 << 16)) -> int:
+    if type(value) is not int or value not in allowed:
+        raise ValueError(f"{key} is {str(value)[:80]!r}, expected a whole number from {allowed[0]} to {allowed[-1]}")
+    return value
+
+
+def _flag(given: Mapping[str, Any], key: str, default: bool) -> bool:
+    if type(value := given.get(key, default)) is not bool:
+        raise ValueError(f"{key} is {str(value)[:80]!r}, expected true or false")
+    return value
 
 
 def _shortest(size: tuple[int, int], edge: int) -> Size:

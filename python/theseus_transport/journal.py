@@ -19,7 +19,7 @@ import torch
 from .checkpoint import Checkpoint
 from .errors import ResourceError
 from .folder import read_manifest, seal, sync
-from .headers import digest, head
+from .headers import digest, head, real
 from .record import Record
 from .workplace import Workplace
 from .writer import Output, copy_tensors, laid_out, write_plain, write_tensor
@@ -55,7 +55,7 @@ class Work:
         """See `open`."""
         self._outputs = outputs
         self._plans, self._layout = laid_out(outputs, stem, shard_size)
-        targets = [Path(output.folder).expanduser().resolve() for output in outputs]
+        targets = [real(output.folder) for output in outputs]
         self._place = Workplace(home, targets, self._layout, key, overwrite=overwrite, inputs=inputs)
         self.home, self.folder, self._record = home, self._place.folder, self._place.record
         self._files: dict[Path, BinaryIO] = {}  # written to since the last commit
@@ -91,7 +91,7 @@ class Work:
             ValueError: as `write_checkpoint`.
         """
         options: dict[str, Any] = {"stem": stem, "shard_size": shard_size, "overwrite": overwrite, "inputs": inputs}
-        work = cls(Path(home).expanduser().resolve(), outputs, key, **options)
+        work = cls(real(home), outputs, key, **options)
         try:
             if found := work._place.find(resume=resume):
                 work._restore(found)

@@ -32,7 +32,7 @@ from .folder import (
     sync,
     warn_leftovers,
 )
-from .headers import digest, head, inside
+from .headers import digest, head, inside, real
 from .record import JOURNAL, LOCK, NEXT, Record, lock
 from .writer import Layout
 
@@ -232,7 +232,7 @@ class Workplace:
 
 def unfinished_key(home: Path) -> dict[str, Any]:
     """The key of the unfinished run into a folder; {} where there is none that can be read."""
-    place = home.expanduser().resolve()
+    place = real(home)
     try:
         record = Record.load(place.with_name(f".{place.name}.theseus"))
     except (InputRefused, OSError):
