@@ -62,6 +62,34 @@ def cross_moment_(
             energy += wide.square_().sum(0)
 
 
+def effect_moment_(
+    inputs: Tensor,
+    source_after: Tensor,
+    source_before: Tensor,
+    target_after: Tensor,
+    target_before: Tensor,
+    *,
+    source_mixing: tuple | None = None,
+    target_mixing: tuple | None = None,
+    **masters: Tensor,
+) -> None:
+    """The same contract as `theseus_ext.effect_moment_`: differences in float32, then as :func:`cross_moment_`."""
+    nothing = torch.zeros(1, dtype=inputs.dtype, device=inputs.device)
+    sides = {
+        "input": (inputs, nothing, target_mixing, "gram"),
+        "source": (source_after, source_before, source_mixing, "source_cross"),
+        "target": (target_after, target_before, target_mixing, "target_cross"),
+    }
+    for name, (after, before, mixing, cross) in sides.items():
+        dtype = torch.float64 if torch.float64 in (inputs.dtype, after.dtype) else torch.float32
+        x, y = mix(inputs, target_mixing, dtype), mix(after.to(dtype) - before.to(dtype), mixing, dtype)
+        for x_chunk, y_chunk in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            masters[cross].add_(_product(x_chunk, y_chunk, None))
+            wide = y_chunk.to(torch.float64, copy=True)
+            masters[f"{name}_sum"].add_(wide.sum(0))
+            masters[f"{name}_energy"].add_(wide.square_().sum(0))
+
+
 def move(tuned: Tensor, base: Tensor, t_out: Tensor, t_in: Tensor) -> Tensor:
     """T_out^T (tuned - base) T_in [out_T, in_T] in float64, products in the order that takes fewer flops."""
     return torch.linalg.multi_dot([t_out.mT, tuned.double() - base.double(), t_in])

@@ -1,5 +1,5 @@
-// Host side of cross_moment_ and cross_moments_: check, describe, and run chunk by chunk on the CPU or launch on the
-// GPU.
+// Host side of cross_moment_, cross_moments_ and effect_moment_: check, describe, and run chunk by chunk on the CPU or
+// launch on the GPU.
 #include <algorithm>
 #include <array>
 
@@ -92,18 +92,19 @@ bool in_float64(const CrossMomentArgs& args) {
   return args.source.dtype == Dtype::float64 || args.target.dtype == Dtype::float64;
 }
 
-void add_on_cpu(const Spaces& spaces, const std::vector<MomentGroup>& groups) {
-  for (const MomentGroup& group : groups) {
-    check_entries(spaces.op, group.args.source, group.args.rows, "source");
-    check_entries(spaces.op, group.args.target, group.args.rows, "target");
+void add_on_cpu(const char* op, const Spaces& spaces) {
+  const std::vector<MomentGroup> groups = describe(op, spaces);
+  for (size_t i = 0; i < groups.size(); ++i) {
+    check_entries(op, groups[i].args.source, groups[i].args.rows, spaces[i].source.name);
+    check_entries(op, groups[i].args.target, groups[i].args.rows, spaces[i].target.name);
   }
   for (const MomentGroup& group : groups)
     for (int64_t head = 0; head < group.heads && group.args.rows > 0; ++head) {
       const CrossMomentArgs args = head_of(group, head);
       if (in_float64(args))
-        run_cpu<double>(args, spaces.source[0], Dtype::float64, ScalarType::Double);
+        run_cpu<double>(args, spaces[0].cross, Dtype::float64, ScalarType::Double);
       else
-        run_cpu<float>(args, spaces.source[0], Dtype::float32, ScalarType::Float);
+        run_cpu<float>(args, spaces[0].cross, Dtype::float32, ScalarType::Float);
     }
 }
 
@@ -125,12 +126,12 @@ const char* run_plain(const CrossMomentArgs& args, const Tensor& like, void* str
 // What launches of one call share. Scratch goes back to torch while the kernels wait in its stream, as torch's own
 // operations do.
 struct Launches {
-  const Spaces& spaces;
+  const char* op;
   const Tensor& like;
   cuda::Device device;
   void* stream;
 
-  void check(const char* error) const { STD_TORCH_CHECK(!error, spaces.op, ": ", error); }
+  void check(const char* error) const { STD_TORCH_CHECK(!error, op, ": ", error); }
 
   void run_grouped(const std::vector<MomentGroup>& groups) const {
     const int count = static_cast<int>(groups.size());
@@ -188,18 +189,19 @@ struct Launches {
   }
 };
 
-void add_on_cuda(const Spaces& spaces, const std::vector<MomentGroup>& groups) {
-  const Tensor& like = spaces.source[0];
+void add_on_cuda(const char* op, const Spaces& spaces) {
+  const std::vector<MomentGroup> groups = describe(op, spaces);
+  const Tensor& like = spaces[0].cross;
   const int32_t index = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
-  Launches launches{spaces, like, {}, current_cuda_stream(index)};
+  Launches launches{op, like, {}, current_cuda_stream(index)};
   launches.check(cuda::find_device(index, launches.device));
   std::vector<MomentGroup> grouped, ahead;
   for (size_t i = 0; i < groups.size(); ++i) {
     const MomentGroup& group = groups[i];
     if (group.args.rows == 0) continue;
     if (cuda::dispatches(group)) {
-      launches.run_library(group.args, spaces.source[i]);
+      launches.run_library(group.args, spaces[i].source.tokens);
     } else if (cuda::takes_tensor_cores(group, launches.device)) {
       (cuda::made_ahead(group, 0) || cuda::made_ahead(group, 1) ? ahead : grouped).push_back(group);
     } else {
@@ -212,7 +214,7 @@ void add_on_cuda(const Spaces& spaces, const std::vector<MomentGroup>& groups) {
 }
 #endif
 
-using Add = void (*)(const Spaces&, const std::vector<MomentGroup>&);
+using Add = void (*)(const char* op, const Spaces&);
 
 template <Add add>
 void cross_moment(const Tensor& source, const Tensor& target, const Optional& source_row_ptr,
@@ -220,19 +222,12 @@ void cross_moment(const Tensor& source, const Tensor& target, const Optional& so
                   const Optional& target_column, const Optional& target_weight, const Tensor& cross,
                   const Tensor& source_sum, const Tensor& target_sum, const Tensor& source_energy,
                   const Tensor& target_energy) {
-  const Tensors lists[] = {{source}, {target}, {cross}, {source_sum}, {target_sum}, {source_energy}, {target_energy}};
-  const Spaces spaces{"cross_moment_",
-                      lists[0],
-                      lists[1],
-                      {source_row_ptr, source_column, source_weight},
-                      {target_row_ptr, target_column, target_weight},
-                      lists[2],
-                      lists[3],
-                      lists[4],
-                      lists[5],
-                      lists[6]};
-  add(spaces, describe(spaces));
+  const Rows x{"source", source, {source_row_ptr, source_column, source_weight}};
+  const Rows y{"target", target, {target_row_ptr, target_column, target_weight}};
+  add("cross_moment_", {{x, y, cross, source_sum, target_sum, source_energy, target_energy}});
 }
+
+using Tensors = std::vector<Tensor>;
 
 template <Add add>
 void cross_moments(const Tensors& source, const Tensors& target, const Optional& source_row_ptr,
@@ -240,17 +235,41 @@ void cross_moments(const Tensors& source, const Tensors& target, const Optional&
                    const Optional& target_column, const Optional& target_weight, const Tensors& cross,
                    const Tensors& source_sum, const Tensors& target_sum, const Tensors& source_energy,
                    const Tensors& target_energy) {
-  const Spaces spaces{"cross_moments_",
-                      source,
-                      target,
-                      {source_row_ptr, source_column, source_weight},
-                      {target_row_ptr, target_column, target_weight},
-                      cross,
-                      source_sum,
-                      target_sum,
-                      source_energy,
-                      target_energy};
-  if (!source.empty()) add(spaces, describe(spaces));
+  const char* op = "cross_moments_";
+  for (const Tensors* list : {&target, &cross, &source_sum, &target_sum, &source_energy, &target_energy})
+    STD_TORCH_CHECK(list->size() == source.size(), op, ": ", list->size(), " tensors in one list and ", source.size(),
+                    " in another");
+  Spaces spaces;
+  for (size_t i = 0; i < source.size(); ++i)
+    spaces.push_back({{"source", source[i], {source_row_ptr, source_column, source_weight}},
+                      {"target", target[i], {target_row_ptr, target_column, target_weight}},
+                      cross[i],
+                      source_sum[i],
+                      target_sum[i],
+                      source_energy[i],
+                      target_energy[i]});
+  if (!spaces.empty()) add(op, spaces);
+}
+
+// X against itself, against E = P_S (source_after - source_before) and against C = P_T (target_after - target_before).
+template <Add add>
+void effect_moment(const Tensor& inputs, const Tensor& source_after, const Tensor& source_before,
+                   const Tensor& target_after, const Tensor& target_before, const Optional& source_row_ptr,
+                   const Optional& source_column, const Optional& source_weight, const Optional& target_row_ptr,
+                   const Optional& target_column, const Optional& target_weight, const Tensor& gram,
+                   const Tensor& source_cross, const Tensor& target_cross, const Tensor& input_sum,
+                   const Tensor& source_sum, const Tensor& target_sum, const Tensor& input_energy,
+                   const Tensor& source_energy, const Tensor& target_energy) {
+  const Mixing source{source_row_ptr, source_column, source_weight};
+  const Mixing target{target_row_ptr, target_column, target_weight};
+  const Rows x{"inputs", inputs, target};
+  const Rows effect{"source", source_after, source, &source_before};
+  const Rows carried{"target", target_after, target, &target_before};
+  std::vector<Tensor> again;  // sums and energies of X that are taken already
+  for (int i = 0; i < 6; ++i) again.push_back(scratch(1, inputs.size(1), ScalarType::Double, gram));
+  add("effect_moment_", {{x, x, gram, input_sum, again[0], input_energy, again[1]},
+                         {x, effect, source_cross, again[2], source_sum, again[3], source_energy},
+                         {x, carried, target_cross, again[4], target_sum, again[5], target_energy}});
 }
 
 }  // namespace
@@ -259,10 +278,12 @@ void cross_moments(const Tensors& source, const Tensors& target, const Optional&
 STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CPU, m) {
   m.impl("cross_moment_", TORCH_BOX(&theseus::cross_moment<theseus::add_on_cpu>));
   m.impl("cross_moments_", TORCH_BOX(&theseus::cross_moments<theseus::add_on_cpu>));
+  m.impl("effect_moment_", TORCH_BOX(&theseus::effect_moment<theseus::add_on_cpu>));
 }
 #ifdef THESEUS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(theseus_ext, CUDA, m) {
   m.impl("cross_moment_", TORCH_BOX(&theseus::cross_moment<theseus::add_on_cuda>));
   m.impl("cross_moments_", TORCH_BOX(&theseus::cross_moments<theseus::add_on_cuda>));
+  m.impl("effect_moment_", TORCH_BOX(&theseus::effect_moment<theseus::add_on_cuda>));
 }
 #endif

@@ -1,4 +1,4 @@
-// The contract between host and device for cross_moment_ and cross_moments_; no torch.
+// The contract between host and device for cross_moment_, cross_moments_ and effect_moment_; no torch.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace theseus {
 
-// One side: tokens x and the row mixing P (CSR) that turns them into the rows X = P x.
+// One side: tokens x and the row mixing P (CSR) that turns them into the rows X = P x; of a difference X = P (x -
+// less).
 struct Side {
   const void* tokens;  // [token_count, width], unit column stride
   Dtype dtype;
@@ -19,9 +20,16 @@ struct Side {
   const int64_t* column;   // [entries], or null: row i is token i
   const double* weight;    // [entries], or null: ones
   int64_t entries;
-  double* sum;     // [width] += sum of X over rows
-  double* energy;  // [width] += sum of X^2 over rows
+  double* sum;                 // [width] += sum of X over rows
+  double* energy;              // [width] += sum of X^2 over rows
+  const void* less = nullptr;  // as tokens, of the same stride and dtype, or null: nothing is subtracted
 };
+
+// The side from its element `first` on.
+inline void skip_elements(Side& side, int64_t first) {
+  side.tokens = static_cast<const char*>(side.tokens) + first * size_of(side.dtype);
+  if (side.less) side.less = static_cast<const char*>(side.less) + first * size_of(side.dtype);
+}
 
 struct CrossMomentArgs {
   Side source, target;
@@ -42,7 +50,7 @@ inline CrossMomentArgs head_of(const MomentGroup& group, int64_t head) {
   args.cross += head * args.source.width * args.target.width;
   for (Side* side : {&args.source, &args.target}) {
     const int64_t first = head * side->width;
-    side->tokens = static_cast<const char*>(side->tokens) + first * size_of(side->dtype);
+    skip_elements(*side, first);
     side->sum += first, side->energy += first;
   }
   return args;

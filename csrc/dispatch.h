@@ -24,11 +24,11 @@ inline bool dispatches(const MomentGroup& group) {
          std::min(source.width, target.width) >= kLibraryFrom;
 }
 
-// Whether rows of that side (0: source) are mixed and converted ahead of the launch, into float32.
+// Whether rows of that side (0: source) are mixed, subtracted and converted ahead of the launch, into float32.
 inline bool made_ahead(const MomentGroup& group, int side) {
   const Format format = format_of(group);
   return format == Format::float32 && !is_direct(side_of(group, side), format, group.heads) &&
-         tiles(side_of(group, 1 - side).width) > kFewTiles;
+         (side_of(group, side).less || tiles(side_of(group, 1 - side).width) > kFewTiles);
 }
 
 // That side of all heads at once.

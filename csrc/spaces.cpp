@@ -44,28 +44,35 @@ const T* entries(const char* op, const Optional& tensor, ScalarType dtype, const
   return tensor->const_data_ptr<T>();
 }
 
-// Without masters and with the width of all heads.
-Side side_of(const char* op, const Tensor& tokens, const Mixing& mixing, const Tensor& source) {
-  const auto& [row_ptr, column, weight] = mixing;
-  check_device(op, tokens, source, "target");
+// Without masters and with the width of all heads. `first`: the tensor on whose device all must be.
+Side side_of(const char* op, const Rows& rows, const Tensor& first) {
+  const auto& [row_ptr, column, weight] = rows.mixing;
+  const Tensor& tokens = rows.tokens;
+  check_device(op, tokens, first, rows.name);
   STD_TORCH_CHECK(tokens.dim() == 2 && (tokens.stride(1) == 1 || tokens.size(1) <= 1), op,
                   ": tokens must be [tokens, width] with unit column stride");
+  if (const Tensor* less = rows.less) {
+    check_device(op, *less, first, "what is subtracted");
+    STD_TORCH_CHECK(less->dim() == 2 && less->size(0) == tokens.size(0) && less->size(1) == tokens.size(1) &&
+                        less->stride(0) == tokens.stride(0) && (less->stride(1) == 1 || less->size(1) <= 1) &&
+                        less->scalar_type() == tokens.scalar_type(),
+                    op, ": what is subtracted must have the tokens' shape, strides and dtype");
+  }
   STD_TORCH_CHECK(column || (!row_ptr && !weight), op, ": a row mixing needs column");
   const int64_t count = column ? column->numel() : 0;
   STD_TORCH_CHECK(!row_ptr || row_ptr->numel() > 0, op, ": row_ptr needs at least one element");
   STD_TORCH_CHECK(!weight || weight->numel() == count, op, ": weight needs ", count, " elements");
-  const int64_t* columns = entries<int64_t>(op, column, ScalarType::Long, source, "column");
-  return {tokens.const_data_ptr(),
-          dtype_of(op, tokens),
-          tokens.size(0),
-          tokens.size(1),
-          tokens.stride(0),
-          entries<int64_t>(op, row_ptr, ScalarType::Long, source, "row_ptr"),
-          column && count == 0 ? &kNoEntries : columns,
-          entries<double>(op, weight, ScalarType::Double, source, "weight"),
-          count,
-          nullptr,
-          nullptr};
+  Side side{};
+  side.tokens = tokens.const_data_ptr();
+  side.less = rows.less ? rows.less->const_data_ptr() : nullptr;
+  side.dtype = dtype_of(op, tokens);
+  side.token_count = tokens.size(0), side.width = tokens.size(1), side.stride = tokens.stride(0);
+  side.row_ptr = entries<int64_t>(op, row_ptr, ScalarType::Long, first, "row_ptr");
+  side.column = entries<int64_t>(op, column, ScalarType::Long, first, "column");
+  if (column && count == 0) side.column = &kNoEntries;
+  side.weight = entries<double>(op, weight, ScalarType::Double, first, "weight");
+  side.entries = count;
+  return side;
 }
 
 int64_t row_count(const Side& side, const Optional& row_ptr) {
@@ -82,24 +89,21 @@ void check_apart(const char* op, std::vector<std::pair<const double*, int64_t>> 
 
 }  // namespace
 
-std::vector<MomentGroup> describe(const Spaces& spaces) {
-  const char* op = spaces.op;
-  const size_t count = spaces.source.size();
+std::vector<MomentGroup> describe(const char* op, const Spaces& spaces) {
   std::vector<std::pair<const double*, int64_t>> masters;
-  for (const Tensors* list : {&spaces.target, &spaces.cross, &spaces.source_sum, &spaces.target_sum,
-                              &spaces.source_energy, &spaces.target_energy})
-    STD_TORCH_CHECK(list->size() == count, op, ": ", list->size(), " tensors in one list and ", count, " in another");
-  std::vector<MomentGroup> groups(count);
-  for (size_t i = 0; i < count; ++i) {
-    const Tensor &first = spaces.source[0], &cross = spaces.cross[i];
-    CrossMomentArgs& args = groups[i].args;
-    args.source = side_of(op, spaces.source[i], spaces.source_mixing, first);
-    args.target = side_of(op, spaces.target[i], spaces.target_mixing, first);
-    args.rows = row_count(args.source, spaces.source_mixing.row_ptr);
-    const int64_t target_rows = row_count(args.target, spaces.target_mixing.row_ptr);
-    STD_TORCH_CHECK(args.rows == target_rows, op, ": source has ", args.rows, " rows but target has ", target_rows);
+  std::vector<MomentGroup> groups;
+  for (const Space& space : spaces) {
+    const Tensor& first = spaces[0].source.tokens;
+    MomentGroup& group = groups.emplace_back();
+    CrossMomentArgs& args = group.args;
+    args.source = side_of(op, space.source, first);
+    args.target = side_of(op, space.target, first);
+    args.rows = row_count(args.source, space.source.mixing.row_ptr);
+    const int64_t target_rows = row_count(args.target, space.target.mixing.row_ptr);
+    STD_TORCH_CHECK(args.rows == target_rows, op, ": one side has ", args.rows, " rows but the other has ",
+                    target_rows);
 
-    const int64_t heads = groups[i].heads = cross.dim() == 3 ? cross.size(0) : 1;
+    const int64_t heads = group.heads = space.cross.dim() == 3 ? space.cross.size(0) : 1;
     const int64_t widths[2] = {args.source.width, args.target.width};
     const auto take = [&](const Tensor& tensor, int64_t numel, const char* name) {
       double* data = master(op, tensor, numel, first, name);
@@ -109,11 +113,11 @@ std::vector<MomentGroup> describe(const Spaces& spaces) {
     STD_TORCH_CHECK(heads > 0 && widths[0] % heads == 0 && widths[1] % heads == 0, op, ": ", heads,
                     " heads do not divide the widths ", widths[0], " and ", widths[1]);
     args.source.width /= heads, args.target.width /= heads;
-    args.cross = take(cross, heads * args.source.width * args.target.width, "cross");
-    args.source.sum = take(spaces.source_sum[i], widths[0], "source_sum");
-    args.target.sum = take(spaces.target_sum[i], widths[1], "target_sum");
-    args.source.energy = take(spaces.source_energy[i], widths[0], "source_energy");
-    args.target.energy = take(spaces.target_energy[i], widths[1], "target_energy");
+    args.cross = take(space.cross, heads * args.source.width * args.target.width, "cross");
+    args.source.sum = take(space.source_sum, widths[0], "source_sum");
+    args.target.sum = take(space.target_sum, widths[1], "target_sum");
+    args.source.energy = take(space.source_energy, widths[0], "source_energy");
+    args.target.energy = take(space.target_energy, widths[1], "target_energy");
   }
   check_apart(op, std::move(masters));
   return groups;

@@ -12,7 +12,7 @@ except ImportError as error:
 
 from theseus_ext import reference
 from theseus_ext.devices import cuda_problem
-from theseus_ext.ops import Mixing, cross_moment_, cross_moments_, polar, svd, svdvals
+from theseus_ext.ops import Mixing, cross_moment_, cross_moments_, effect_moment_, polar, svd, svdvals
 
 __all__ = [
     "Mixing",
@@ -20,6 +20,7 @@ __all__ = [
     "cross_moment_",
     "cross_moments_",
     "cuda_problem",
+    "effect_moment_",
     "polar",
     "reference",
     "svd",

@@ -12,6 +12,8 @@ Mixing: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None]
 
 TOKEN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MASTERS = ("cross", "source_sum", "target_sum", "source_energy", "target_energy")
+CROSSES = {"gram": "input", "source_cross": "source", "target_cross": "target"}  # of inputs with what
+EFFECT_MASTERS = (*CROSSES, *(f"{of}_{what}" for what in ("sum", "energy") for of in CROSSES.values()))
 
 
 def check_space(
@@ -24,12 +26,7 @@ def check_space(
 ) -> None:
     """One space: its tokens, mixings and :data:`MASTERS`; ``index``, as in "[2]", says in messages which."""
     for name, tokens in (("source", source), ("target", target)):
-        if tokens.dim() != 2:
-            raise ValueError(
-                f"{name}{index} is {list(tokens.shape)}, expected [tokens, width]; flatten leading dimensions"
-            )
-        if tokens.dtype not in TOKEN_DTYPES:
-            raise TypeError(f"{name}{index} is {tokens.dtype}, expected float64, float32, bfloat16 or float16")
+        _check_tokens(f"{name}{index}", tokens)
     rows_source, rows_target = _row_count("source", source, source_mixing), _row_count("target", target, target_mixing)
     if rows_source != rows_target:
         raise ValueError(
@@ -45,11 +42,59 @@ def check_space(
         side = name.partition("_")[0]
         if masters[name].shape != (widths[side],):
             raise ValueError(f"{name}{index} is {list(masters[name].shape)} but {side}{index} has width {widths[side]}")
-    for name, tensor in {"target": target, **masters}.items():
-        if name != "target" and tensor.dtype != torch.float64:
-            raise TypeError(f"{name}{index} is {tensor.dtype}, expected torch.float64: moments accumulate in float64")
-        if tensor.device != source.device:
-            raise ValueError(f"{name}{index} is on {tensor.device} but source{index} is on {source.device}")
+    _check_places(
+        {f"{name}{index}": tensor for name, tensor in masters.items()}, source, f"source{index}", target=target
+    )
+
+
+def check_effect(
+    inputs: Tensor,
+    states: Mapping[str, tuple[Tensor, Tensor]],
+    mixings: Mapping[str, Mixing | None],
+    masters: Mapping[str, Tensor],
+) -> None:
+    """Inputs of a writer; (after, before) and the row mixing of ``source`` and ``target``; :data:`EFFECT_MASTERS`."""
+    tokens = {"inputs": inputs}
+    for side, (after, before) in states.items():
+        tokens |= {f"{side}_after": after, f"{side}_before": before}
+    for name, each in tokens.items():
+        _check_tokens(name, each)
+    for side, (after, before) in states.items():
+        if (after.shape, after.dtype) != (before.shape, before.dtype):
+            told = [f"{list(each.shape)} in {each.dtype}" for each in (after, before)]
+            raise ValueError(
+                f"{side}_after is {told[0]} but {side}_before {told[1]}; both are states of the same tokens"
+            )
+    rows = {"inputs": _row_count("inputs", inputs, mixings["target"])}
+    rows |= {side: _row_count(side, after, mixings[side]) for side, (after, _) in states.items()}
+    for side in states:
+        if rows[side] != rows["inputs"]:
+            raise ValueError(
+                f"inputs has {rows['inputs']} rows but {side} has {rows[side]}; mix one to match the other"
+            )
+    widths = {"input": inputs.shape[1], **{side: after.shape[1] for side, (after, _) in states.items()}}
+    for name, tensor in masters.items():
+        of = name.partition("_")[0]
+        shape = [widths["input"], widths[CROSSES[name]]] if name in CROSSES else [widths[of]]
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, expected {shape} from inputs and states")
+    _check_places(masters, inputs, "inputs", **{name: each for name, each in tokens.items() if name != "inputs"})
+
+
+def _check_tokens(name: str, tokens: Tensor) -> None:
+    if tokens.dim() != 2:
+        raise ValueError(f"{name} is {list(tokens.shape)}, expected [tokens, width]; flatten leading dimensions")
+    if tokens.dtype not in TOKEN_DTYPES:
+        raise TypeError(f"{name} is {tokens.dtype}, expected float64, float32, bfloat16 or float16")
+
+
+def _check_places(masters: Mapping[str, Tensor], first: Tensor, name: str, **others: Tensor) -> None:
+    """Masters in float64, and everything where ``first``, called ``name``, is."""
+    for other, tensor in {**others, **masters}.items():
+        if other not in others and tensor.dtype != torch.float64:
+            raise TypeError(f"{other} is {tensor.dtype}, expected torch.float64: moments accumulate in float64")
+        if tensor.device != first.device:
+            raise ValueError(f"{other} is on {tensor.device} but {name} is on {first.device}")
 
 
 def check_lists(

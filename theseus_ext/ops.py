@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theseus_ext.checks import MASTERS, TOKEN_DTYPES, Mixing, check_lists, check_space
+from theseus_ext.checks import EFFECT_MASTERS, MASTERS, TOKEN_DTYPES, Mixing, check_effect, check_lists, check_space
 from theseus_ext.devices import cuda_problem
 
-__all__ = ["TOKEN_DTYPES", "Mixing", "cross_moment_", "cross_moments_", "polar", "svd", "svdvals"]
+__all__ = ["TOKEN_DTYPES", "Mixing", "cross_moment_", "cross_moments_", "effect_moment_", "polar", "svd", "svdvals"]
 
 LARGEST_ON_CUDA = 128  # rows and columns, as csrc/cuda/small_svd.h
 
@@ -111,6 +111,73 @@ def cross_moments_(
         **{name: list(tensors) for name, tensors in masters.items()},
     )
     torch.autograd.graph.increment_version([tensor for tensors in masters.values() for tensor in tensors])
+
+
+def effect_moment_(
+    inputs: Tensor,
+    source_after: Tensor,
+    source_before: Tensor,
+    target_after: Tensor,
+    target_before: Tensor,
+    *,
+    gram: Tensor,
+    source_cross: Tensor,
+    target_cross: Tensor,
+    input_sum: Tensor,
+    source_sum: Tensor,
+    target_sum: Tensor,
+    input_energy: Tensor,
+    source_energy: Tensor,
+    target_energy: Tensor,
+    source_mixing: Mixing | None = None,
+    target_mixing: Mixing | None = None,
+) -> None:
+    """Add the moments with which a linear layer is fitted to the effect of a tune, into float64 masters.
+
+    With X = P_T inputs, E = P_S (source_after - source_before) and C = P_T (target_after - target_before), which have
+    equally many rows, in place: ``gram += X^T X``, ``source_cross += X^T E``, ``target_cross += X^T C``; sums and sums
+    of squares over rows of X (``input_...``), E (``source_...``) and C (``target_...``). Differences are formed in
+    float32 (float64 where a state is) while rows are read and are never stored whole. Products, bytes and errors are
+    those of :func:`cross_moment_`; no gradient flows.
+
+    Args:
+        inputs: what the layer reads, [tokens_T, d_in], float64, float32, bfloat16 or float16; strides are free.
+        source_after, source_before: states of the source with and without its tune, [tokens_S, d_S], of one dtype.
+        target_after, target_before: states of the target with and without what moved so far, [tokens_T, d_T], likewise.
+        gram: [d_in, d_in]; source_cross: [d_in, d_S]; target_cross: [d_in, d_T]; float64, contiguous, as the others.
+        input_sum, input_energy: [d_in]; source_sum, source_energy: [d_S]; target_sum, target_energy: [d_T].
+        source_mixing: of the source's states; target_mixing: of the inputs and the target's states; None: row i is
+            token i.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError, torch.OutOfMemoryError: as :func:`cross_moment_`.
+    """
+    masters = dict(
+        gram=gram,
+        source_cross=source_cross,
+        target_cross=target_cross,
+        input_sum=input_sum,
+        source_sum=source_sum,
+        target_sum=target_sum,
+        input_energy=input_energy,
+        source_energy=source_energy,
+        target_energy=target_energy,
+    )
+    states = {"source": (source_after, source_before), "target": (target_after, target_before)}
+    check_effect(inputs, states, {"source": source_mixing, "target": target_mixing}, masters)
+    _check_written(masters)
+    _check_runs(inputs)
+    _run_moments(
+        torch.ops.theseus_ext.effect_moment_,
+        inputs.device,
+        _dense_columns(inputs),
+        *_alike(source_after, source_before),
+        *_alike(target_after, target_before),
+        *_contiguous(source_mixing),
+        *_contiguous(target_mixing),
+        **masters,
+    )
+    torch.autograd.graph.increment_version(tuple(masters.values()))  # the stable ABI does not
 
 
 def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,6 +311,12 @@ def _dense_columns(tokens: Tensor) -> Tensor:
     return tokens if tokens.shape[1] <= 1 or tokens.stride(1) == 1 else tokens.contiguous()
 
 
+def _alike(after: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with unit column stride and the same row stride."""
+    after, before = _dense_columns(after), _dense_columns(before)
+    return (after, before) if after.stride() == before.stride() else (after.contiguous(), before.contiguous())
+
+
 def _contiguous(mixing: Mixing | None) -> list[Tensor | None]:
     return [None if part is None else part.contiguous() for part in mixing or (None, None, None)]
 
@@ -266,6 +339,13 @@ def _cross_moments_fake(source: Sequence[Tensor], target: Sequence[Tensor], *arg
     check_lists(source, target, mixings, _mixing(*args[3:6]), values)
 
 
+@torch.library.register_fake("theseus_ext::effect_moment_")
+def _effect_moment_fake(inputs: Tensor, *args: Any, **masters: Tensor) -> None:
+    states = {"source": (args[0], args[1]), "target": (args[2], args[3])}
+    mixings = {"source": _mixing(*args[4:7]), "target": _mixing(*args[7:10])}
+    check_effect(inputs, states, mixings, dict(zip(EFFECT_MASTERS, args[10:], strict=False)) | masters)
+
+
 @torch.library.register_fake("theseus_ext::svdvals")
 def _svdvals_fake(matrices: Tensor) -> Tensor:
     return matrices.new_empty(matrices.shape[0], min(matrices.shape[1:]))
@@ -286,5 +366,5 @@ def _polar_fake(matrices: Tensor, floor: float) -> tuple[Tensor, Tensor]:
 
 # No gradient flows: autograd looks through the ops, and the wrappers refuse masters that ask for one.
 _library = torch.library.Library("theseus_ext", "IMPL")
-for _op in ("cross_moment_", "cross_moments_", "svd", "svdvals", "polar"):
+for _op in ("cross_moment_", "cross_moments_", "effect_moment_", "svd", "svdvals", "polar"):
     _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")

@@ -61,6 +61,37 @@ def cross_moments_(
         cross_moment_(x, y, **own, source_mixing=source_mixing, target_mixing=target_mixing)
 
 
+def effect_moment_(
+    inputs: Tensor,
+    source_after: Tensor,
+    source_before: Tensor,
+    target_after: Tensor,
+    target_before: Tensor,
+    *,
+    gram: Tensor,
+    source_cross: Tensor,
+    target_cross: Tensor,
+    input_sum: Tensor,
+    source_sum: Tensor,
+    target_sum: Tensor,
+    input_energy: Tensor,
+    source_energy: Tensor,
+    target_energy: Tensor,
+    source_mixing: Mixing | None = None,
+    target_mixing: Mixing | None = None,
+) -> None:
+    """What `theseus_ext.effect_moment_` computes; see there for shapes."""
+    x = mix(inputs, target_mixing)
+    effect = mix(source_after.double() - source_before.double(), source_mixing)
+    carried = mix(target_after.double() - target_before.double(), target_mixing)
+    crosses, sums = (gram, source_cross, target_cross), (input_sum, source_sum, target_sum)
+    energies = (input_energy, source_energy, target_energy)
+    for cross, total, energy, rows in zip(crosses, sums, energies, (x, effect, carried), strict=True):
+        cross += x.T @ rows
+        total += rows.sum(0)
+        energy += rows.square().sum(0)
+
+
 def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What `theseus_ext.svd` computes; see there for shapes."""
     u, s, vh = torch.linalg.svd(matrices.detach().double(), full_matrices=False)

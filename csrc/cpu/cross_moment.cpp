@@ -60,10 +60,13 @@ THESEUS_INLINE void accumulate(const T* const* x, int64_t count, double* sum, do
 template <class In, class Out>
 THESEUS_INLINE const Out* row_of(const Side& side, int64_t row, int64_t first, int64_t count, Out* out) {
   const In* tokens = static_cast<const In*>(side.tokens) + first;
+  const In* less = side.less ? static_cast<const In*>(side.less) + first : nullptr;
   if (!side.row_ptr && !side.weight) {
-    const In* token = tokens + (side.column ? side.column[row] : row) * side.stride;
+    const int64_t at = (side.column ? side.column[row] : row) * side.stride;
+    const In* token = tokens + at;
     if (!out) return reinterpret_cast<const Out*>(token);
     for (int64_t j = 0; j < count; ++j) out[j] = static_cast<Out>(token[j]);
+    for (int64_t j = 0; less && j < count; ++j) out[j] -= static_cast<Out>(less[at + j]);
     return out;
   }
   double mixed[kColumns] = {};
@@ -72,6 +75,8 @@ THESEUS_INLINE const Out* row_of(const Side& side, int64_t row, int64_t first, i
     const In* token = tokens + side.column[entry] * side.stride;
     const double weight = side.weight ? side.weight[entry] : 1;
     for (int64_t j = 0; j < count; ++j) mixed[j] += weight * static_cast<Out>(token[j]);
+    const In* subtracted = less ? less + side.column[entry] * side.stride : nullptr;
+    for (int64_t j = 0; subtracted && j < count; ++j) mixed[j] -= weight * static_cast<Out>(subtracted[j]);
   }
   for (int64_t j = 0; j < count; ++j) out[j] = static_cast<Out>(mixed[j]);
   return out;

@@ -28,7 +28,7 @@ prepare_kernel(const THESEUS_GRID_CONSTANT Side side, int64_t begin, int64_t row
   if (column < side.width) {
     for (int64_t row = warp; row < rows; row += kWarps) {
       double value[1];
-      mix(side, begin + row, column, 1, value);
+      mix<true>(side, begin + row, column, 1, value);
       if (out) out[row * side.width + column] = static_cast<T>(value[0]);
       sum += value[0];
       energy = multiply_add(value[0], value[0], energy);

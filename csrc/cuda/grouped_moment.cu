@@ -232,6 +232,8 @@ const char* grouped_moment(const MomentGroup* groups, int count, int processors,
   for (int g = 0; g < count; ++g)
     if (groups[g].args.source.dtype == Dtype::float64 || groups[g].args.target.dtype == Dtype::float64)
       return "float64 tokens run on the plain kernels, not on tensor cores";
+    else if (groups[g].args.source.less || groups[g].args.target.less)
+      return "differences are made ahead of the launch";
     else if (!fits_int(groups[g]))
       return "a launch takes fewer than 2^30 rows, tokens and columns of a side";
   const char* error = nullptr;

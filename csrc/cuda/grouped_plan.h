@@ -62,7 +62,8 @@ inline bool is_selection(const Side& side) { return !side.row_ptr && !side.weigh
 
 inline Format format_of(const MomentGroup& group) {
   const Side &source = group.args.source, &target = group.args.target;
-  if (source.dtype != target.dtype || !is_selection(source) || !is_selection(target)) return Format::float32;
+  if (source.dtype != target.dtype || !is_selection(source) || !is_selection(target) || source.less || target.less)
+    return Format::float32;
   return source.dtype == Dtype::bfloat16  ? Format::bfloat16
          : source.dtype == Dtype::float16 ? Format::float16
                                           : Format::float32;
@@ -78,7 +79,7 @@ inline MomentGroup rows_of(MomentGroup group, int64_t begin, int64_t rows) {
       side->column += begin, side->entries -= begin;
       if (side->weight) side->weight += begin;
     } else {
-      side->tokens = static_cast<const char*>(side->tokens) + begin * side->stride * size_of(side->dtype);
+      skip_elements(*side, begin * side->stride);
       side->token_count -= begin;
     }
   }
@@ -87,7 +88,7 @@ inline MomentGroup rows_of(MomentGroup group, int64_t begin, int64_t rows) {
 
 inline bool is_direct(const Side& side, Format format, int64_t heads) {
   const int64_t bytes = format == Format::float32 ? 4 : 2;
-  return is_selection(side) && (format != Format::float32 || side.dtype == Dtype::float32) &&
+  return is_selection(side) && !side.less && (format != Format::float32 || side.dtype == Dtype::float32) &&
          reinterpret_cast<uintptr_t>(side.tokens) % 16 == 0 && side.stride * bytes % 16 == 0 &&
          (heads == 1 || side.width * bytes % 16 == 0);
 }

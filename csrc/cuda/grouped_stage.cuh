@@ -72,7 +72,7 @@ THESEUS_DEVICE Vector mixed(const Panel& panel, int row, int column, int valid) 
   if (row >= panel.end) return out;
   if constexpr (Shape<R>::kSplit) {
     double value[4];
-    mix(panel.side, row, column, valid, value);
+    mix<false>(panel.side, row, column, valid, value);
     THESEUS_UNROLL
     for (int i = 0; i < 4; ++i) out.word[i] = bits_of(static_cast<float>(value[i]));
   } else {

@@ -6,13 +6,12 @@
 
 namespace theseus::cuda {
 
-THESEUS_DEVICE double load(const Side& side, int64_t token, int64_t column) {
-  const int64_t i = token * side.stride + column;
-  switch (side.dtype) {
-    case Dtype::float64: return static_cast<const double*>(side.tokens)[i];
-    case Dtype::bfloat16: return to_float(static_cast<const bfloat16*>(side.tokens)[i]);
-    case Dtype::float16: return to_float(static_cast<const float16*>(side.tokens)[i]);
-    default: return static_cast<const float*>(side.tokens)[i];
+THESEUS_DEVICE double load(const void* tokens, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::float64: return static_cast<const double*>(tokens)[i];
+    case Dtype::bfloat16: return to_float(static_cast<const bfloat16*>(tokens)[i]);
+    case Dtype::float16: return to_float(static_cast<const float16*>(tokens)[i]);
+    default: return static_cast<const float*>(tokens)[i];
   }
 }
 
@@ -28,8 +27,9 @@ THESEUS_DEVICE int64_t token_of(const Side& side, int64_t row, int64_t rows) {
 }
 
 // mixed[j] = X[row, column + j] = sum over the row's entries of weight * x[token, column + j], j < valid <= count; zero
-// behind. An entry out of range makes the row NaN: the host cannot look at it without waiting.
-template <int count>
+// behind; with `subtracting` of x - less where the side has a less. An entry out of range makes the row NaN: the host
+// cannot look at it without waiting.
+template <bool subtracting, int count>
 THESEUS_DEVICE void mix(const Side& side, int64_t row, int64_t column, int valid, double (&mixed)[count]) {
   THESEUS_UNROLL
   for (int j = 0; j < count; ++j) mixed[j] = 0;
@@ -42,7 +42,12 @@ THESEUS_DEVICE void mix(const Side& side, int64_t row, int64_t column, int valid
     const double weight = side.weight ? side.weight[entry] : 1;
     THESEUS_UNROLL
     for (int j = 0; j < count; ++j)
-      if (j < valid) mixed[j] = multiply_add(weight, load(side, token, column + j), mixed[j]);
+      if (j < valid) {
+        const int64_t at = token * side.stride + column + j;
+        double value = load(side.tokens, side.dtype, at);
+        if (subtracting && side.less) value -= load(side.less, side.dtype, at);
+        mixed[j] = multiply_add(weight, value, mixed[j]);
+      }
   }
   THESEUS_UNROLL
   for (int j = 0; j < count; ++j)

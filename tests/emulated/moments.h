@@ -16,13 +16,14 @@ struct SideSpec {
   int offset = 0;       // elements the first token lies past a 64-byte boundary
   double mean = 0.3;
   bool weighted = true;  // csr: with weights
+  bool less = false;     // something is subtracted
 };
 
 template <class T>
 struct SideData {
   SideSpec spec;
   int64_t rows, heads, columns, stride, count;
-  Buffer<T> tokens;
+  Buffer<T> tokens, less;
   Buffer<int64_t> row_ptr, column;
   Buffer<double> weight, sum, energy;
   std::vector<double> x;  // [rows, columns]: X exactly
@@ -35,12 +36,14 @@ struct SideData {
         stride(columns + s.padding),
         count(s.tokens ? s.tokens : rows),
         tokens(count ? (count - 1) * stride + columns : 0, s.offset * static_cast<int>(sizeof(T))),
+        less(s.less ? tokens.size() : 0, s.offset * static_cast<int>(sizeof(T))),
         row_ptr(s.mixing == Mixing::csr ? rows + 1 : 0),
         column(entries(s, rows)),
         weight(s.mixing == Mixing::weights || (s.mixing == Mixing::csr && s.weighted) ? column.size() : 0),
         sum(columns),
         energy(columns) {
     for (int64_t i = 0; i < tokens.size(); ++i) store(random.normal() + s.mean, tokens[i]);
+    for (int64_t i = 0; i < less.size(); ++i) store(number(tokens[i]) + 0.1 * random.normal(), less[i]);
     for (int64_t i = 0; i < column.size(); ++i) column[i] = random.below(count);
     for (int64_t i = 0; i < weight.size(); ++i) weight[i] = random.uniform();
     for (int64_t i = 1; i < row_ptr.size(); ++i) row_ptr[i] = row_ptr[i - 1] + entries_of(i - 1);
@@ -67,10 +70,12 @@ struct SideData {
         const int64_t token = column.size() ? column[e] : e;
         for (int64_t j = 0; j < columns; ++j)
           x[row * columns + j] +=
-              token < 0 || token >= count ? NAN : (weight.size() ? weight[e] : 1) * number(tokens[token * stride + j]);
+              token < 0 || token >= count ? NAN : (weight.size() ? weight[e] : 1) * value(token * stride + j);
       }
     }
   }
+
+  double value(int64_t i) const { return number(tokens[i]) - (less.size() ? number(less[i]) : 0); }
 
   Side side() {
     return {tokens.data(),
@@ -83,7 +88,8 @@ struct SideData {
             weight.size() ? weight.data() : nullptr,
             column.size(),
             sum.data(),
-            energy.data()};
+            energy.data(),
+            less.size() ? less.data() : nullptr};
   }
 };
 
@@ -159,7 +165,7 @@ struct Problem {
   static const double* check_side(const D& side, const char* name, const char* what, const double* had,
                                   bool in_float64) {
     const int64_t n = side.columns;
-    const bool rounded = !in_float64 && (side.weight.size() || side.row_ptr.size());
+    const bool rounded = !in_float64 && (side.weight.size() || side.row_ptr.size() || side.less.size());
     for (const int power : {1, 2}) {
       const Buffer<double>& master = power == 1 ? side.sum : side.energy;
       double difference = 0, size = 0;

@@ -44,6 +44,17 @@ TEST(plain_mixings) {
   check<double>("csr without weights", 21, {9}, {5, Mixing::csr, 8, 0, 0, 0.3, false});
 }
 
+SideSpec difference(int64_t width, Mixing mixing = Mixing::none, int64_t tokens = 0, int64_t padding = 0) {
+  return {width, mixing, tokens, padding, 0, 0.3, true, true};
+}
+
+TEST(plain_differences) {
+  check<float>("of float32", 21, {9}, difference(5));
+  check<bfloat16>("of bfloat16", 21, {9}, difference(40, Mixing::none, 0, 3));
+  check<float, double>("of float64", 21, difference(9, Mixing::selection, 30), {5});
+  check<float16>("mixed", 21, difference(9, Mixing::csr, 8), difference(5, Mixing::weights, 40));
+}
+
 TEST(plain_chunks) { check<bfloat16>("more rows than a chunk", kChunk + 3, {2}, {3}); }
 
 TEST(plain_entry_out_of_range_is_nan) {

@@ -57,6 +57,13 @@ TEST(whose_rows_are_made_ahead) {
     CHECK(made_ahead(group, s) && !made_ahead(group, 1 - s), "float32 is copied where it lies beside side %d", s);
     side_of(group, 1 - s).column = &kEntry;
     CHECK(!made_ahead(group, 1 - s), "a selection is gathered");
+    static const float kLess = 0;
+    for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16}) {
+      group = shaped(9, 8, 8, dtype);
+      side_of(group, s).less = &kLess;
+      CHECK(made_ahead(group, s) && !dispatches(group), "a difference on side %d, however few tiles read it", s);
+      CHECK(grouped_moment(&group, 1, 1, nullptr, nullptr), "a launch does not subtract on side %d", s);
+    }
   }
 }
 
@@ -86,6 +93,13 @@ TEST(rows_made_ahead) {
   Problem<float16, float> heads(33, {8, Mixing::csr, 20, 3}, {12, Mixing::selection, 7}, 3);
   run_ahead(heads, 33);
   heads.check("heads of unequal dtypes");
+  Problem<bfloat16> differences(37, {24, Mixing::none, 0, 5, 0, 0.3, true, true},
+                                {17, Mixing::csr, 30, 0, 0, 0.3, true, true});
+  run_ahead(differences, 16);
+  differences.check("differences, three chunks");
+  Problem<float> of_heads(20, {8}, {12, Mixing::none, 0, 3, 0, 0.3, true, true}, 3);
+  run_ahead(of_heads, 16);
+  of_heads.check("differences by heads");
 }
 
 TEST(adds_into_masters) {

@@ -31,7 +31,7 @@ PLAIN, GROUPED, TILE, STAGE, PLAN, ROWS, SVD, ROTATIONS = (
         "small_svd.cuh",
     )
 )
-CONTRACT = "csrc/cross_moment.h"
+CONTRACT, DISPATCH = "csrc/cross_moment.h", "csrc/dispatch.h"
 KERNELS, TWIN, TWIN_PRIMITIVES = (
     f"tests/emulated/{name}" for name in ("primitive_kernels.cuh", "twin.h", "twin_primitives.cpp")
 )
@@ -101,6 +101,16 @@ BUGS = [
     EmulatedBug("the stage's tokens looked up late", "plain", "bfloat16_mixings", GROUPED,
         "    look(stage + 1);\n", "    look(stage);\n"),
 
+    # --- differences -----------------------------------------------------------------------------------------------
+    EmulatedBug("nothing subtracted", "plain", "plain_differences", ROWS,
+        "if (subtracting && side.less) value -=", "if (subtracting && !side.less) value -="),
+    EmulatedBug("what is subtracted read from the first row on", "plain", "plain_differences", ROWS,
+        "value -= load(side.less, side.dtype, at);", "value -= load(side.less, side.dtype, column + j);"),
+    EmulatedBug("later chunks subtract the first rows", "plain", "rows_made_ahead", CONTRACT,
+        "  if (side.less) side.less =", "  if (!side.less) side.less ="),
+    EmulatedBug("differences of few tiles not made ahead", "plain", "whose_rows_are_made_ahead", DISPATCH,
+        "(side_of(group, side).less || ", "("),
+
     # --- tensor-core cross-moments: who does what ------------------------------------------------------------------
     EmulatedBug("every block takes all sums", "plain", "bfloat16_shapes", GROUPED,
         "if (until_mine-- == 0) {", "if (until_mine-- < sharers) {"),
@@ -135,7 +145,7 @@ BUGS = [
     EmulatedBug("narrow products given to the library", "plain", "who_goes_to_the_library", "csrc/dispatch.h",
         "std::min(source.width, target.width)", "std::max(source.width, target.width)"),
     EmulatedBug("rows made ahead for few tiles", "plain", "whose_rows_are_made_ahead", "csrc/dispatch.h",
-        "> kFewTiles;", ">= kFewTiles;"),
+        "> kFewTiles);", ">= kFewTiles);"),
     EmulatedBug("rows made ahead read from the first head", "plain", "rows_made_ahead", "csrc/dispatch.h",
         "all.width *= group.heads;", ""),
     EmulatedBug("a product added beyond its end", "address", "adds_into_masters", PLAIN,
