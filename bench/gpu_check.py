@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 NATIVE = ROOT / "build" / "gpu"
 LIMIT = 570  # seconds for everything
-BENCHES = {"cross_moment": 120, "effect_moment": 40, "transport": 60, "small_svd": 120, "polar": 120, "job": 180}  # seconds at most
+# seconds at most
+BENCHES = {"cross_moment": 120, "effect_moment": 40, "transport": 60, "small_svd": 120, "polar": 120, "job": 180}
 SPARED = "job"  # its official recipe decomposes on the CPU: on a slow one it is stopped, and that is no failure
 NEEDED = {  # module: what cannot be without it, and then nothing is checked
     "torch": "check",

@@ -55,6 +55,16 @@ TEST(plain_differences) {
   check<float16>("mixed", 21, difference(9, Mixing::csr, 8), difference(5, Mixing::weights, 40));
 }
 
+TEST(differences_head_by_head) {
+  Problem<float> problem(20, {8, Mixing::none, 0, 3, 0, 0.3, true, true}, {12}, 3);
+  const MomentGroup group = problem.group();
+  for (int64_t head = 0; head < 3; ++head) {
+    Buffer<float> source(20 * 8), target(20 * 12);
+    CHECK(!finish(cross_moment(head_of(group, head), false, source.data(), target.data(), nullptr)), "launch");
+  }
+  problem.check("three heads");
+}
+
 TEST(plain_chunks) { check<bfloat16>("more rows than a chunk", kChunk + 3, {2}, {3}); }
 
 TEST(plain_entry_out_of_range_is_nan) {

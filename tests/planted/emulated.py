@@ -106,7 +106,7 @@ BUGS = [
         "if (subtracting && side.less) value -=", "if (subtracting && !side.less) value -="),
     EmulatedBug("what is subtracted read from the first row on", "plain", "plain_differences", ROWS,
         "value -= load(side.less, side.dtype, at);", "value -= load(side.less, side.dtype, column + j);"),
-    EmulatedBug("later chunks subtract the first rows", "plain", "rows_made_ahead", CONTRACT,
+    EmulatedBug("every head subtracts the first's", "plain", "differences_head_by_head", CONTRACT,
         "  if (side.less) side.less =", "  if (!side.less) side.less ="),
     EmulatedBug("differences of few tiles not made ahead", "plain", "whose_rows_are_made_ahead", DISPATCH,
         "(side_of(group, side).less || ", "("),
