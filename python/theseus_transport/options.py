@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -14,12 +15,14 @@ import typer
 import yaml
 
 from .errors import InputRefused
+from .headers import read_file
 from .recipes import Recipe
 from .report import MATCH
 from .screen import errors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 RECIPE = {field.name: "recipe" if field.name == "name" else field.name for field in fields(Recipe)}  # field -> option
+MAX_CONFIG = 1 << 20  # bytes
 REFUSED = f"{__name__}.refused"  # in a context's meta: why --config was
 
 
@@ -81,9 +84,17 @@ def read_config(path: Path, command: Any) -> dict[str, Any]:
         InputRefused: it is no such file, or a key is no option, with the nearest that is.
     """
     try:
-        held = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise InputRefused(f"--config {path} is no readable YAML: {' '.join(str(error).split())}") from None
+        text = read_file(path, most=MAX_CONFIG)
+        aliases = [event.anchor for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)]
+        if aliases:  # a few lines of them could fill any memory
+            raise ValueError(f"it has the alias *{aliases[0]}; write its value out")
+        node = yaml.compose(text)
+        keys = (
+            Counter(str(key.value) for key, _ in node.value) if isinstance(node, yaml.MappingNode) else Counter[str]()
+        )
+        held = yaml.safe_load(text)
+    except (InputRefused, yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise InputRefused(f"--config {path} is no readable YAML: {' '.join(str(error).split())[:1000]}") from None
     if not isinstance(held, dict):
         raise InputRefused(f"--config {path} holds {type(held).__name__}, expected keys and values, like `alpha: 0.5`")
     known = {_key(spelling): p for p in command.params for spelling in (*p.opts, *p.secondary_opts)}
@@ -95,10 +106,13 @@ def read_config(path: Path, command: Any) -> dict[str, Any]:
             near = difflib.get_close_matches(_key(str(spelled)), known, n=1, cutoff=0)
             raise InputRefused(f"--config {path}: {spelled!r} is no option of {command.name}; nearest is {near[0]!r}")
         assert parameter.name is not None
-        if parameter.name in found:
+        if parameter.name in found or keys[str(spelled)] > 1:
             raise InputRefused(f"--config {path} gives {_key(str(spelled))!r} twice; keep one")
-        if isinstance(value, dict) or value is None:
-            raise InputRefused(f"--config {path}: {spelled!r} is {value!r}; give a value")
+        given = value if isinstance(value, list) else [value]
+        if large := [each for each in given if isinstance(each, int) and abs(each) >= 2**63]:
+            raise InputRefused(f"--config {path}: {spelled!r} is a number of {large[0].bit_length()} bits; give less")
+        if not given or not all(isinstance(each, (str, int, float)) for each in given):
+            raise InputRefused(f"--config {path}: {spelled!r} is {str(value)[:200]}; give a value, or several")
         if parameter.name == "leave":
             value = value if isinstance(value, list) else [value]
         elif isinstance(value, list):
