@@ -59,7 +59,7 @@ IMAGE = {"source": "vision/source", "tuned": "vision/tuned", "target": "vision/t
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 CASES = [
     case("missing folder", "is neither a folder, .* hub id", source="nowhere/at/all"),
-    case("no model", "holds no model.safetensors", source="causal"),
+    case("no model", "models in folders of their own; give .*causal/source or", source="causal"),
     case("no config", "has no config.json", source=without("causal/source", "config.json")),
     case("config is no JSON", "no valid JSON", source=text("causal/source", "config.json", "{")),
     case("other family", "model_type is 'gpt9'; supported", source=config("causal/source", model_type="gpt9")),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import foreign
 from .companions import PATTERNS
 from .errors import InputRefused, ReadFailed
 from .headers import DEQUANTISE, digest, file_blake2b, head, inside, read_header, read_json, refuse_unreadable
@@ -92,7 +93,10 @@ def _weight_file(folder: Path, *, allow_pickle: bool) -> tuple[str, str]:
             )
         if found:
             return found[0]
-    others = sorted(path.name for path in folder.glob("*.safetensors"))[:5]
+    with refuse_unreadable():
+        if known := foreign.described(folder):
+            raise InputRefused(f"{folder} {known}")
+        others = sorted(path.name for path in folder.glob("*.safetensors"))[:5]
     raise InputRefused(
         f"{folder} holds no model.safetensors, model.safetensors.index.json or adapter_model.safetensors"
         + (f"; it holds {', '.join(others)}: give one of these files" if others else "; is it a model's folder?")
@@ -143,6 +147,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                 self._stamp[path] = _stamp(path.stat())
             pickled = _unpickle(path) if path.suffix == ".bin" else {}
             tensors: Mapping[str, Any] = pickled if path.suffix == ".bin" else read_header(path)
+            foreign.refuse_names(path, [*tensors], kind=kind)
             if index:
                 listed = {name for name, file in weight_map.items() if folder / file == path}
                 _refuse_mismatch(path, set(tensors), listed, index)
@@ -167,7 +172,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             file = inside(path, name)
             return cls(path, kind, [], file) if name.endswith(".json") else cls(path, kind, [file])
         if path.suffix != ".safetensors" or not path.is_file():
-            raise InputRefused(f"{path} is no .safetensors file; give a model's folder or a .safetensors file")
+            foreign.refuse_file(path)
         if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
             raise InputRefused(f"{path} is one shard of several; give its folder {path.parent}")
         return cls(path.parent, "adapter" if path.name.startswith("adapter") else "checkpoint", [path])
