@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -235,6 +236,8 @@ def main() -> None:
             if chosen.only is not None:
                 print(repr(case.output))
             found += bool(case.fault)
+            if number % 100 == 99:
+                print(f"{number + 1} cases", file=sys.stderr, flush=True)
     print(f"seed {chosen.seed}: {found} of {chosen.cases} cases found something")
     raise SystemExit(bool(found))
 

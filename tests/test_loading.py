@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from calls import call
 from theseus_transport.chat import ChatTemplate
 from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.errors import InputRefused
@@ -112,3 +113,26 @@ def test_a_template_that_makes_too_much_refuses_those_messages() -> None:
     with pytest.raises(ValueError, match="refuses the messages: it makes 1000000 characters"):
         chat(MESSAGES[::-1])
     assert chat(MESSAGES[:1]) == "fine"
+
+
+def test_what_a_file_names_is_not_fetched(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def fetch(name: str, *, local_files_only: bool = False, **_: object) -> str:
+        asked.append(local_files_only)
+        raise OSError("not within reach")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    source, lora, target = (models / name for name in ("causal/source", "lora", "causal/target"))
+    ids = ("--calibration", models / "ids.safetensors", "--tokens", 64)
+    assert call("align", source, target, tmp_path / "maps", *ids).exit_code == 0
+    assert call("apply", tmp_path / "maps", lora, tmp_path / "moved").exit_code == 0
+    for name in ("maps/theseus.json", "maps/alignment.json", "moved/theseus.json"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace(str(target), "someone/listens"))
+    said = call("apply", tmp_path / "maps", lora, tmp_path / "out").stderr
+    assert "the target of" in said and "'someone/listens' is neither" in said and "or name it with --target" in said
+    said = call("verify", tmp_path / "moved").stdout
+    assert "the target base cannot be compared with: 'someone/listens'" in said and "name it with --target" in said
+    assert call("inspect", tmp_path / "moved").exit_code == 0
+    assert asked == [True, True]

@@ -55,7 +55,16 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _resolve(reference: str | Path, *, allow_pickle: bool, revision: str | None) -> Path:
+def located(
+    reference: str | Path, *, allow_pickle: bool = False, revision: str | None = None, download: bool = True
+) -> Path:
+    """The folder or file that a reference means; without ``download`` a hub id only where it was fetched before.
+
+    What a user named may be downloaded; what a file names, which others may have written, calls nobody.
+
+    Raises:
+        InputRefused: there is none within reach.
+    """
     path = Path(os.path.expanduser(reference))
     if os.path.exists(path):  # unlike Path.exists it answers False to any impossible name
         if revision is not None:
@@ -72,9 +81,10 @@ def _resolve(reference: str | Path, *, allow_pickle: bool, revision: str | None)
     suffixes = ("safetensors", "bin") if allow_pickle else ("safetensors",)
     stems, ends = (*KINDS.values(), "pytorch_model"), ("", ".index.json")
     weights = [f"{stem}*.{suffix}{end}" for stem in stems for suffix in suffixes for end in ends]
+    local: dict[str, Any] = {} if download else {"local_files_only": True}
     patterns = [*weights, "config.json", "adapter_config.json", *PATTERNS]
     try:
-        return Path(snapshot_download(str(reference), revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(str(reference), revision=revision, allow_patterns=patterns, **local))
     except Exception as error:  # the hub client raises errors of several libraries; each means: not within reach
         raise InputRefused(unreachable.format(f"{type(error).__name__}: {str(error).splitlines()[0]}")) from error
 
@@ -166,7 +176,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         Raises InputRefused, with the cure, for what is unreachable, hostile, damaged, quantised, or a pickle without
         `allow_pickle` (then torch.load with weights_only=True).
         """
-        path = _resolve(reference, allow_pickle=allow_pickle, revision=revision)
+        path = located(reference, allow_pickle=allow_pickle, revision=revision)
         if path.is_dir():
             kind, name = _weight_file(path, allow_pickle=allow_pickle)
             file = inside(path, name)

@@ -19,7 +19,7 @@ from .alignment import Alignment, outline
 from .bases import Bases, Progress, check_room, options_of, quiet
 from .calibration import Calibration
 from .changes import first_change
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, located
 from .checks import check_dtypes, check_left, check_rows, check_tune, check_values
 from .companions import companions
 from .delta import Delta
@@ -96,6 +96,11 @@ class Job:
             places[i] = places[i] or recorded_base(recorded, side).get("reference")
             if not isinstance(places[i], str):
                 raise InputRefused(f"{maps} does not say which {side} it was made for; give --{side}")
+            if not (source, target)[i]:  # on an alignment's word nothing is fetched
+                try:
+                    located(str(places[i]), download=False)
+                except InputRefused as error:
+                    raise InputRefused(f"the {side} of {maps}: {error}, or name it with --{side}") from error
         return cls(str(places[0]), tuned, str(places[1]), out, recipe=recorded.recipe, maps=maps, **more)
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 from .adapter import Adapter
 from .alignment import Alignment
-from .checkpoint import Checkpoint, check_finite
+from .checkpoint import Checkpoint, check_finite, located
 from .checks import read_layout
 from .errors import InputRefused
 from .folder import MANIFEST, differences, read_manifest
@@ -50,7 +50,7 @@ def verify(folder: str | Path, *, target: str | None = None) -> list[str]:
     if not sound:
         return faults
     told_in = MANIFEST if check is not _alignment else "alignment.json"
-    return faults + _tried(told_in, lambda: check(folder, target or outcome["job"]["target"]))
+    return faults + _tried(told_in, lambda: check(folder, target or _here(outcome["job"]["target"])))
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -146,6 +146,14 @@ def _adapter(folder: Path, reference: str) -> list[str]:
 def _alignment(folder: Path, reference: str) -> list[str]:
     Alignment.load(folder)
     return _values(Checkpoint.open(inside(folder, "maps.safetensors")), _files(folder))
+
+
+def _here(reference: object) -> str:
+    """The target base that a manifest names, if it is on this machine: on a manifest's word nothing is fetched."""
+    try:
+        return str(located(str(reference), download=False))
+    except InputRefused as error:
+        raise InputRefused(f"the target base cannot be compared with: {error}; name it with --target") from error
 
 
 def _base(reference: object) -> Checkpoint:
