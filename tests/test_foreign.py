@@ -15,6 +15,7 @@ from accelerate.commands.merge import merge_command, merge_command_parser
 from safetensors.torch import load_file, save_file
 from theseus_transport import InputRefused
 from theseus_transport.checkpoint import Checkpoint
+from theseus_transport.spaces import Layout
 
 STATE = {"model.a.weight": torch.arange(6.0).view(2, 3), "model.b.weight": torch.ones(4)}
 
@@ -213,3 +214,30 @@ def test_what_is_not_known_is_listed(tmp_path: Path) -> None:
     (tmp_path / "damaged.safetensors").write_bytes(b"x")
     (tmp_path / "elsewhere.safetensors").symlink_to("/etc/passwd")
     assert "it holds damaged.safetensors, elsewhere.safetensors, weights.safetensors: give one of" in refused(tmp_path)
+
+
+# --- other families --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config, why",
+    [
+        (
+            {"model_type": "phi3"},
+            "model_type is 'phi3'; supported families are .*llama.*register, from Python, shown in",
+        ),
+        ({"model_type": None}, "model_type is None; supported families are"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; supported families are"),
+        (
+            {"model_type": "gemma2"},
+            "'gemma2', which normalises behind the residual sum .*; supported families are [^;]*$",
+        ),
+        ({"model_type": "mamba"}, "'mamba', which has blocks without attention; supported families are [^;]*$"),
+        ({"model_type": "granitemoehybrid"}, "which is a mixture of experts; supported families are [^;]*$"),
+        ({"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30"}, "diffusion models are not moved"),
+    ],
+    ids=str,
+)
+def test_families_that_are_not_supported(config: dict, why: str) -> None:
+    with pytest.raises(InputRefused, match=why):
+        Layout.of(config)

@@ -96,13 +96,32 @@ POST_NORM = "normalises behind the residual sum (post-norm), so no map of the re
 PARALLEL = "runs attention and MLP side by side in one block"
 EXPERTS = "is a mixture of experts"
 TWO_STACKS = "has an encoder and a decoder"
+RECURRENT = "has blocks without attention"
 REFUSED = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "mpnet"), POST_NORM),
     **dict.fromkeys(("albert", "deberta", "deberta-v2", "openai-gpt", "olmo2", "gemma2", "gemma3"), POST_NORM),
-    **dict.fromkeys(("gpt_neox", "gptj", "phi", "falcon", "cohere", "codegen"), PARALLEL),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"), EXPERTS),
-    **dict.fromkeys(("t5", "mt5", "bart", "mbart", "whisper", "marian", "pegasus"), TWO_STACKS),
+    **dict.fromkeys(("gemma3_text", "gemma3n", "gemma3n_text", "olmo3", "glm4", "exaone4"), POST_NORM),
+    **dict.fromkeys(("gpt_neox", "gptj", "phi", "falcon", "cohere", "cohere2", "codegen"), PARALLEL),
+    **dict.fromkeys(("mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4", "llama4_text", "dbrx"), EXPERTS),
+    **dict.fromkeys(("t5", "mt5", "bart", "mbart", "whisper", "marian", "pegasus", "m2m_100"), TWO_STACKS),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "lfm2", "qwen3_next"), RECURRENT),
 }
+REGISTER = (
+    "another pre-norm transformer takes one record: theseus_transport.register, from Python, shown in CONTRIBUTING.md "
+    "under `A family`"
+)
+
+
+def unsupported(config: Mapping[str, Any]) -> str:
+    """Why a model of this config cannot be aligned, and what can: for a ``model_type`` that no family has."""
+    kind = config.get("model_type")
+    if any(str(key).startswith("_diffusers") for key in config):
+        return "config.json is of a part of a diffusion pipeline; diffusion models are not moved"
+    why = REFUSED.get(kind) if isinstance(kind, str) else None
+    if isinstance(kind, str) and "moe" in kind:
+        why = EXPERTS
+    known = f"supported families are {', '.join(sorted(FAMILIES))}"
+    return f"model_type is {kind!r}, which {why}; {known}" if why else f"model_type is {kind!r}; {known}; {REGISTER}"
 
 
 def register(family: Family) -> Family:

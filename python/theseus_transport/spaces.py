@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .errors import InputRefused
-from .families import FAMILIES, REFUSED
+from .families import FAMILIES, unsupported
 from .family import Family
 
 DEEPEST = 10_000  # blocks; a record that says more is no model's
@@ -102,8 +102,7 @@ class Layout:
             values = FAMILIES[kind].geometry(values)
             kind = values["model_type"]
         if not isinstance(kind, str) or kind not in FAMILIES:
-            why = f", which {REFUSED[kind]}" if isinstance(kind, str) and kind in REFUSED else ""
-            raise InputRefused(f"model_type is {kind!r}{why}; supported families are {', '.join(sorted(FAMILIES))}")
+            raise InputRefused(unsupported(values))
         family = FAMILIES[kind]
         text = family.modality == "text"
 
