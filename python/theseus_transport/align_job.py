@@ -33,6 +33,7 @@ class AlignJob:
         max_ram, max_memory: bytes the run may take of the host's memory and of the device's; None: what is there.
         offload_folder: keep hidden states in files there, not in memory.
         resume: go on with a run that was interrupted.
+        tuned: a tune of the source, if its chat template is to tell the calibration's chats.
     """
 
     source: str
@@ -52,6 +53,7 @@ class AlignJob:
     max_memory: int | None = None
     offload_folder: Path | None = None
     resume: bool = False
+    tuned: str | None = None
 
 
 class AlignSession:

@@ -164,6 +164,7 @@ class Bases:
 
     def calibration(self) -> Calibration:
         job = self.job
+        tuned = job.tuned and Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
         return load_calibration(
             job.calibration,
             self._side(0),
@@ -173,6 +174,7 @@ class Bases:
             seed=job.seed,
             hold_out=job.held_out,
             skip_bad=job.skip_bad_inputs,
+            chats=tuned.folder if tuned else None,
         )
 
     def _side(self, i: int) -> SideInfo:

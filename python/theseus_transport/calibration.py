@@ -14,6 +14,7 @@ import torch
 
 from .batches import Tensors, batches_of
 from .checkpoint import Checkpoint, check_finite
+from .companions import has_tokenizer
 from .documents import LINES, Records, TextFile, builtin_pieces, refuse_other_files
 from .errors import InputRefused
 from .images import Preprocessor, find_images, read_images
@@ -54,6 +55,7 @@ def load_calibration(
     seed: int = 0,
     hold_out: bool = False,
     skip_bad: bool = False,
+    chats: Path | None = None,
 ) -> Calibration:
     """Batches for both models from a `.safetensors` of ready tensors, text, a folder of images, or "builtin".
 
@@ -63,7 +65,8 @@ def load_calibration(
     tokenizer and packed into rows of `sequence_length`; images are preprocessed as each preprocessor_config.json says.
     Of more data than `tokens_wanted` a sample drawn with `seed` is used, in its order; of less, all, with a warning.
     With `hold_out` one batch more is drawn, and held out if that leaves enough, or two. `skip_bad` leaves out images
-    and lines that cannot be read, and counts them, rather than refusing them.
+    and lines that cannot be read, and counts them, rather than refusing them. Chats are told by the chat template of
+    the tokenizer in the folder `chats`, else by the source's, else by the target's.
 
     Raises InputRefused, with values and the cure, for data that do not fit the models.
     """
@@ -97,7 +100,7 @@ def load_calibration(
         if builtin:
             groups = builtin_pieces()
         else:
-            file = _text_file(path, tokenizers, skip_bad)
+            file = _text_file(path, tokenizers, chats, skip_bad)
             groups = [file]
         sides = rows_of_text(groups, tokenizers, tokens=tokens_wanted + extra * length, length=length, seed=seed)
         form = "" if builtin else f" ({file.words})"
@@ -134,11 +137,12 @@ def drawn_rows(counts: torch.Tensor, wanted: int, extra: int, seed: int) -> torc
     return None if enough >= len(counts) else drawn[:enough].sort().values
 
 
-def _text_file(path: Path, tokenizers: Sequence[Tokenizer], skip_bad: bool) -> TextFile | Records:
+def _text_file(path: Path, tokenizers: Sequence[Tokenizer], chats: Path | None, skip_bad: bool) -> TextFile | Records:
     refuse_other_files(path)
     if path.suffix.lower() not in LINES:
         return TextFile(path)
-    template = next((each.chat for each in tokenizers if each.chat), None)
+    tune = [Tokenizer(chats, f"TUNED {chats.name}", None)] if chats and has_tokenizer(chats) else []
+    template = next((each.chat for each in (*tune, *tokenizers) if each.chat), None)
     return Records(path, template, skip_bad=skip_bad)
 
 

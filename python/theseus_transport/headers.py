@@ -25,7 +25,7 @@ DTYPES = {
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the same limit as the safetensors library
 MAX_RANK = 16
-MAX_DIGITS = 20  # of an integer in JSON; sizes and offsets stay below 2^64
+MAX_DIGITS = 40  # of an integer in JSON; tokenizers without a limit say 10^30
 QUANTISED_DTYPES = ("F4", "F6_", "F8_")
 QUANTISED_TENSORS = (".qweight", ".qzeros", ".SCB", ".absmax", ".weight_packed", ".weight_scale_inv")
 DEQUANTISE = "dequantise first, e.g. load with transformers in bf16 and save_pretrained"
@@ -50,7 +50,7 @@ def refuse_unreadable() -> Iterator[None]:
 
 
 def parse_json(text: bytes, where: Path) -> dict[str, Any]:
-    """An object from JSON text, each key once, integers of at most 20 digits; InputRefused names `where`."""
+    """An object from JSON text, each key once, integers of at most 40 digits; InputRefused names `where`."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

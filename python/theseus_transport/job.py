@@ -17,18 +17,19 @@ import torch
 from .align_job import AlignJob, AlignSession
 from .alignment import Alignment, outline
 from .bases import Bases, Progress, check_room, options_of, quiet
+from .behaviour import behaviour_of
 from .calibration import Calibration
 from .changes import first_change
 from .checkpoint import Checkpoint, located
 from .checks import check_dtypes, check_left, check_rows, check_tune, check_values
-from .companions import companions
+from .companions import has_tokenizer
 from .delta import Delta
 from .errors import AlreadyDone, InputRefused, NothingToResume, NumericalError
 from .folder import MANIFEST, differences, read_manifest, refuse_foreign
 from .identity import recorded_base
 from .journal import Work
 from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
-from .output import Kind, Written, described_outputs, planned
+from .output import Kind, Written, described_outputs, kind_of, planned
 from .predict import move_flops, move_seconds
 from .recipes import Recipe
 from .report import model_card
@@ -106,8 +107,7 @@ class Job:
     @property
     def alignment(self) -> AlignJob:
         """The part that aligns."""
-        shared = {name: getattr(self, name) for name in AlignJob.__dataclass_fields__}
-        return AlignJob(**shared)
+        return AlignJob(**{name: getattr(self, name) for name in AlignJob.__dataclass_fields__})
 
 
 class Session:
@@ -118,7 +118,7 @@ class Session:
         self.bases = Bases(job.alignment)
         source = self.bases.source
         self.tuned = Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
-        self.kind: Kind = _kind(job, self.tuned)
+        self.kind: Kind = kind_of(job.output, self.tuned)
         base, family = self.bases.windows[0], self.bases.layouts[0].family
         as_adapter = self.kind == "adapter"
         self.delta, self.window = Delta.opened(self.tuned, source, base, family, as_adapter=as_adapter)
@@ -126,6 +126,7 @@ class Session:
         self.inputs = [*self.bases.inputs, self.tuned.folder, *([Path(job.maps)] if job.maps else [])]
         check_dtypes(self.tuned)
         check_tune(source, self.tuned, self.bases.layouts[0])
+        self.behaviour = behaviour_of(source, self.tuned, self.bases.target)
         self.alignment = self._opened() if job.maps else None
         draft = self.transport(self.alignment or outline(*self.bases.layouts, job.recipe))
         first_change(draft)
@@ -150,7 +151,8 @@ class Session:
 
     def outcome(self, **known: Any) -> Outcome:
         job = describe(self.job, *self.bases.checkpoints, self.tuned)
-        return begun(self, kind=self.kind, job=job, coverage=[asdict(row) for row in self.coverage], **known)
+        known |= {"coverage": [asdict(row) for row in self.coverage], "carried": self.behaviour.carried}
+        return begun(self, kind=self.kind, job=job, **known)
 
     def rehearse(self) -> Outcome:
         """What :meth:`run` would do, calibration included; all weights are read, nothing is computed or written."""
@@ -267,38 +269,31 @@ class Session:
         return self.bases.key(data, self.tuned, whole=job.verify_inputs, **known)
 
     def _warn(self, said: list[str]) -> None:
-        """Of what the run said that aligned the bases, where that was another; and of rows and settings that differ."""
+        """Of what the run said that aligned the bases, where that was another; of rows, settings and what stays."""
         if self.alignment:
             said += self.alignment.provenance.get("warnings", [])
         check_rows(self.coverage, *self.bases.checkpoints)
         warn_of_settings(self.bases.source, self.tuned)
         if doubt := doubt_of_base(self.tuned, self.bases.source, self.bases.layouts[0]):
             log.warning(doubt)
+        said += self.behaviour.warnings
 
     def _opened(self) -> Alignment:
-        assert self.job.maps
-        whole = self.job.verify_inputs
-        if whole and (damaged := differences(self.job.maps)):
-            raise InputRefused(f"{self.job.maps} is damaged: {'; '.join(damaged)}; align again")
-        alignment = Alignment.load(self.job.maps)
-        self.bases.check_identity(alignment, self.job.maps, whole=whole)
+        maps, whole = str(self.job.maps), self.job.verify_inputs
+        if whole and (damaged := differences(maps)):
+            raise InputRefused(f"{maps} is damaged: {'; '.join(damaged)}; align again")
+        alignment = Alignment.load(maps)
+        self.bases.check_identity(alignment, maps, whole=whole)
         return alignment
 
     def _written(self, place: Path, alpha: float) -> Written:
-        files: dict[str, Any] = {}
-        if self.kind != "adapter":
-            target = self.bases.target
-            config = {k: v for k, v in target.config.items() if k != "torch_dtype"} if self.dtype else target.config
-            if self.dtype and self.kind == "checkpoint":
-                config = {**config, "dtype": self.job.out_dtype}
+        files, whole = dict[str, Any](), self.kind != "adapter"
+        if whole:
+            config = {**self.bases.target.config, **self.behaviour.config}
+            if self.dtype:
+                config.pop("torch_dtype", None)
+                config |= {"dtype": self.job.out_dtype} if self.kind == "checkpoint" else {}
             files["config.json"] = json.dumps(config, indent=2)
-            files |= companions(target.folder)
+        if whole or has_tokenizer(self.tuned.folder):
+            files |= self.behaviour.beside(self.bases.target.folder, whole=whole)
         return Written(place, alpha, files)
-
-
-def _kind(job: Job, tuned: Checkpoint) -> Kind:
-    if job.output == "auto":
-        return "adapter" if tuned.kind == "adapter" else "checkpoint"
-    if job.output == "adapter" and tuned.kind != "adapter":
-        raise InputRefused(f"TUNED {tuned.folder} is a full checkpoint; write it as --output checkpoint or delta")
-    return job.output

@@ -40,6 +40,7 @@ class Outcome:
     quality: list[dict[str, Any]] = field(default_factory=list)
     blocks: list[int | None] = field(default_factory=list)
     skipped: str = ""
+    carried: list[str] = field(default_factory=list)
     lost_heads: dict[int, list[int]] = field(default_factory=dict)
     alphas: list[dict[str, Any]] = field(default_factory=list)
     used_bytes: int | None = None

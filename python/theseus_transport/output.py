@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .adapter import PREFIX, Factors
+from .checkpoint import Checkpoint
 from .errors import InputRefused
 from .models import dtype_of, rows_of, shape_of
 from .precision import Rounding
@@ -220,3 +221,16 @@ def _then(planned: Planned, progress: Callable[[], object], rows: slice | None) 
     if rows is None or rows.stop == planned.shape[0]:
         progress()
     return tensor
+
+
+def kind_of(asked: Literal["auto"] | Kind, tuned: Checkpoint) -> Kind:
+    """What to write for a tune, where ``auto`` is an adapter for an adapter and a checkpoint for a checkpoint.
+
+    Raises:
+        InputRefused: an adapter is asked for, and the tune is none.
+    """
+    if asked == "auto":
+        return "adapter" if tuned.kind == "adapter" else "checkpoint"
+    if asked == "adapter" and tuned.kind != "adapter":
+        raise InputRefused(f"TUNED {tuned.folder} is a full checkpoint; write it as --output checkpoint or delta")
+    return asked

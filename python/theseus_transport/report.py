@@ -51,6 +51,7 @@ evaluated; measure it on your task before you rely on it.
 | tensors | {% for fate, n in fates %}{{ n }} {{ fate }}{% if not loop.last %}, {% endif %}{% endfor %} |
 {% if maps %}| maps | {{ maps | length }}, lowest rank {{ "%.0f" | format(100 * lowest) }} % of the most it could have |
 {% endif %}{% if quality %}| held out | {{ held }} |
+{% endif %}{% if carried %}| from the tune | {{ carried | join(", ") }} |
 {% endif %}| versions | {% for name, v in job.versions.items() %}{{ name }} {{ v }} {% endfor %}|
 {% if warnings %}
 ## Warnings
@@ -155,6 +156,8 @@ def report(outcome: Outcome) -> RenderableType:
     if outcome.predicted_device_bytes:
         used = "" if outcome.used_device_bytes is None else f", {size(outcome.used_device_bytes)} used"
         facts.add_row("device memory", f"{size(outcome.predicted_device_bytes)} predicted{used}")
+    if outcome.carried:
+        facts.add_row("from TUNED", escape(", ".join(outcome.carried)))
     if outcome.skipped:
         facts.add_row("skipped", outcome.skipped)
     if outcome.bytes_read is not None:
