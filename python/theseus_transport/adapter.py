@@ -17,7 +17,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .errors import InputRefused
 from .family import unwrapped
-from .models import Tensors
+from .models import Tensors, shape_of
 
 PREFIX = "base_model.model."
 SAVE = "save it with PEFT: model.save_pretrained(folder)"
@@ -160,6 +160,9 @@ class Adapter:
             "biases behind its factors (lora_bias)": config.get("lora_bias") or "lora_B.bias" in parts,
             "trained tokens": config.get("trainable_token_indices") or "trainable_tokens_delta" in parts,
             "factors of an embedding": "lora_embedding_A" in parts or "lora_embedding_B" in parts,
+            "factors of a convolution": any(
+                len(shape_of(self.tensors, keys["lora_A"])) == 4 for keys in self.parts.values() if "lora_A" in keys
+            ),
         }
         return [what for what, held in said.items() if held]
 
