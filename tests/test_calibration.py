@@ -264,7 +264,24 @@ def test_a_batch_is_held_out_where_that_leaves_two(tmp_path: Path) -> None:
             and len(found.held[0]["input_ids"]) == held
             and "4 rows held out" in found.description
         )
-    path = stored(tmp_path, input_ids=torch.arange(24).view(8, 3))
-    found = load(path, text_side(tmp_path), hold_out=True, tokens_wanted=100)
-    assert found.held is None and len(found.batches) == 2
-    assert load(path, text_side(tmp_path), hold_out=True, tokens_wanted=12).tokens == 12  # the other batch is held out
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 8, 100])
+def test_what_is_held_out_is_a_third_at_most_and_no_more_than_a_batch(tmp_path: Path, batch_size: int) -> None:
+    for rows in (1, 2, 3, 8, 10, 30, 100):
+        path = stored(tmp_path, input_ids=torch.arange(3 * rows).view(rows, 3))
+        for wanted in (3, 12, 27, 10**6):
+            found = load(path, text_side(tmp_path), hold_out=True, tokens_wanted=wanted, batch_size=batch_size)
+            fit = torch.cat([own["input_ids"] for own, _ in found.batches])
+            held = found.held[0]["input_ids"] if found.held else fit[:0]
+            assert len(held) == min(batch_size, (len(fit) + len(held)) // 3)
+            assert len(fit) == min(wanted // 3, rows - len(held))
+            assert not {*fit[:, 0].tolist()} & {*held[:, 0].tolist()}
+            assert all((part[:, 0].diff() > 0).all() for part in (fit, held)), "in their order"
+
+
+def test_what_is_held_out_is_from_everywhere(tmp_path: Path) -> None:
+    """The end of a text may be of another kind than the rest."""
+    path = stored(tmp_path, input_ids=torch.arange(300).view(100, 3))
+    found = load(path, text_side(tmp_path), hold_out=True, tokens_wanted=10**6, batch_size=8)
+    assert found.held is not None and (found.held[0]["input_ids"][:, 0] < 150).any()

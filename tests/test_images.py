@@ -133,7 +133,8 @@ def test_transparency_is_dropped(mode):
 def test_16_bits_through_a_file(tmp_path, caplog):
     grey("I;16", 257 * GREY).save(tmp_path / "a.png")
     grey("F", GREY / 255).save(tmp_path / "b.tiff")
-    (found,) = read_images(find_images(tmp_path), [Preprocessor.of(tmp_path, "V", (8, 8), 3)], wanted=9, skip_bad=False)
+    as_read = [Preprocessor.of(tmp_path, "V", (8, 8), 3)]
+    ((found,), _) = read_images(find_images(tmp_path), as_read, wanted=9, skip_bad=False)
     assert torch.equal(found[0], found[1]) and torch.allclose(found[0][0], torch.from_numpy(GREY) / 127.5 - 1)
 
 
@@ -141,7 +142,7 @@ def test_16_bits_through_a_file(tmp_path, caplog):
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_formats(tmp_path, suffix, mode):
     picture(tmp_path / f"a.{suffix}", mode=mode)
-    (pixels,) = read_images(
+    ((pixels,), _) = read_images(
         find_images(tmp_path), [Preprocessor.of(tmp_path, "V", (8, 8), 3)], wanted=9, skip_bad=False
     )
     assert pixels.shape == (1, 3, 8, 8) and pixels.abs().max() <= 1 and pixels.std() > 0.1
@@ -172,6 +173,7 @@ def test_a_corrupt_image_is_named_or_counted(tmp_path, caplog):
         load_calibration(tmp_path, side(tmp_path), side(tmp_path), **options)
     found = load_calibration(tmp_path, side(tmp_path), side(tmp_path), **options, skip_bad=True)
     assert len(found.batches[0][0]["pixel_values"]) == 1 and "2 images cannot be read" in caplog.text
+    assert f"{tmp_path.name} (1 of 3 images, 2 skipped): 1 rows" in found.description
     good.unlink()
     with pytest.raises(InputRefused, match="none of 2 images can be read"):
         load_calibration(tmp_path, side(tmp_path), side(tmp_path), **options, skip_bad=True)
@@ -233,7 +235,7 @@ def test_large_images_are_halved_on_the_way_or_refused_unread(tmp_path, monkeypa
     for name in ("large.jpg", "large.png"):
         grey.save(tmp_path / name)
     one = Preprocessor.of(tmp_path, "V", (8, 8), 1)
-    (pixels,) = read_images([tmp_path / "large.jpg"], [one], wanted=1, skip_bad=False)
+    ((pixels,), _) = read_images([tmp_path / "large.jpg"], [one], wanted=1, skip_bad=False)
     assert torch.allclose(pixels, torch.full((1, 1, 8, 8), 128 / 255 / 0.5 - 1), atol=0.02)
     with pytest.raises(InputRefused, match="large.png .*100 x 90 pixels are more than the 1600 .*--skip-bad-inputs"):
         read_images([tmp_path / "large.png"], [one], wanted=1, skip_bad=False)

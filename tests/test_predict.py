@@ -2,6 +2,7 @@
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,15 @@ from exact.models import LLAMA, base, batches, tune
 from theseus_transport import Delta, Recipe, align, predict, transport
 from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.cli import app
-from theseus_transport.predict import decompositions, forward, move_flops, polar_flops, rate
+from theseus_transport.extent import Extent
+from theseus_transport.job import Job, Session
+from theseus_transport.plan import Choice
+from theseus_transport.predict import Effort, decompositions, forward, move_flops, polar_flops, rate
 from theseus_transport.spaces import Layout
 from theseus_transport.strength import matched
+from tiny import adapter
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaModel, ViTModel
+from transformers import AutoModelForCausalLM, LlamaModel, ViTModel
 from typer.testing import CliRunner
 
 
@@ -99,17 +104,77 @@ def test_predicted_beside_used(root, tmp_path):
         "64",
     ]
     dry = json.loads(CliRunner().invoke(app, [*command, "--dry-run", "--json"]).stdout)
-    assert set(dry["predicted_seconds"]) == {"forward", "cross-moments", "decompositions", "move"}
+    assert set(dry["predicted_seconds"]) == {
+        "forward",
+        "cross-moments",
+        "decompositions",
+        "held-out quality",
+        "move",
+    }
     assert all(seconds > 0 for seconds in dry["predicted_seconds"].values()) and dry["seconds"] == {}
     said = " ".join(CliRunner().invoke(app, command, env={"COLUMNS": "200"}).stdout.split())
     for expected in (
         "MiB predicted",
         "MiB used",
-        "time predicted forward",
+        "s in all, forward",
         "by flops and this machine's rate",
         "time used",
     ):
         assert expected in said, expected
+
+
+@pytest.fixture(scope="module")
+def of_queries(root, tmp_path_factory):
+    """A LoRA on the queries of the first of two blocks, and a job that moves it."""
+    folder = tmp_path_factory.mktemp("queries")
+    model = AutoModelForCausalLM.from_pretrained(root / "causal" / "source")
+    adapter(folder / "lora", model, target_modules=["q_proj"], layers_to_transform=[0])
+    sides = str(root / "causal" / "source"), str(folder / "lora"), str(root / "causal" / "target")
+    return Job(*sides, folder / "out", calibration=str(root / "ids.safetensors"))
+
+
+def test_a_job_predicts_what_it_needs_alone(of_queries, root, monkeypatch):
+    """Of queries in the first block: one block of each model, the space they read, and heads."""
+    monkeypatch.setattr(predict, "rate", lambda dtype, device: 1.0)  # seconds are flops
+    session = Session(of_queries)
+    sides = [Checkpoint.open(root / "causal" / side) for side in ("source", "target")]
+    layouts = [Layout.of(side.config) for side in sides]
+    assert session.bases.tokens_wanted == 4 * 40  # heads' outputs; the MLP's middle has 48
+    rows, held = 10 + 5, 5  # of 16 tokens; a third of all is held out
+    assert (session.bases.extent.samples, session.bases.extent.held) == (rows, held)
+    both = list(zip(sides, layouts, strict=True))
+    blocks = [forward(*side, 16 * rows, {0}) for side in both]
+    assert session.seconds["forward"] == sum(blocks) == sum(forward(*s, 16 * rows) for s in both) / 2
+    heads = 2 * 5 * polar_flops(6, 8)
+    assert session.seconds["decompositions"] == polar_flops(24, 40) + heads
+    assert session.seconds["cross-moments"] == 2 * 160 * (24 * 40 + 24 * 40)  # what queries read, and the context
+    assert session.seconds["held-out quality"] == 4 * held * 16 * (24 * 40 + 24 * 40 // 5)
+    outcome = session.run()
+    assert outcome.skipped.startswith("1 of 2 blocks were not run")
+    assert {row["space"] for row in outcome.maps} == {"0.attention", "0.context", "0.query"}
+    assert not any("calibration tokens" in warning for warning in outcome.warnings), "160 are enough for these"
+
+
+def test_a_lora_of_queries_is_a_small_part_of_a_full_tune(of_queries, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "rate", lambda dtype, device: 1.0)
+    full = replace(of_queries, tuned=str(root / "causal" / "tuned"))
+    known = [Session(replace(job, tokens=128, out=tmp_path / "out")).seconds for job in (of_queries, full)]
+    assert all(few < part / 2 + 1 for few, part in zip(*(known[i].values() for i in (0, 1)), strict=True))
+
+
+def test_other_depths_and_completed_maps_take_passes_more(root):
+    sides = [Checkpoint.open(root / "causal" / side) for side in ("source", "target")]
+    layouts = tuple(Layout.of(side.config) for side in sides)
+    there = Extent(4, (16, 16), 0, expected=4, held=1)
+    (layer,) = (layer for layer in layouts[1].layers() if layer.name == "layers.1.mlp.down_proj")
+
+    def passes(layouts, recipe, choice):
+        effort = Effort.of(sides, layouts, recipe, {layer.name}, there, 1000, choice)
+        return effort.passes, effort.whole, effort.tokens, effort.held, effort.rows
+
+    assert passes(layouts, Recipe(), Choice(8)) == (1, 0, 48, 16, (64, 64))
+    assert passes(layouts, Recipe(null="completed"), Choice(8, tiles=4))[:2] == (4, 1)
+    assert passes((replace(layouts[0], depth=1), layouts[1]), Recipe(), Choice(8))[:2] == (1, 1)
 
 
 def test_the_library_prints_nothing():
@@ -117,4 +182,4 @@ def test_the_library_prints_nothing():
     for path in Path(theseus_transport.__file__).parent.glob("*.py"):
         calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         prints = any(isinstance(f, ast.Name) and f.id == "print" for f in calls)
-        assert not prints or path.name in ("cli.py", "screen.py"), path.name
+        assert not prints or path.name in ("cli.py", "screen.py", "terminal.py", "chat_process.py"), path.name

@@ -109,7 +109,7 @@ class Alignment:
         """
         if lost := sorted(set(range(self.source.depth)) - set(self.blocks)):
             log.warning("no block of the target takes source blocks %s: their updates stay", ", ".join(map(str, lost)))
-        widest = max(max(la.width, la.middle) for la in (self.source, self.target))
+        widest = max((max(report.source, report.target) for report in plan.reports), default=0)
         if tokens < 4 * widest:
             log.warning("%d calibration tokens for a widest space of %d: give at least %d", tokens, widest, 4 * widest)
         if weak := [r.space for r in plan.reports if r.weak]:

@@ -13,7 +13,15 @@ import torch
 from .alignment import PLANNERS, Alignment, outline
 from .calibration import Calibration, load_calibration
 from .checkpoint import Checkpoint
-from .checks import available_memory, check_dtypes, find_device, free_device_memory, read_layout, resident_memory
+from .checks import (
+    available_memory,
+    check_dtypes,
+    find_device,
+    free_device_memory,
+    read_layout,
+    resident_memory,
+    trim_memory,
+)
 from .depth import by_position, pair_streamed
 from .errors import InputRefused
 from .extent import Extent, extent
@@ -25,9 +33,11 @@ from .journal import Work
 from .links import Blocks
 from .merged import Merged
 from .models import Base
+from .needs import held_in_memory, needed, tokens_for
 from .passage import Passage, Sink, all_together
 from .plan import Plan, fitted
-from .predict import alignment_seconds, move_seconds
+from .planner import Planner
+from .predict import Effort, move_seconds
 from .procrustes import FLOOR, FLOOR_DOUBLE
 from .recipes import Recipe
 from .sizes import Sizes
@@ -82,7 +92,8 @@ class Bases:
 
     @property
     def tokens_wanted(self) -> int:
-        return self.job.tokens or 4 * max(max(la.width, la.middle, la.heads * la.head_dim) for la in self.layouts)
+        """As asked, or by what is mapped."""
+        return self.job.tokens or tokens_for(self._planner(), self.needed)
 
     @property
     def bytes_of_maps(self) -> int:
@@ -91,9 +102,10 @@ class Bases:
         return sum(dtype.itemsize * prod(shape) for _, shape, dtype in maps)
 
     def seconds(self, *, move: int = 0) -> dict[str, float]:
-        """Predicted, by stage, of an alignment, and of moving an update with ``move`` flops."""
-        tokens, recipe = self.tokens_wanted, self.job.recipe
-        return alignment_seconds(self.checkpoints, self.layouts, recipe, tokens, self.device) | move_seconds(move)
+        """Predicted, by stage, of the alignment as it was fitted, and of moving an update with ``move`` flops."""
+        known = self.needed, self.extent, self.tokens_wanted, self.plan.choice
+        effort = Effort.of(self.checkpoints, self.layouts, self.recipe(), *known)
+        return effort.seconds(self.device) | move_seconds(move, self.device)
 
     def fitted(
         self, *, tuned: Checkpoint | Merged | None = None, aligned: bool = False, keys: frozenset[str] | None = None
@@ -108,15 +120,17 @@ class Bases:
             ResourceError: it does not fit.
         """
         job, free = self.job, available_memory()
+        self.needed = needed(self._planner(), keys)
+        self.extent = Extent(0, (0, 0), 0) if aligned else self._extent()
         sizes = Sizes(
             checkpoints=(self.source, self.target),
             layouts=self.layouts,
             recipe=self.recipe(),
             tuned=tuned,
-            extent=Extent(0, (0, 0), 0) if aligned else self._extent(),
+            extent=self.extent,
             device=self.device,
             aligned=aligned,
-            wanted=None if keys is None else self._wanted(keys),
+            wanted=None if keys is None else held_in_memory(self._planner(), keys),
         )
         budget = job.max_ram, job.max_memory
         self.plan = fitted(
@@ -131,23 +145,14 @@ class Bases:
 
     def _extent(self) -> Extent:
         job = self.job
-        extra = job.batch_size if job.held_out else 0
+        most = job.batch_size if job.held_out else 0
         infos = self._side(0), self._side(1)
-        return extent(job.calibration, infos, wanted=self.tokens_wanted, extra=extra, seed=job.seed)
+        return extent(job.calibration, infos, wanted=self.tokens_wanted, most=most, seed=job.seed)
 
-    def _wanted(self, keys: frozenset[str]) -> frozenset[str]:
-        """Links and layers of the target that rules and vectors need, and all that few token types may add.
-
-        Where depths differ no pairing is known yet: then of every block what any block needs.
-        """
-        if self.layouts[0].depth != self.layouts[1].depth:
-            layers = self.layouts[1].layers()
-            slots = {layer.slot for layer in layers if layer.name in keys}
-            keys |= {layer.name for layer in layers if layer.slot in slots}
+    def _planner(self) -> Planner:
+        """One that knows what is needed; depths may be paired otherwise."""
         recipe, blocks = self.recipe(), by_position(*self.layouts)
-        planner = PLANNERS[recipe.name](*self._models(), blocks, recipe)
-        behind_norms = {name for name, link in planner.links.items() if link.target.norm}
-        return frozenset(planner.needed(keys) | behind_norms | keys)
+        return PLANNERS[recipe.name](*self._models(), blocks, recipe)
 
     def _models(self) -> tuple[Base, Base]:
         source, target = (Base.of(*side) for side in zip(self.windows, self.layouts, strict=True))
@@ -165,7 +170,7 @@ class Bases:
     def calibration(self) -> Calibration:
         job = self.job
         tuned = job.tuned and Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
-        return load_calibration(
+        data = load_calibration(
             job.calibration,
             self._side(0),
             self._side(1),
@@ -176,6 +181,8 @@ class Bases:
             skip_bad=job.skip_bad_inputs,
             chats=tuned.folder if tuned else None,
         )
+        trim_memory()
+        return data
 
     def _side(self, i: int) -> SideInfo:
         folder, name = self.checkpoints[i].folder, ("SOURCE", "TARGET")[i]

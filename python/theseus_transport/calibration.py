@@ -64,7 +64,7 @@ def load_calibration(
     (see Calibration). Text (utf-8, or `.jsonl` of records, as :mod:`formats` says) is tokenized by each model's own
     tokenizer and packed into rows of `sequence_length`; images are preprocessed as each preprocessor_config.json says.
     Of more data than `tokens_wanted` a sample drawn with `seed` is used, in its order; of less, all, with a warning.
-    With `hold_out` one batch more is drawn, and held out if that leaves enough, or two. `skip_bad` leaves out images
+    With `hold_out` some more rows are drawn and held out, as :func:`drawn_rows` says. `skip_bad` leaves out images
     and lines that cannot be read, and counts them, rather than refusing them. Chats are told by the chat template of
     the tokenizer in the folder `chats`, else by the source's, else by the target's.
 
@@ -80,12 +80,12 @@ def load_calibration(
             f"calibration {str(reference)!r} is no file; give a .safetensors, a text file, a folder of images "
             "or 'builtin'"
         )
-    extra = batch_size if hold_out else 0  # rows
+    most = batch_size if hold_out else 0  # rows held out
     infos, form = (source, target), ""  # form: in which the data were read
     if path.suffix == ".safetensors" and not builtin:
         sides = _ready_tensors(path, source, target)
     elif path.is_dir() and not builtin:
-        sides = _pictures(path, infos, tokens_wanted, extra, seed, skip_bad)
+        sides, form = _pictures(path, infos, tokens_wanted, most, seed, skip_bad)
     elif source.kind == "vision":
         raise InputRefused(
             f"{source.name} reads images, which {str(reference)!r} does not hold; "
@@ -102,22 +102,22 @@ def load_calibration(
         else:
             file = _text_file(path, tokenizers, chats, skip_bad)
             groups = [file]
-        sides = rows_of_text(groups, tokenizers, tokens=tokens_wanted + extra * length, length=length, seed=seed)
+        tokens = max(tokens_wanted, length * with_held(-(-tokens_wanted // length), most))
+        sides = rows_of_text(groups, tokenizers, tokens=tokens, length=length, seed=seed)
         form = "" if builtin else f" ({file.words})"
         for side, info in zip(sides, infos, strict=True):
             check_ids(f"the tokenizer of {info.name}", side["input_ids"], info)
-    if (kept := drawn_rows(_counts(sides, infos), tokens_wanted, extra, seed)) is not None:
-        sides = _rows(sides, kept)
+    if not path.is_dir() or builtin:  # images were drawn before they were read
+        sides = _rows(sides, drawn_rows(_counts(sides, infos), tokens_wanted, most, seed))
     origin = f"text of Python {platform.python_version()}" if builtin else path.name
     counts = _counts(sides, infos)
-    rows = len(counts) - extra
-    if rows <= extra and counts[: max(rows, 0)].sum() < tokens_wanted:  # too few to hold some out
-        rows = len(counts)
+    held = held_of(len(counts), most)
+    rows = len(counts) - held
     tokens = int(counts[:rows].sum())
     if tokens < tokens_wanted:
         log.warning("calibration %s has %d tokens, %d were wanted: maps of wide layers may be poor", origin, tokens,
                     tokens_wanted)  # fmt: skip
-    aside = f", {len(counts) - rows} rows held out" if rows < len(counts) else ""
+    aside = f", {held} rows held out" if held else ""
     return Calibration(
         batches=batches_of(*_rows(sides, slice(rows)), batch_size=batch_size),
         tokens=tokens,
@@ -127,14 +127,26 @@ def load_calibration(
     )
 
 
-def drawn_rows(counts: torch.Tensor, wanted: int, extra: int, seed: int) -> torch.Tensor | None:
-    """As many rows as hold `wanted` tokens and `extra` more, at random, in their order; None: all are needed.
+def held_of(rows: int, most: int) -> int:
+    """Rows held out of so many: a third at most, and no more than ``most``."""
+    return min(most, rows // 3)
 
-    `counts` are tokens per row [n].
+
+def with_held(rows: int, most: int) -> int:
+    """So many rows, and beside them those that are :func:`held_of` all."""
+    return rows + min(most, rows // 2)
+
+
+def drawn_rows(counts: torch.Tensor, wanted: int, most: int, seed: int) -> torch.Tensor:
+    """Rows at random: as many as hold `wanted` tokens, in their order; then, in theirs, those to be held out.
+
+    Args:
+        counts: tokens per row [n]. most: rows that may be held out.
     """
     drawn = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
-    enough = int((counts[drawn].cumsum(0) < wanted).sum()) + 1 + extra
-    return None if enough >= len(counts) else drawn[:enough].sort().values
+    drawn = drawn[: with_held(int((counts[drawn].cumsum(0) < wanted).sum()) + 1, most)]
+    fit = len(drawn) - held_of(len(drawn), most)
+    return torch.cat([drawn[:fit].sort().values, drawn[fit:].sort().values])
 
 
 def _text_file(path: Path, tokenizers: Sequence[Tokenizer], chats: Path | None, skip_bad: bool) -> TextFile | Records:
@@ -182,23 +194,36 @@ def _ready_tensors(path: Path, source: SideInfo, target: SideInfo) -> tuple[Tens
     return sides[0], sides[1]
 
 
+def images_wanted(infos: Sequence[SideInfo], tokens: int, most: int) -> int:
+    """As many as hold so many tokens, and those to be held out."""
+    return with_held(-(-tokens // min(info.tokens_per_image for info in infos)), most)
+
+
+def in_random_order(paths: Sequence[Path], seed: int) -> list[Path]:
+    return [paths[i] for i in torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()]
+
+
 def _pictures(
-    folder: Path, infos: tuple[SideInfo, SideInfo], tokens: int, extra: int, seed: int, skip_bad: bool
-) -> tuple[Tensors, Tensors]:
-    """Pixels of both sides for as many images, drawn with `seed`, as hold `tokens`, and `extra` more."""
+    folder: Path, infos: tuple[SideInfo, SideInfo], tokens: int, most: int, seed: int, skip_bad: bool
+) -> tuple[tuple[Tensors, Tensors], str]:
+    """Pixels of both sides for as many images, drawn with `seed`, as hold `tokens`, and those to be held out.
+
+    And in words how many of the images these are.
+    """
     if (kind := infos[0].kind) != "vision":
         raise InputRefused(f"calibration {folder} is a folder, {infos[0].name} is a {kind} model; give a text file")
     paths = find_images(folder)
-    drawn = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted = -(-tokens // min(info.tokens_per_image for info in infos)) + extra
+    wanted = images_wanted(infos, tokens, most)
     preprocessors = []
     for info in infos:
         size = info.image_size if isinstance(info.image_size, tuple) else (info.image_size or 0,) * 2
         preprocessors.append(Preprocessor.of(info.folder, info.name, size, info.channels or 3))
     same = preprocessors[0] == preprocessors[1]
-    found = read_images([paths[i] for i in drawn], preprocessors[: 1 if same else 2], wanted=wanted, skip_bad=skip_bad)
+    kinds = preprocessors[: 1 if same else 2]
+    found, bad = read_images(in_random_order(paths, seed), kinds, wanted=wanted, skip_bad=skip_bad)
     sides = [{"pixel_values": pixels} for pixels in found]
-    return sides[0], sides[-1]
+    skipped = f", {bad} skipped" if bad else ""
+    return (sides[0], sides[-1]), f" ({len(found[0])} of {len(paths)} images{skipped})"
 
 
 def _check_side(path: Path, prefix: str, side: Tensors, info: SideInfo) -> None:

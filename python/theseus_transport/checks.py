@@ -171,6 +171,12 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 << 20)
 
 
+def trim_memory() -> None:
+    """Give back what was freed in small blocks: large vocabularies leave ten times their file's size behind."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def free_device_memory(device: torch.device) -> int | None:
     """Free bytes of a GPU's memory; None for the CPU."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,23 @@ def find_images(folder: Path) -> list[Path]:
     return found
 
 
+def largest(paths: Sequence[Path]) -> int:
+    """Pixels of the largest image, by their headers, as it is decoded; those that cannot be read have none."""
+    try:
+        from PIL import Image
+    except ImportError:
+        return 0
+    most, unread = 0, suppress(InputRefused, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+    for path in paths:
+        with unread, open_regular(path) as file, Image.open(file, formats=FORMATS) as picture:
+            most = max(most, picture.width * picture.height)
+    return min(most, MAX_PIXELS)
+
+
 def read_images(
     paths: Sequence[Path], preprocessors: Sequence[Preprocessor], *, wanted: int, skip_bad: bool
-) -> list[torch.Tensor]:
-    """The first `wanted` readable images, [n, channels, height, width] for each preprocessor.
+) -> tuple[list[torch.Tensor], int]:
+    """The first `wanted` readable images, [n, channels, height, width] for each preprocessor, and how many are not.
 
     Raises InputRefused, naming the file, for one that cannot be read; with `skip_bad` it is left out, and counted.
     """
@@ -119,24 +133,30 @@ def read_images(
         from PIL import Image
     except ImportError as error:
         raise InputRefused("images need Pillow: pip install pillow, or give a .safetensors of pixel_values") from error
-    made: list[list[torch.Tensor]] = []
+    made: list[torch.Tensor] = []
     bad: list[Path] = []
+    count, most = 0, min(wanted, len(paths))
     for path in paths:
-        if len(made) == wanted:
+        if count == most:
             break
         try:
             with open_regular(path) as file, Image.open(file, formats=FORMATS) as picture:
                 _keep_small(picture)
-                made.append([each(picture) for each in preprocessors])
+                pixels = [each(picture) for each in preprocessors]
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's ways to say broken
             if not skip_bad:
                 raise InputRefused(f"{path} is no readable image ({error}); remove it, or --skip-bad-inputs") from error
             bad.append(path)
+            continue
+        made = made or [each.new_empty(most, *each.shape) for each in pixels]
+        for all_of_it, one in zip(made, pixels, strict=True):
+            all_of_it[count] = one
+        count += 1
     if bad:
         log.warning("%d images cannot be read and were left out, first %s", len(bad), bad[0])
     if not made:
         raise InputRefused(f"none of {len(paths)} images can be read, first {paths[0]}")
-    return [torch.stack(side) for side in zip(*made, strict=True)]
+    return [side[:count] for side in made], len(bad)
 
 
 def _keep_small(picture: Any) -> None:

@@ -143,7 +143,7 @@ class Session:
         full = None if self.delta.tuned is None else self.window.checkpoint
         keys = None if self.maps_first else frozenset[str]().union(*(tensor.needs for tensor in tensors))
         self.plan = self.bases.fitted(tuned=full, aligned=self.alignment is not None, keys=keys)
-        self.seconds = move_seconds(flops) if self.alignment else self.bases.seconds(move=flops)
+        self.seconds = move_seconds(flops, self.bases.device) if self.alignment else self.bases.seconds(move=flops)
 
     def transport(self, alignment: Alignment) -> Update:
         options: dict[str, Any] = {"leave": self.job.leave, "device": self.job.device}

@@ -106,7 +106,8 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
         "moves": there + (a.maps if a.maps_on_device else a.largest_map) + a.largest_weight + a.move,
         "tables": a.tables,
     }
-    host = {"calibration": RUNTIME + sizes.extent.loading, **host, "tables": RUNTIME + a.hidden + a.tables}
+    tables = RUNTIME + a.hidden + sizes.extent.nbytes + a.tables
+    host = {"calibration": RUNTIME + sizes.extent.loading, **host, "tables": tables}
     paired = sizes.layouts[0].depth != sizes.layouts[1].depth
     both = ({n: peak for n, peak in peaks.items() if peak and (paired or n != "pairing")} for peaks in (host, device))
     host, device = both

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from .checkpoint import Checkpoint
+from .coherent import READS
 from .depth import by_position
-from .links import moment_links
+from .extent import Extent
+from .links import Blocks, Link, moment_links
 from .models import canonical_shapes
+from .plan import Choice
 from .recipes import Recipe
+from .schedule import schedule
 from .spaces import Layout
 from .update import Update
 
@@ -21,16 +27,78 @@ Sides = Sequence[Checkpoint]
 Layouts = tuple[Layout, Layout]
 
 
-def alignment_seconds(
-    sides: Sides, layouts: Layouts, recipe: Recipe, tokens: int, device: torch.device
-) -> dict[str, float]:
-    """Of aligning two bases on so many tokens, by stage; reading, writing and starting up are not in them."""
-    single, double = rate(torch.float32, device), rate(torch.float64, device)
-    return {
-        "forward": sum(forward(*side, tokens) for side in zip(sides, layouts, strict=True)) / single,
-        "cross-moments": sum(2 * tokens * s * t for s, t in _widths(layouts)) / single,
-        "decompositions": decompositions(layouts, recipe) / double,
-    }
+@dataclass(frozen=True)
+class Effort:
+    """What aligning two bases takes.
+
+    Attributes:
+        blocks: for every target block the source block that feeds it, as far as it is known.
+        needed: links and layers of the target that something moves through.
+        tokens: pairs of tokens that are aligned on; held: that are held out.
+        rows: tokens of each model's forward passes, held out ones and padding included.
+        passes: over what is needed; whole: over all of both models.
+    """
+
+    sides: Sides
+    layouts: Layouts
+    recipe: Recipe
+    blocks: Blocks
+    needed: Collection[str]
+    tokens: int
+    rows: tuple[int, int]
+    held: int = 0
+    passes: int = 1
+    whole: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        sides: Sides,
+        layouts: Layouts,
+        recipe: Recipe,
+        needed: Collection[str],
+        extent: Extent,
+        tokens: int,
+        choice: Choice,
+    ) -> Effort:
+        """On calibration of this extent, of which ``tokens`` are wanted, carried out as ``choice`` says."""
+        lengths, fit = extent.lengths, extent.expected - extent.held
+        other_depths = layouts[0].depth != layouts[1].depth
+        return cls(
+            sides=sides,
+            layouts=layouts,
+            recipe=recipe,
+            blocks=by_position(*layouts),
+            needed=needed,
+            tokens=min(tokens, fit * min(lengths)),
+            rows=(extent.expected * lengths[0], extent.expected * lengths[1]),
+            held=extent.held * lengths[1],
+            passes=choice.tiles,
+            whole=other_depths + (recipe.null == "completed"),
+        )
+
+    def seconds(self, device: torch.device) -> dict[str, float]:
+        """By stage; reading, writing and starting up are not in them."""
+        single, double = rate(torch.float32, device), rate(torch.float64, device)
+        visits = schedule(*self.layouts, self.blocks, self.needed)
+        links = {name: link for visit in visits for name, link in visit.moments.items()}
+        flops = 0
+        for k, side in enumerate(zip(self.sides, self.layouts, self.rows, strict=True)):
+            run = {b for visit in visits if (b := visit.blocks[k]) is not None}
+            flops += self.passes * forward(*side, run) + self.whole * forward(*side)
+        found = {
+            "forward": flops / single,
+            "cross-moments": 2 * self.tokens * sum(prod(_widths(link)) for link in links.values()) / single,
+            "decompositions": decompositions(self.layouts, self.recipe, links) / double,
+        }
+        if self.held:  # rows as they pair and as they are shifted
+            mapped = sum(prod(_widths(link)) // self._parts(name) for name, link in links.items())
+            found["held-out quality"] = 2 * 2 * self.held * mapped / double
+        return found
+
+    def _parts(self, name: str) -> int:
+        """Into how many blocks along its diagonal a map falls."""
+        return self.layouts[1].heads if name.endswith(".context") and self.recipe.name == "coherent" else 1
 
 
 def rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
@@ -47,24 +115,32 @@ def rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
     return 2 * TRIAL**3 / best
 
 
-def forward(checkpoint: Checkpoint, layout: Layout, tokens: int) -> int:
-    """Flops of the blocks' linear layers; attention scores are far below them."""
+def forward(checkpoint: Checkpoint, layout: Layout, tokens: int, blocks: Collection[int] | None = None) -> int:
+    """Flops of the linear layers of these blocks, or of all; attention scores are far below them."""
+    inside = re.compile(rf"{re.escape(layout.family.blocks)}\.(\d+)\.")
     shapes = canonical_shapes(layout, checkpoint).items()
-    inner = [shape for name, shape in shapes if name.startswith(f"{layout.family.blocks}.")]
-    return 2 * tokens * sum(prod(shape) for shape in inner if len(shape) == 2)
+    found = ((int(match[1]), shape) for name, shape in shapes if (match := inside.match(name)))
+    return 2 * tokens * sum(prod(shape) for b, shape in found if len(shape) == 2 and (blocks is None or b in blocks))
 
 
-def decompositions(layouts: Layouts, recipe: Recipe) -> int:
-    """Flops of all polar factors: every space, the head maps, and in ``paper`` every layer's output too."""
+def decompositions(layouts: Layouts, recipe: Recipe, links: Collection[str] | None = None) -> int:
+    """Flops of the polar factors of these links or all: spaces, heads, and in ``paper`` what layers read there give."""
     source, target = layouts
-    sizes = [pair for name, pair in _named_widths(layouts).items() if recipe.name == "paper" or "context" not in name]
-    if recipe.name == "coherent":
-        sizes += [(source.head_dim, target.head_dim)] * (2 * target.kv_heads * target.depth)
+    every = moment_links(*layouts, by_position(*layouts))
+    sizes = []
+    for name, link in every.items():
+        if links is not None and name not in links:
+            continue
+        if recipe.name == "coherent" and name.endswith(".context"):
+            sizes += [(source.head_dim, target.head_dim)] * (2 * target.kv_heads)  # those of v, and of q and k
+        if recipe.name == "paper" or recipe.heads == "dense" or not name.endswith(".context"):
+            sizes.append(_widths(link))
     own, into = source.weights(), target.weights()
-    for role in (layer.role for layer in target.layers() if layer.role in into and recipe.name == "paper"):
-        (out_s, in_s), (out_t, in_t) = own[role], into[role]
-        expands = out_s > in_s + 1 and out_t > in_t + 1  # then the small factor is decomposed
-        sizes.append((in_s + 1, in_t + 1) if expands else (out_s, out_t))
+    for layer in target.layers() if recipe.name == "paper" else ():
+        if layer.role in into and (links is None or f"{layer.block}.{READS.get(layer.role, 'attention')}" in links):
+            (out_s, in_s), (out_t, in_t) = own[layer.role], into[layer.role]
+            expands = out_s > in_s + 1 and out_t > in_t + 1  # then the small factor is decomposed
+            sizes.append((in_s + 1, in_t + 1) if expands else (out_s, out_t))
     return sum(polar_flops(*size) for size in sizes)
 
 
@@ -95,18 +171,13 @@ def move_flops(update: Update) -> int:
     return flops
 
 
-def move_seconds(flops: int) -> dict[str, float]:
-    """Updates move in float64 on the CPU."""
-    return {"move": flops / rate(torch.float64)} if flops else {}
+def move_seconds(flops: int, device: torch.device) -> dict[str, float]:
+    """Updates move in float64 on the job's device."""
+    return {"move": flops / rate(torch.float64, device)} if flops else {}
 
 
-def _named_widths(layouts: Layouts) -> dict[str, tuple[int, int]]:
-    links = moment_links(*layouts, by_position(*layouts))
-    return {name: (link.source.width, link.target.width) for name, link in links.items()}
-
-
-def _widths(layouts: Layouts) -> list[tuple[int, int]]:
-    return list(_named_widths(layouts).values())
+def _widths(link: Link) -> tuple[int, int]:
+    return link.source.width, link.target.width
 
 
 def _wait(device: torch.device) -> None:

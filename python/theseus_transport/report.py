@@ -278,7 +278,16 @@ def size(nbytes: float) -> str:
 
 
 def _stages(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{stage} {s:.1f} s" for stage, s in seconds.items())
+    """Stage by stage, and in all; a stage's name that begins with `of` is a part of another."""
+    total = sum(s for stage, s in seconds.items() if not stage.startswith("of "))
+    return ", ".join([f"{_duration(total)} in all", *(f"{stage} {_duration(s)}" for stage, s in seconds.items())])
+
+
+def _duration(seconds: float) -> str:
+    """For people."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _kind(tensor: str) -> str:

@@ -103,9 +103,8 @@ class Update(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         fates = Counter(row.fate for row in self.coverage)
-        told = ", ".join(f"{n} {fate}" for fate, n in sorted(fates.items()))
-        sides = f"{self.source.layout.words} -> {self.target.layout.words}"
-        return f"Update({sides}, alpha {self.alpha:g}: {told})"
+        told = f"alpha {self.alpha:g}: " + ", ".join(f"{n} {fate}" for fate, n in sorted(fates.items()))
+        return f"Update({self.source.layout.words} -> {self.target.layout.words}, {told})"
 
     @property
     def warnings(self) -> list[str]:
