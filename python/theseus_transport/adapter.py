@@ -32,7 +32,7 @@ PART = re.compile(
 PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"}
 UNMERGED = {*PROMPTS, "ADAPTION_PROMPT", "XLORA", "POLY", "LILY", "SHADOW"}  # they act on activations, not on weights
 # these change the base in front of training: PEFT makes the first ones again from the plain base, the others by chance
-REDONE_INIT, RANDOM_INIT = ("pissa", "olora"), ("pissa_niter", "corda", "loftq", "lora_ga")
+REDONE_INIT, RANDOM_INIT = ("pissa", "olora"), ("pissa_niter", "corda", "lora_ga")
 # what PEFT can merge into the base, and what nothing can
 MERGED_OPTIONS = ("use_qalora", "use_bdlora", "target_parameters", "monteclora_config", "kasa_config")
 STUCK_OPTIONS = {
@@ -97,7 +97,9 @@ class Adapter:
             source: the base, which a cure names.
         """
         if not checkpoint.adapter_config:
-            raise InputRefused(f"{checkpoint.folder} has no adapter_config.json; is it a PEFT adapter?")
+            raise InputRefused(
+                f"{checkpoint.folder} has no adapter_config.json; PEFT writes it beside the weights: copy it from there"
+            )
         try:
             refuse_unlike(checkpoint.adapter_config, checkpoint, source)
             return cls(checkpoint.adapter_config, checkpoint if tensors is None else tensors)
@@ -231,6 +233,11 @@ def refuse_unlike(
             f"the adapter was initialised by {init}, which changes the base in a way that is not kept; where it was "
             "trained, save it as a plain LoRA: model.save_pretrained(folder, path_initial_model_for_weight_conversion="
             "first), first being the adapter as it was saved before training"
+        )
+    if isinstance(init, str) and init.lower() == "loftq":
+        raise InputRefused(
+            "the adapter was initialised by loftq, on a quantised base that SOURCE is not; where it was trained, merge "
+            "it into that base (merge_and_unload), dequantise the whole (dequantize) and save that as TUNED"
         )
     if isinstance(init, str) and init.lower().startswith(REDONE_INIT):
         cure = _peft_merges(config, checkpoint, source)
