@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket as sockets
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,17 @@ def replaced(name: str, make: Break) -> Break:
     return run
 
 
+def socket(path: Path) -> None:
+    """A socket of this name, which is longer than names of sockets may be."""
+    here = os.getcwd()
+    os.chdir(path.parent)
+    try:
+        with sockets.socket(sockets.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
 def stored(name: str, **tensors: torch.Tensor) -> Break:
     return lambda folder: save_file({key.replace("__", "."): value for key, value in tensors.items()}, folder / name)
 
@@ -156,8 +168,10 @@ CHECKPOINTS: dict[str, Break] = {
     "vanished shard": lambda folder: (folder / SECOND).unlink(),
     **{f"{name} is a folder": replaced(name, Path.mkdir) for name in (FIRST, INDEX, "config.json")},
     **{f"{name} is a pipe": replaced(name, os.mkfifo) for name in (FIRST, INDEX, "config.json")},
+    **{f"{name} is a socket": replaced(name, socket) for name in (FIRST, INDEX, "config.json")},
     **{f"{name} links {to}": link(name, to) for name in (FIRST, INDEX, "config.json") for to in (
-        "../elsewhere", "/dev/zero", "/etc/passwd", name, "absent", "..", "x" * 300)},
+        "../elsewhere", "../elsewhere/config.json", "/dev/zero", "/dev/null", "/dev/stdin", "/proc/self/environ",
+        "/etc/passwd", name, "absent", "..", "x" * 300)},
     "no files": lambda folder: [path.unlink() for path in folder.iterdir()],
     # values
     **{f"holds {value}": stored(FIRST, a__weight=torch.full((2, 3), value)) for value in (torch.nan, torch.inf,
@@ -186,7 +200,9 @@ ADAPTERS: dict[str, Break] = {
         ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"))},
     "no config": lambda folder: (folder / LORA_CONFIG).unlink(),
     "no weights": lambda folder: (folder / LORA).unlink(),
-    "config links out": link(LORA_CONFIG, "/etc/passwd"),
+    **{f"{name} links {to}": link(name, to) for name in (LORA, LORA_CONFIG) for to in ("/etc/passwd", "/dev/zero")},
+    **{f"{name} is a pipe": replaced(name, os.mkfifo) for name in (LORA, LORA_CONFIG)},
+    **{f"{name} is a socket": replaced(name, socket) for name in (LORA, LORA_CONFIG)},
     "weights link to themselves": link(LORA, LORA),
     "a model beside it": stored("model.safetensors", a=ONES(1)),
     "A alone": stored(LORA, **{f"{PREFIX}A.weight": ONES(2, 3)}),

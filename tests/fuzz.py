@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import os
 import random
 import re
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from theseus_transport.cli import app
+from theseus_transport.options import ALL, _recipe_options
 from theseus_transport.passage import Passage
 from typer.testing import CliRunner
 
@@ -181,11 +183,19 @@ def prepared(world: World, chance: random.Random) -> tuple[str, tuple[str, ...]]
         if path.is_symlink() or not path.is_file():
             continue
         if path.suffix == ".yaml" and chance.random() < 0.8:
-            path.write_text(text := chance.choice(mutations.YAMLS))
+            path.write_text(text := _settings(chance))
             said.append(f"{path.name} holds {text[:60]!r}")
         else:
             said.append(f"{path.parent.name}/{mutations.broken(path, chance)}")
     return f"{verb}: {'; '.join(said)}", arguments + ("--json",) * (chance.random() < 0.3)
+
+
+def _settings(chance: random.Random) -> str:
+    """A config file: something odd, or an option of any value."""
+    if chance.random() < 0.5:
+        return chance.choice(mutations.YAMLS)
+    keys = chance.sample(sorted(ALL | _recipe_options()), chance.choice((1, 1, 2)))
+    return "".join(f"{key}: {json.dumps(chance.choice(mutations.VALUES))}\n" for key in keys)
 
 
 def run(world: World, seed: int, number: int) -> Case:

@@ -3,11 +3,12 @@
 import json
 import os
 import random
-import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import corpus
 
 NESTED = "[" * 3000 + "]" * 3000
 OBJECTS = '{"a":' * 300 + "1" + "}" * 300
@@ -167,19 +168,9 @@ def as_other(path: Path, chance: random.Random) -> str:
         "nothing": lambda: None,
         "a pipe": lambda: os.mkfifo(path),
         "a folder": path.mkdir,
-        "a socket": lambda: _socket(path),
+        "a socket": lambda: corpus.socket(path),
         **{f"a link to {to[:20]}": lambda to=to: path.symlink_to(to) for to in links},  # type: ignore[misc]
     }
     said = chance.choice(sorted(others))
     others[said]()
     return f"is {said}"
-
-
-def _socket(path: Path) -> None:
-    here = os.getcwd()
-    os.chdir(path.parent)  # the names of sockets are short
-    try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(path.name)
-    finally:
-        os.chdir(here)
