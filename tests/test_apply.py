@@ -212,12 +212,12 @@ def test_a_family_that_keeps_layers_fused_and_transposed(tmp_path):
 
 
 def test_strengths_that_are_none():
-    for alpha, message in (((1.0, 1.0), "given twice"), (0.0, "finite number other than 0"), ((), "no alpha"),
-                           ("x", "or match"), (float("inf"), "finite")):  # fmt: skip
+    for alpha, message in (((1, 1.0), "given twice"), (0.0, "finite number other than 0"), ((), "no alpha"),
+                           (10**400, "finite"), ("x", "or match"), (float("inf"), "finite")):  # fmt: skip
         with pytest.raises(InputRefused, match=message):
             chosen(alpha)
-    names = [p.name for p in folders(Path("nowhere"), chosen((1e-7, -2.0, 0.1 + 0.2)), overwrite=False)]
-    assert names == ["alpha-1e-07", "alpha--2", "alpha-0.3"]
+    names = [p.name for p in folders(Path("nowhere"), chosen((1e-7, -2, 0.1 + 0.2, 0.3)))]
+    assert names == ["alpha-1e-07", "alpha--2", "alpha-0.30000000000000004", "alpha-0.3"]
 
 
 def test_alpha_is_refused_by_name(root, maps, tmp_path):

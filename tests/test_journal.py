@@ -142,6 +142,13 @@ def test_commit_makes_durable_before_it_counts(tmp_path: Path, monkeypatch: pyte
             events.clear()
 
 
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    """However many outputs and shards there are, a limit of open files (ulimit -n) is not reached by them."""
+    open_files: list[int] = []
+    Loop(tmp_path / "out", alphas=3, hook=lambda place: open_files.append(len(os.listdir("/proc/self/fd")))).run()
+    assert len(open_files) > 20 and len({*open_files}) == 1
+
+
 def test_everything_is_written_or_dropped(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'embedding' \(6 in all\) is neither written nor dropped"):  # noqa: SIM117
         with loop(tmp_path / "out").open() as work:

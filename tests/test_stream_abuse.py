@@ -151,7 +151,7 @@ def test_a_full_disk_in_the_middle(kind, root, monkeypatch):
     """Whatever is being written: exit 4, the last commit stays, and goes on when there is room."""
     Session(job_of(root, "once")).run()
     more = ("--offload-folder", root / "offload") if kind == "offload" else ()
-    opened = Path.open
+    opened = open
 
     class Full:
         """A file on a full disk."""
@@ -174,13 +174,18 @@ def test_a_full_disk_in_the_middle(kind, root, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def limited(path, mode="r", *rest, **options):
-        file = opened(path, mode, *rest, **options)
+        file, path = opened(path, mode, *rest, **options), Path(path)
         full = kind in str(path.relative_to(root)) if path.is_relative_to(root) else False
         return Full(file) if full and set(mode) & set("wa+x") else file
 
+    def fill():
+        patched.setattr(Path, "open", limited)
+        patched.setattr("builtins.open", limited)
+
     with monkeypatch.context() as patched:
-        after_commit(patched, 2, lambda: patched.setattr(Path, "open", limited))
-        refused("disk full.*--resume", *arguments(root), *more, code=4)
+        after_commit(patched, 2, fill)
+        where = {"offload": "offload/theseus-.*", "hidden": r"\.out\.theseus/hidden"}.get(kind, "out")
+        refused(f"{where}: disk full.*--resume", *arguments(root), *more, code=4)
     step = json.loads((root / ".out.theseus/journal.json").read_text())["step"]
     assert step == 2
     invoke(*arguments(root), *more, "--resume")

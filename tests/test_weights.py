@@ -164,3 +164,19 @@ def test_the_interpreter_ends_with_reads_on_their_way(tmp_path: Path, end: str) 
     ended = subprocess.run([sys.executable, "-c", program], timeout=600, capture_output=True, text=True)
     assert ended.returncode == {"raise KeyboardInterrupt": -2}.get(end, 0), ended.stderr
     assert "reader" not in ended.stderr
+
+
+def test_where_no_thread_can_be_started_nothing_is_read_ahead(
+    window: Window, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with window:
+        for block in (FIRST, SECOND):
+            window.prefetch(block)
+            assert window.held_bytes == window.bytes_read == 0
+        window.hold(FIRST)
+        assert all(torch.equal(window[name], TENSORS[name]) for name in FIRST) and window.bytes_read == BLOCK
+    assert caplog.text.count("weights are not read ahead: can't start new thread") == 1

@@ -16,9 +16,6 @@ from theseus_transport.writer import Output, Planned
 
 
 def test_refusals_name_the_cure(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"nothing to resume: there is no .*/\.out\.theseus; run without --resume"):
-        loop(tmp_path / "out").run(resume=True)
-    assert names(tmp_path) == set()
     hidden = interrupted(tmp_path / "out")
     before = content(hidden)
     with pytest.raises(InputRefused, match=r"unfinished run lies in .*theseus, 2 steps done; --resume .*, or remove"):
@@ -45,12 +42,43 @@ def test_a_whole_folder_is_not_made_again(tmp_path: Path) -> None:
     with pytest.raises(AlreadyDone):
         loop(tmp_path / "out").run(resume=True)
     assert names(tmp_path) == {"out"}
-    for change in ({"key": {**KEY, "torch": "3"}}, {"shard_size": 10**9}):
-        with pytest.raises(InputRefused, match="nothing to resume"):
+    before, other = content(tmp_path), "it is damaged, or holds other tensors"
+    changes = {'torch is "3", was "2.13"': {"key": {**KEY, "torch": "3"}}, other: {"shard_size": 10**9}}
+    for said, change in changes.items():
+        with pytest.raises(InputRefused, match=f"out/alpha-0 was made otherwise: {said}; name another folder, or --ov"):
             loop(tmp_path / "out").run(resume=True, **change)
+    assert content(tmp_path) == before
     (tmp_path / "out/alpha-1/config.json").write_text("{} ")
-    with pytest.raises(InputRefused, match="nothing to resume"):
+    with pytest.raises(InputRefused, match=f"out/alpha-1 was made otherwise: {other}"):
         loop(tmp_path / "out").run(resume=True)
+    loop(tmp_path / "out").run(resume=True, overwrite=True)
+    assert content(tmp_path) == before and names(tmp_path) == {"out"}
+
+
+def test_what_a_process_left_that_was_killed_while_it_tidied_up(tmp_path: Path) -> None:
+    """It goes with the next run, whatever becomes of that, and so does what an overwritten folder was put aside as."""
+    loop(tmp_path / "out", alphas=1).run()
+    for options, error in (({}, InputRefused), ({"resume": True}, AlreadyDone)):
+        (tmp_path / ".out.theseus/staged-0").mkdir(parents=True)
+        (tmp_path / ".out.theseus/lock").touch()
+        with pytest.raises(error):
+            loop(tmp_path / "out", alphas=1).run(**options)
+        assert names(tmp_path) == {"out"}
+    (tmp_path / "out").rename(tmp_path / ".out.old-0123abcd")
+    loop(tmp_path / "out", alphas=1).run()
+    assert names(tmp_path) == {"out"}
+
+
+def test_resume_begins_where_nothing_is_to_be_resumed(tmp_path: Path) -> None:
+    """A requeued script has one line."""
+    loop(tmp_path / "straight").run()
+    loop(tmp_path / "out").run(resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").touch()
+    with pytest.raises(InputRefused, match="full is not empty; name another folder, or --overwrite"):
+        loop(tmp_path / "full", alphas=1).run(resume=True)
+    assert names(tmp_path) == {"out", "straight", "full"}
 
 
 CHANGES = {
@@ -173,14 +201,14 @@ def test_second_process_is_refused(tmp_path: Path) -> None:
 
 def test_room_counts_what_is_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    check = workplace.check_writable
+    check = workplace.check_target
 
-    def spy(folder: Path, nbytes: int, **options: object) -> None:
+    def spy(place: Path, target: Path, nbytes: int, **options: object) -> None:
         asked.append(nbytes)
-        check(folder, nbytes, **options)
+        check(place, target, nbytes, **options)
 
     big = [Planned(n, (1 << 20,), torch.uint8, lambda rows: torch.ones(1 << 20, dtype=torch.uint8)) for n in "abcd"]
-    monkeypatch.setattr(workplace, "check_writable", spy)
+    monkeypatch.setattr(workplace, "check_target", spy)
     options = {"stem": "model", "key": {}, "overwrite": False}
     with Work.open(tmp_path / "out", [Output(tmp_path / "out", big)], resume=False, **options) as work:
         work.write("a"), work.write("c")

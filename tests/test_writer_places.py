@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 import threading
 import time
 from functools import partial
@@ -166,3 +167,36 @@ def test_check_writable_names_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(folder.os.path, "ismount", lambda path: True)
     with pytest.raises(InputRefused, match="is a mount point"):
         check_writable(tmp_path / "out", 0)
+
+
+MOST, LONGEST = (os.pathconf(tempfile.gettempdir(), limit) for limit in ("PC_NAME_MAX", "PC_PATH_MAX"))
+NO_PLACES = {
+    "name": ("x" * (MOST - 13), f"has {MOST - 13}, and 14 more while it is written; choose one of at most {MOST - 14}"),
+    "bytes": ("ä" * (MOST // 2), f"at most {MOST} bytes there, 'ä+' has {MOST // 2 * 2}, and 14 more"),
+    "parent": ("x" * (MOST + 1) + "/out", f"'x+' has {MOST + 1}; choose one of at most {MOST}"),
+    "path": ("/".join(["x" * 99] * (LONGEST // 100)), f"a path has at most {LONGEST} bytes there, .* up to 100 more"),
+    "circle": ("circle/out", "leads nowhere"),
+    "null byte": ("a\0b", "leads nowhere"),
+}
+
+
+@pytest.mark.parametrize("name, message", NO_PLACES.values(), ids=NO_PLACES)
+def test_names_that_no_folder_can_have(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(InputRefused, match=message):
+        check_writable(name, 0)
+    longest = tmp_path / ("x" * (MOST - 14))
+    check_writable(longest, 0)
+    for _ in range(2):
+        write_checkpoint(longest, plan(some_tensors()), overwrite=True)
+
+
+def test_a_user_without_a_home_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    check_writable(tmp_path / "out", 0)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .alignment import RECORD, Alignment
-from .bases import Bases, Progress, check_room, options_of, quiet
+from .bases import Bases, Progress, options_of, quiet
 from .checks import check_values
+from .earlier import check_room
 from .identity import content_hash
 from .journal import Work
 from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest

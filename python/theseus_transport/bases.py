@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .alignment import PLANNERS, Alignment, outline
+from .amounts import Amounts
 from .calibration import Calibration, load_calibration
 from .checkpoint import Checkpoint
 from .checks import (
@@ -23,10 +24,10 @@ from .checks import (
     trim_memory,
 )
 from .depth import by_position, pair_streamed
+from .earlier import unfinished
 from .errors import InputRefused
 from .extent import Extent, extent
-from .folder import check_writable
-from .hidden import own_folder
+from .hidden import check_offload, own_folder
 from .identity import content_hash, recorded_base, reference_of, versions
 from .inputs import SideInfo
 from .journal import Work
@@ -44,7 +45,6 @@ from .sizes import Sizes
 from .spaces import Layout
 from .stored import planned_maps
 from .weights import Window
-from .workplace import unfinished_key
 
 if TYPE_CHECKING:
     from .align_job import AlignJob
@@ -138,9 +138,12 @@ class Bases:
             job.batch_size,
             offload=job.offload_folder is not None,
             budget=budget,
-            like=unfinished_key(job.out).get("carried out") if job.resume else None,
+            like=begun.key.get("carried out") if job.resume and (begun := unfinished(job.out)) else None,
             free=(free and free + resident_memory(), free_device_memory(self.device)),
         )
+        if self._hidden and not aligned:
+            stored = Amounts(sizes, replace(self.plan.choice, resident=True)).hidden
+            check_offload(self._hidden, stored, job.out, inputs=[*self.inputs, *([tuned.folder] if tuned else [])])
         return self.plan
 
     def _extent(self) -> Extent:
@@ -278,12 +281,6 @@ class Bases:
                         f"{str(recorded.get(kind))[:12]}), but {checkpoint.folder} ({now[:12]}) was given; "
                         f"name the right one with --{side}, or align again"
                     )
-
-
-def check_room(places: Sequence[Path], nbytes: int, job: AlignJob, *, inputs: Sequence[Path]) -> None:
-    """Refuse folders that cannot be written, before anything heavy runs; a resumed run has its own room already."""
-    for place in () if job.resume else places:
-        check_writable(place, nbytes, overwrite=job.overwrite, inputs=inputs)
 
 
 def options_of(job: Any) -> dict[str, Any]:

@@ -13,10 +13,6 @@ class InputRefused(TheseusError):
     exit_code = 3
 
 
-class NothingToResume(InputRefused):
-    """There is no unfinished run to go on with."""
-
-
 class ResourceError(TheseusError):
     """Memory or disk does not suffice."""
 

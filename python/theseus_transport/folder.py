@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import logging
 import os
@@ -20,19 +21,25 @@ from .headers import file_blake2b, inside, read_json, real
 log = logging.getLogger(__name__)
 
 MANIFEST = "theseus.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+AROUND = len("..old-01234567")  # bytes of the longest name that is put around an output's, for a folder beside it
+INSIDE = 100  # bytes of the longest path in such a folder
 
 
 def check_writable(folder: str | Path, nbytes: int, *, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
     """Raise before any computation if `nbytes` cannot be written as `folder`.
 
     Raises InputRefused if the folder is or holds or lies in one of `inputs`, is not empty without `overwrite`, is a
-    mount point, or holds the home or working directory; ResourceError, with numbers, if the disk has too little room.
+    mount point, holds the home or working directory, or has too long a name; ResourceError, with numbers, if the disk
+    has too little room.
     """
     target = real(folder)
+    nearest = next((parent for parent in target.parents if os.path.exists(parent)), target)
     refuse_overlap(target, inputs)
+    _refuse_long(target, nearest)
     if target.exists() and not target.is_dir():
         raise InputRefused(f"output {target} is a file; name a folder")
-    if any(target == place or target in place.parents for place in (Path.home().resolve(), Path.cwd())):
+    if any(target == place or target in place.parents for place in (*_home(), Path.cwd())):
         raise InputRefused(f"output {target} holds the home or working directory; name a folder of its own")
     if os.path.ismount(target):
         raise InputRefused(f"output {target} is a mount point and cannot be renamed into place; name a folder in it")
@@ -40,13 +47,38 @@ def check_writable(folder: str | Path, nbytes: int, *, overwrite: bool = False, 
         raise InputRefused(f"output {target} is not empty; name another folder, or --overwrite")
     if overwrite and target.exists() and any(target.iterdir()) and not (target / MANIFEST).exists():
         raise InputRefused(f"output {target} holds no {MANIFEST}, so it is not ours to replace; remove it first")
-    nearest = next(parent for parent in target.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise InputRefused(f"output {target}: {nearest} is not a folder that may be written; name another")
     free = shutil.disk_usage(nearest).free
     if free < nbytes:
         raise ResourceError(
             f"output {target} needs {nbytes} bytes, {nearest} has {free} free; free some, or go elsewhere"
+        )
+
+
+def _home() -> list[Path]:
+    with suppress(RuntimeError):  # a user without one
+        return [real(Path.home())]
+    return []
+
+
+def _refuse_long(target: Path, nearest: Path) -> None:
+    """Raise InputRefused where the file system has no room for a name, or for those of folders beside it."""
+    most, longest = os.pathconf(nearest, "PC_NAME_MAX"), os.pathconf(nearest, "PC_PATH_MAX")
+    parts = target.relative_to(nearest).parts
+    for i, part in enumerate(parts):
+        around = AROUND if i + 1 == len(parts) else 0
+        if len(os.fsencode(part)) > most - around:
+            raise InputRefused(
+                f"output {target}: a name has at most {most} bytes there, {part!r} has {len(os.fsencode(part))}"
+                + (f", and {around} more while it is written" if around else "")
+                + f"; choose one of at most {most - around}"
+            )
+    if len(os.fsencode(target)) > longest - INSIDE:
+        raise InputRefused(
+            f"output {target}: a path has at most {longest} bytes there, this one has "
+            f"{len(os.fsencode(target))}, and up to {INSIDE} more for what is written in it; choose one of at most "
+            f"{longest - INSIDE}"
         )
 
 
@@ -59,8 +91,18 @@ def refuse_overlap(target: Path, inputs: Sequence[Path]) -> None:
 
 def warn_leftovers(target: Path) -> None:
     """Name what a killed process left beside a folder."""
-    if leftovers := [path.name for kind in ("tmp", "old") for path in target.parent.glob(f".{target.name}.{kind}-*")]:
+    if leftovers := [path.name for kind in ("tmp", "old") for path in _left_by_others(target, kind)]:
         log.warning("%s holds %s from an interrupted run; remove it", target.parent, ", ".join(leftovers))
+
+
+def _left_by_others(target: Path, kind: str) -> list[Path]:
+    return [*target.parent.glob(f".{glob.escape(target.name)}.{kind}-" + "[0-9a-f]" * 8)]
+
+
+def remove_replaced(target: Path) -> None:
+    """What a process that was killed had put aside for a folder which is written now."""
+    for path in _left_by_others(target, "old"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def make_private(folder: Path) -> None:
@@ -111,7 +153,7 @@ def new_folder(
         for parent in created:
             with suppress(OSError):  # another folder is written beside this one
                 parent.rmdir()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             raise ResourceError(f"{target}: disk full, {nbytes} bytes of tensors and {free} left: {error}") from error
         raise
 
@@ -163,7 +205,7 @@ def differences(folder: str | Path) -> list[str]:
 def write_file(path: Path, content: bytes | str | Path) -> None:
     data = content.read_bytes() if isinstance(content, Path) else content
     with path.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)  # paths may be no text
         file.flush()
         os.fsync(file.fileno())
 

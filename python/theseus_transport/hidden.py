@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputRefused, ReadFailed
-from .folder import make_private
+from .earlier import workplace_of
+from .errors import InputRefused, ReadFailed, ResourceError
+from .folder import FULL, make_private
 from .headers import digest, real
 
 
 def own_folder(offload: Path, out: Path) -> Path:
     """Where the run that writes ``out`` keeps its files in an offload folder; the same for one that goes on."""
-    return offload / f"theseus-{digest(str(real(out)).encode())[:12]}"
+    return offload / f"theseus-{digest(os.fsencode(real(out)))[:12]}"
+
+
+def check_offload(folder: Path, nbytes: int, out: Path, *, inputs: Sequence[Path]) -> None:
+    """Raise before any computation if a run's own folder cannot hold ``nbytes`` of hidden states a file.
+
+    Three files a model: what is read, what is written, and what the last commit needs.
+
+    Raises:
+        InputRefused: it lies in what the run reads, or in ``out``, which it writes; or it cannot be made.
+        ResourceError: the disk has too little room.
+    """
+    folder = real(folder)
+    for other in (*map(real, inputs), real(out), workplace_of(real(out))):
+        if folder == other or other in folder.parents:
+            raise InputRefused(f"--offload-folder {folder.parent} lies in {other}; name a folder outside of it")
+    nearest = next(parent for parent in folder.parents if os.path.exists(parent))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputRefused(f"--offload-folder {folder.parent}: {nearest} may not be written; name another")
+    held = sum(path.stat().st_size for path in folder.glob("*.bin"))  # of a run that goes on
+    if (free := shutil.disk_usage(nearest).free) + held < 3 * nbytes:
+        raise ResourceError(
+            f"--offload-folder {folder.parent} is to hold {3 * nbytes} bytes of hidden states, {nearest} has {free} "
+            "free; free some, or name another"
+        )
 
 
 @contextmanager
@@ -139,9 +164,18 @@ class Hidden:
 
     def _write(self, number: int, i: int, state: Tensor) -> None:
         make_private(self._folder)
-        with self._path(number).open("wb" if i == 0 else "r+b") as file:
-            file.seek(self._offset(i))
-            file.write(state.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        try:
+            with self._path(number).open("wb" if i == 0 else "r+b") as file:
+                file.seek(self._offset(i))
+                file.write(state.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            free = shutil.disk_usage(self._folder).free
+            raise ResourceError(
+                f"{self._folder}: disk full, {self.nbytes} bytes of hidden states a file and {free} free: {error}; "
+                "free some, or name another place with --offload-folder"
+            ) from error
 
     def _read(self, i: int) -> Tensor:
         shape, dtype = self._sizes[i]

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from .align_job import AlignJob, AlignSession
 from .alignment import Alignment, outline
-from .bases import Bases, Progress, check_room, options_of, quiet
+from .bases import Bases, Progress, options_of, quiet
 from .behaviour import behaviour_of
 from .calibration import Calibration
 from .changes import first_change
@@ -24,8 +24,10 @@ from .checkpoint import Checkpoint, located
 from .checks import check_dtypes, check_left, check_rows, check_tune, check_values
 from .companions import has_tokenizer
 from .delta import Delta
-from .errors import AlreadyDone, InputRefused, NothingToResume, NumericalError
-from .folder import MANIFEST, differences, read_manifest, refuse_foreign
+from .earlier import check_room, tell_apart, unfinished, workplace_of
+from .errors import AlreadyDone, InputRefused, NumericalError, ResourceError
+from .folder import differences, read_manifest, refuse_foreign
+from .headers import real
 from .identity import recorded_base
 from .journal import Work
 from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
@@ -113,8 +115,9 @@ class Job:
 class Session:
     """The checked inputs of a job; opening it refuses what cannot work, before anything heavy runs."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.alphas = job, chosen(job.alpha)
+    def __init__(self, job: Job, key: dict[str, Any] | None = None) -> None:
+        """``key``: of what is written, where this is a part of another job."""
+        self.key, self.job, self.alphas = key, job, chosen(job.alpha)
         self.bases = Bases(job.alignment)
         source = self.bases.source
         self.tuned = Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
@@ -132,7 +135,7 @@ class Session:
         first_change(draft)
         self.coverage = draft.coverage
         check_left(job.leave, self.coverage, source, self.tuned)
-        self.places = folders(job.out, self.alphas, overwrite=job.overwrite or job.resume)
+        self.places = folders(job.out, self.alphas)
         tensors, matched = planned(draft, self.kind, self.dtype), any(a.asked == "match" for a in self.alphas)
         self.bytes_out = len(self.places) * planned_bytes(tensors)
         self.maps_first = matched and not self.alignment
@@ -207,7 +210,7 @@ class Session:
                 out.files = {**(out.files or {}), "README.md": lambda i=i: model_card(known(i))}  # type: ignore[misc]
                 out.metadata = lambda i=i: {"outcome": told_in_manifest(known(i)), "provenance": provenance}
             stem, described = described_outputs(update, outputs, self.kind, dtype=self.dtype, base_name=job.target)
-            key = self._key(data, draft.recipe, alphas)
+            key = self.key or self._key(data, draft.recipe)
             writing = self.bases.writing(key, stem=stem, inputs=self.inputs)
             with self.window, Work.open(job.out, described, **writing) as work:
                 tensors = described[0].tensors
@@ -232,40 +235,36 @@ class Session:
 
     def _aligned_first(self, progress: Progress) -> Outcome:
         """A strength that follows from all of the update needs all maps first: they lie beside the output meanwhile."""
-        maps = self.job.out.with_name(f".{self.job.out.name}.maps")
+        job, out = self.job, real(self.job.out)
+        maps, key = out.with_name(f".{out.name}.maps"), self._key(self.bases.calibration(), self.bases.recipe())
         if there := os.path.lexists(maps):  # of a run that got so far
             refuse_foreign(maps)
-        aligned = replace(self.job.alignment, out=maps, resume=self.job.resume or there)
-        try:
-            AlignSession(aligned).run(progress)
-        except AlreadyDone:
-            log.info("going on with the maps in %s", maps)
-        except NothingToResume:
-            if (self.places[0] / MANIFEST).exists():
-                shutil.rmtree(maps, ignore_errors=True)  # a process was killed while it tidied up
-                raise AlreadyDone(f"{self.job.out} is whole already; there is nothing to resume") from None
-            if not there:
-                raise
-            AlignSession(replace(aligned, resume=False, overwrite=True)).run(progress)
-        job = replace(self.job, maps=str(maps))
-        try:
+        if job.resume and not unfinished(out):
             try:
-                outcome = Session(job).run(progress)
-            except NothingToResume:  # interrupted before it began to move
-                outcome = Session(replace(job, resume=False)).run(progress)
+                tell_apart(out, [*map(real, self.places)], key, overwrite=job.overwrite)
+            except AlreadyDone:
+                shutil.rmtree(maps, ignore_errors=True)  # a process was killed while it tidied up
+                raise
+        known: dict[str, Any] = {"resume": job.resume or there, "overwrite": job.overwrite or there}
+        with suppress(AlreadyDone):
+            AlignSession(replace(job.alignment, out=maps, **known)).run(progress)
+        try:
+            outcome = Session(replace(job, maps=str(maps)), key).run(progress)
         except (AlreadyDone, InputRefused, NumericalError):
-            if not maps.with_name(f".{job.out.name}.theseus").exists():  # else that goes on with these maps
+            if not workplace_of(out).exists():  # else that goes on with these maps
                 shutil.rmtree(maps)
             raise
+        except (KeyboardInterrupt, ResourceError) as error:
+            said = str(error) or "interrupted"
+            raise type(error)(f"{said}; the maps lie in {maps}: --resume goes on with them, or remove it") from error
         shutil.rmtree(maps)
         return outcome
 
-    def _key(self, data: Calibration | None, recipe: Recipe, alphas: Sequence[float]) -> dict[str, Any]:
+    def _key(self, data: Calibration | None, recipe: Recipe) -> dict[str, Any]:
         """All that decides what is written; see :meth:`Bases.key`."""
-        job, known = self.job, dict[str, Any]()
-        if job.maps:
-            known["MAPS"] = read_manifest(job.maps)["files"]  # by content: what a matched strength needs is made anew
-        known |= {"alphas": list(alphas), "recipe": asdict(recipe), **options_of(job)}
+        job = self.job
+        known = {"MAPS": read_manifest(job.maps)["files"]} if job.maps else {}  # by content
+        known |= {"alphas": [alpha.asked for alpha in self.alphas], "recipe": asdict(recipe), **options_of(job)}
         return self.bases.key(data, self.tuned, whole=job.verify_inputs, **known)
 
     def _warn(self, said: list[str]) -> None:

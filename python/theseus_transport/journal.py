@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from .checkpoint import Checkpoint
-from .errors import ResourceError
-from .folder import read_manifest, seal, sync
+from .errors import ResourceError, TheseusError
+from .folder import FULL, read_manifest, seal, sync
 from .headers import digest, head, real
 from .record import Record
 from .workplace import Workplace
@@ -58,7 +55,7 @@ class Work:
         targets = [real(output.folder) for output in outputs]
         self._place = Workplace(home, targets, self._layout, key, overwrite=overwrite, inputs=inputs)
         self.home, self.folder, self._record = home, self._place.folder, self._place.record
-        self._files: dict[Path, BinaryIO] = {}  # written to since the last commit
+        self._dirty = set[Path]()  # files written to since the last commit; no more than one is open at a time
         self.written, self.dropped = set[str](), set[str]()
 
     @classmethod
@@ -133,7 +130,8 @@ class Work:
         if name in self.written | self.dropped:
             return
         file, start = self._layout.places[name]
-        files = [self._opened(staged / file) for staged in self._place.staged()]
+        files = [staged / file for staged in self._place.staged()]
+        self._dirty.update(files)
         write_tensor(files, start, [plan[name] for plan in self._plans])
         self.written.add(name)
 
@@ -178,16 +176,16 @@ class Work:
                 place.mkdir()
                 copy_tensors(self._layout, staged, layout, place)
             layout.complete(place, output.files or {})
-            seal(place, output.metadata() if callable(output.metadata) else output.metadata or {}, run=self._place.run)
+            metadata = output.metadata() if callable(output.metadata) else output.metadata or {}
+            seal(place, metadata, run=self._place.run, key=self._record.key)
         self._save(whole=True)
         self._place.put_in_place(self.dropped)
         return [read_manifest(target) for target in self._place.targets]
 
     def _begin(self) -> None:
         self._place.begin()
-        for staged in self._place.staged():
-            for file in self._layout.headers:  # headers have to be durable with the first commit
-                self._opened(staged / file)
+        # headers have to be durable with the first commit
+        self._dirty.update(staged / file for staged in self._place.staged() for file in self._layout.headers)
         self._save()
 
     def _restore(self, record: Record) -> None:
@@ -199,31 +197,21 @@ class Work:
         record.save(self.folder)
         self._record = record
 
-    def _opened(self, path: Path) -> BinaryIO:
-        if path not in self._files:
-            self._files[path] = path.open("r+b")
-        return self._files[path]
-
     def _flush(self) -> None:
-        for file in self._files.values():
-            os.fsync(file.fileno())
-        self._close()
-
-    def _close(self) -> None:
-        for file in self._files.values():
-            with suppress(OSError):  # every write was flushed, and a full disk has shown there
-                file.close()
-        self._files.clear()
+        for path in self._dirty:
+            sync(path)
+        self._dirty.clear()
 
     def _end(self, error: BaseException | None) -> None:
         """Keep what a resume can go on from, or remove it all; the error says which."""
         place, record = self._place, self._record
         try:
-            self._close()
+            if place.done and isinstance(error, KeyboardInterrupt):
+                raise type(error)(f"interrupted; {place.home} is whole") from error
             if not place.owned or place.done:
                 return
             if kept := record.whole or (record.begun and _may_pass(error)):
-                cure = f"run again with --resume to go on after step {record.step}, or remove {self.folder}"
+                cure = f"run again with --resume to go on after step {record.step}, or remove {place.lying(record)}"
             else:
                 place.remove()
                 cure = "nothing was written"
@@ -246,7 +234,9 @@ def _may_pass(error: BaseException | None) -> bool:
 
 def _told(error: BaseException | None, place: Workplace, cure: str, *, kept: bool) -> BaseException | None:
     """The error to raise in place of another; None to leave that."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    from .checks import out_of_memory
+
+    if isinstance(error, OSError) and error.errno in FULL:
         free = shutil.disk_usage(place.folder.parent).free
         total = len(place.targets) * place.layout.nbytes
         return ResourceError(f"{place.home}: disk full, {total} bytes of tensors and {free} free: {error}; {cure}")
@@ -254,9 +244,9 @@ def _told(error: BaseException | None, place: Workplace, cure: str, *, kept: boo
         return None
     if isinstance(error, KeyboardInterrupt):
         return type(error)(f"interrupted; {cure}")
-    if isinstance(error, ResourceError):
+    if isinstance(error, TheseusError):
         return type(error)(f"{error}; {cure}")
     if isinstance(error, Exception):
-        text = str(error) if isinstance(error, OSError) else f"out of memory: {error}"
+        text = f"out of memory: {error}" if out_of_memory(error) else str(error)
         return ResourceError(f"{text}; {cure}")
     return None

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 JOURNAL, NEXT, LOCK = "journal.json", "journal.json.next", "lock"
+NAMED = 5  # differences a message names
 WORDS = {"size": "size in bytes", "mtime_ns": "time of change in ns", "header_blake2b": "header", "blake2b": "content"}
 
 
@@ -72,15 +73,16 @@ class Record:
             raise InputRefused(f"{folder / JOURNAL} is damaged; remove {folder}")
         return cls(**found)
 
-    def changes(self, key: Mapping[str, Any]) -> list[str]:
-        """Every difference between the key of this record and another, in words."""
+    def changes(self, key: Mapping[str, Any]) -> str:
+        """What differs between the key of this record and another, in words; of many differences the first."""
         before, now = dict(_leaves(self.key)), dict(_leaves(key))
         missing = object()
-        return [
+        changed = [
             f"{name} is {_said(now, name)}, was {_said(before, name)}"
             for name in {**before, **now}
             if before.get(name, missing) != now.get(name, missing)
         ]
+        return "; ".join(changed[:NAMED]) + (f" and {len(changed) - NAMED} more" if len(changed) > NAMED else "")
 
 
 def signed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +109,11 @@ def lock(folder: Path) -> int:
 
     The file tells the number of the process. A lock that the system keeps is free the moment its process is killed.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    gone = InputRefused(f"another process has just removed {folder}; run again")
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except FileNotFoundError:
+        raise gone from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -116,6 +122,9 @@ def lock(folder: Path) -> int:
         raise InputRefused(f"process {other} is at work in {folder}; wait for it, or stop it first") from None
     except OSError as error:  # a file system that knows no locks
         log.warning("%s cannot be locked (%s): let no second process write there", folder, error)
+    if not os.fstat(descriptor).st_nlink:  # it ended between these two lines
+        os.close(descriptor)
+        raise gone
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor

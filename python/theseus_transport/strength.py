@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .errors import InputRefused
-from .folder import check_writable
 from .models import double, fresh, row_tiles, rows_of, squares
 from .update import Update
 
@@ -34,8 +34,9 @@ def chosen(alpha: Alpha | Sequence[Alpha]) -> list[Strength]:
     asked: list[Any] = list(alpha) if isinstance(alpha, (list, tuple)) else [alpha]
     for one in asked:
         number = isinstance(one, (int, float)) and not isinstance(one, bool)
-        if one != "match" and not (number and 0 < abs(one) < float("inf")):
+        if one != "match" and not (number and 0 < abs(one) <= sys.float_info.max):
             raise InputRefused(f"alpha is {one}; give a finite number other than 0, or match")
+    asked = [one if one == "match" else float(one) for one in asked]
     if twice := [one for one in asked if asked.count(one) > 1]:
         raise InputRefused(f"alpha {twice[0]} is given twice; keep one")
     if not asked:
@@ -43,13 +44,9 @@ def chosen(alpha: Alpha | Sequence[Alpha]) -> list[Strength]:
     return [Strength(one) for one in asked]
 
 
-def folders(out: Path, alphas: Sequence[Strength], *, overwrite: bool) -> list[Path]:
-    """Where each strength is written: ``out`` for one, ``out/alpha-...`` for several."""
-    if len(alphas) == 1:
-        return [out]
-    if not overwrite:
-        check_writable(out, 0)
-    return [out / f"alpha-{a.asked if a.asked == 'match' else format(a.asked, '.15g')}" for a in alphas]
+def folders(out: Path, alphas: Sequence[Strength]) -> list[Path]:
+    """Where each strength is written: ``out`` for one, ``out/alpha-...`` for several; other numbers, other names."""
+    return [out] if len(alphas) == 1 else [out / f"alpha-{str(a.asked).removesuffix('.0')}" for a in alphas]
 
 
 def matched(update: Update) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,6 +16,7 @@ from .checkpoint import Checkpoint, check_finite
 from .merged import Merged
 from .upload import Upload
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -45,6 +47,7 @@ class Window(Mapping[str, Tensor]):
         self._held: dict[str, Tensor] = {}
         self._coming: dict[str, Future[Tensor]] = {}
         self._reader: ThreadPoolExecutor | None = None
+        self._alone = False  # no other thread could be started
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Start to read these on another thread, in this order; those held or on their way are not read again.
@@ -55,10 +58,25 @@ class Window(Mapping[str, Tensor]):
         for name in names:
             if name not in self._held and name not in self._coming:
                 self._expect(name)
-                self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="theseus-reader")
                 if send is None and self.upload is not None:
                     send = self.upload.ahead()
-                self._coming[name] = self._reader.submit(self._onward, name, send)
+                if (coming := self._submitted(name, send)) is None:
+                    return
+                self._coming[name] = coming
+
+    def _submitted(self, name: str, send: Callable[[str, Tensor], None] | None) -> Future[Tensor] | None:
+        """A read on the other thread; None where the system starts no thread: then each is read when it is wanted."""
+        if self._alone:
+            return None
+        reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="theseus-reader")
+        try:
+            coming = reader.submit(self._onward, name, send)
+        except RuntimeError as error:
+            log.warning("%s: weights are not read ahead: %s", self.folder, error)
+            self._alone = True
+            return None
+        self._reader = reader
+        return coming
 
     def hold(self, names: Iterable[str]) -> None:
         """Have these in memory until they are released, each read once."""

@@ -21,24 +21,23 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .errors import AlreadyDone, InputRefused, NothingToResume
+from .earlier import check_target, tell_apart, workplace_of
+from .errors import AlreadyDone, InputRefused, TheseusError
 from .folder import (
     check_writable,
-    differences,
     put_in_place,
     read_manifest,
     refuse_foreign,
     refuse_overlap,
+    remove_replaced,
     sync,
     warn_leftovers,
 )
-from .headers import digest, head, inside, real
+from .headers import digest, head, inside
 from .record import JOURNAL, LOCK, NEXT, Record, lock
 from .writer import Layout
 
 log = logging.getLogger(__name__)
-
-NAMED = 5  # differences a message names
 
 
 class Workplace:
@@ -62,7 +61,7 @@ class Workplace:
     ) -> None:
         self.home, self.targets, self.layout = home, targets, layout
         self.overwrite, self.inputs = overwrite, inputs
-        self.folder = home.with_name(f".{home.name}.theseus")
+        self.folder = workplace_of(home)
         headers = b"".join(header for _, header in sorted(layout.headers.items()))
         names = json.dumps([os.path.relpath(target, home) for target in targets])
         self.record = Record(json.loads(json.dumps(key)), digest(names.encode() + headers))
@@ -100,20 +99,28 @@ class Workplace:
         if record and record.begun:
             if not resume and not self.overwrite:
                 raise InputRefused(
-                    f"an unfinished run lies in {self.folder}, {record.step} steps done; "
+                    f"an unfinished run lies in {self.lying(record)}, {record.step} steps done; "
                     "--resume goes on with it, or remove it"
                 )
             return record if resume else None
-        if resume and all(self._is_ours(target) and not differences(target) for target in self.targets):
-            if there:  # a process was killed while it tidied up
-                self.remove()
-            raise AlreadyDone(f"{self.home} is whole already, made from the same inputs with the same options")
-        if resume and not there:
-            raise NothingToResume(f"nothing to resume: there is no {self.folder}; run without --resume")
+        if resume:
+            try:
+                tell_apart(self.home, self.targets, self.record.key, run=self.run, overwrite=self.overwrite)
+            except TheseusError:
+                if there:  # a process was killed while it tidied up
+                    self.remove()
+                raise
         return None
+
+    def lying(self, record: Record) -> str:
+        """Where all of a run lies that a commit needs."""
+        other = record.state.get("folder")  # the loop's own
+        places = [self.folder, *([Path(other)] if isinstance(other, str) else [])]
+        return " and ".join(str(place) for place in places if place == self.folder or self.folder not in place.parents)
 
     def begin(self) -> None:
         """Make all files, in an empty folder."""
+        self.owned = self._lock is not None  # what lies there is of no use, and goes if this does not come about
         self._check_targets(len(self.targets) * self.layout.nbytes)
         if self._lock is None:
             check_writable(self.folder, 0, inputs=self.inputs)
@@ -135,10 +142,9 @@ class Workplace:
     def restore(self, record: Record) -> None:
         """Bring all files back to a commit."""
         if changed := record.changes(self.record.key):
-            more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
             raise InputRefused(
-                f"the unfinished run in {self.folder} was begun otherwise: {'; '.join(changed[:NAMED])}{more}; "
-                "run as it was begun, or remove it"
+                f"the unfinished run in {self.lying(record)} was begun otherwise: {changed}; run as it was begun, or "
+                "remove it"
             )
         if record.plan != self.record.plan:
             raise InputRefused(f"the unfinished run in {self.folder} writes other tensors than this one; remove it")
@@ -162,8 +168,10 @@ class Workplace:
         """Give whole folders their names; an interrupted process may have done so with some."""
         for place, target in zip(self.final(dropped), self.targets, strict=True):
             if place.exists():
+                check_writable(target, 0, overwrite=self.overwrite, inputs=self.inputs)  # others have had time
                 target.parent.mkdir(parents=True, exist_ok=True)
                 put_in_place(place, target, overwrite=self.overwrite)
+            remove_replaced(target)
         self.done = True
         self.remove()
 
@@ -208,9 +216,7 @@ class Workplace:
     def _check_targets(self, nbytes: int) -> None:
         for target in self.targets:
             warn_leftovers(target)
-            check_writable(target, nbytes, overwrite=self.overwrite, inputs=self.inputs)
-            if _device(target.parent) != _device(self.folder.parent):
-                raise InputRefused(f"output {target} is on another disk than {self.folder.parent}; name another")
+            check_target(self.folder, target, nbytes, overwrite=self.overwrite, inputs=self.inputs)
 
     def _check_staged(self, record: Record) -> None:
         """Refuse files that are not as a commit left them, before anything is written through their names."""
@@ -228,20 +234,6 @@ class Workplace:
             if whole:
                 return
         raise self._damaged()
-
-
-def unfinished_key(home: Path) -> dict[str, Any]:
-    """The key of the unfinished run into a folder; {} where there is none that can be read."""
-    place = real(home)
-    try:
-        record = Record.load(place.with_name(f".{place.name}.theseus"))
-    except (InputRefused, OSError):
-        return {}
-    return record.key if record else {}
-
-
-def _device(path: Path) -> int:
-    return next(place for place in (path, *path.parents) if place.exists()).stat().st_dev
 
 
 def _delete(path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from .checkpoint import count_nonfinite
 from .errors import InputRefused, NumericalError, ResourceError
 from .folder import MANIFEST, new_folder, write_file
-from .headers import DTYPES, read_header, read_json
+from .headers import DTYPES, read_header, read_json, real
 
 Files = Mapping[str, bytes | str | Path | Callable[[], str]]
 Metadata = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
@@ -156,13 +156,12 @@ def write_checkpoints(
         for staging in stagings:
             layout.create(staging)
         for name, shard in layout.shards.items():
-            with ExitStack() as opened:
-                files = [opened.enter_context((staging / name).open("r+b")) for staging in stagings]
-                for tensor in shard:
-                    write_tensor(files, layout.places[tensor.name][1], [plan[tensor.name] for plan in plans])
+            files = [staging / name for staging in stagings]
+            for tensor in shard:
+                write_tensor(files, layout.places[tensor.name][1], [plan[tensor.name] for plan in plans])
         for staging, output in zip(stagings, outputs, strict=True):
             layout.complete(staging, output.files or {})
-    return [read_json(Path(o.folder).expanduser() / MANIFEST) for o in outputs]
+    return [read_json(real(o.folder) / MANIFEST) for o in outputs]
 
 
 def laid_out(outputs: Sequence[Output], stem: str, shard_size: int) -> tuple[list[dict[str, Planned]], Layout]:
@@ -176,14 +175,15 @@ def laid_out(outputs: Sequence[Output], stem: str, shard_size: int) -> tuple[lis
     return [{tensor.name: tensor for tensor in plan} for plan in listed], layout
 
 
-def write_tensor(files: Sequence[BinaryIO], start: int, same: Sequence[Planned]) -> None:
-    """Make a tensor for every file, tile by tile, and write it from byte `start` of each."""
+def write_tensor(files: Sequence[Path], start: int, same: Sequence[Planned]) -> None:
+    """Make a tensor for every file, tile by tile, and write it from byte `start` of each; one is open at a time."""
     for rows in same[0].tiles or (None,):
-        for file, tensor in zip(files, same, strict=True):
+        for path, tensor in zip(files, same, strict=True):
             row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-            file.seek(start + (rows.start * row if rows else 0))
-            file.write(_bytes_of(tensor, rows))
-            file.flush()  # a full disk shows here
+            made = _bytes_of(tensor, rows)
+            with path.open("r+b") as file:
+                file.seek(start + (rows.start * row if rows else 0))
+                file.write(made)
 
 
 def write_plain(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
