@@ -85,14 +85,22 @@ def test_further_templates_go_along_and_the_targets_do_not_mix_in(sides):
     assert AutoTokenizer.from_pretrained(written(sides)).chat_template == {"default": CHAT, "tool_use": "{{ tools }}"}
 
 
-def test_what_the_tune_did_not_change_stays_the_targets(sides):
-    for name in ("source", "tuned"):
-        wrote(sides[name], chat_template__jinja=CHAT, generation_config__json={"eos_token_id": 3, "temperature": 0.5})
-    wrote(sides["tuned"], generation_config__json={"eos_token_id": 3, "temperature": 0.5, "use_cache": True,
+def test_what_is_the_same_in_the_target_is_no_news(sides):
+    for folder in sides.values():
+        wrote(folder, chat_template__jinja=CHAT, generation_config__json={"eos_token_id": 3, "temperature": 0.5})
+    wrote(sides["tuned"], generation_config__json={"eos_token_id": 3, "temperature": None, "use_cache": True,
                                                    "transformers_version": "9"})  # fmt: skip
-    wrote(sides["target"], chat_template__jinja="own", generation_config__json={"eos_token_id": 9})
-    one = found(sides, source={"eos_token_id": 3}, tuned={"eos_token_id": 3}, target={"eos_token_id": 9})
+    one = found(sides, tuned={"eos_token_id": 3}, target={"eos_token_id": 3})
     assert (one.files, one.config, one.carried, one.warnings) == ({}, {}, [], [])
+
+
+def test_what_the_tune_has_of_its_base_goes_along_too(sides):
+    """A tune of a chat model, moved to a base that has no template, or another."""
+    for name in ("source", "tuned"):
+        wrote(sides[name], chat_template__jinja=CHAT, generation_config__json={"eos_token_id": [3, 4]})
+    assert found(sides).carried == ["chat template", "eos_token_id [3, 4]"]
+    wrote(sides["target"], chat_template__jinja="own", generation_config__json={"eos_token_id": 9})
+    assert AutoTokenizer.from_pretrained(written(sides)).chat_template == CHAT
 
 
 def test_stop_tokens_and_generation_settings_go_along(sides):
@@ -140,6 +148,8 @@ def test_other_tokenizers_keep_all_that_names_tokens(sides):
     one = found(sides)
     assert one.left == ["chat template", "eos_token_id 3"] and one.carried == ["top_p 0.8"]
     assert "TARGET keeps its own: the tokenizers differ, '!' is 0 in TUNED, where TARGET has " in one.warnings[0]
+    wrote(sides["source"], chat_template__jinja=CHAT, generation_config__json={"eos_token_id": 3})
+    assert found(sides).left == ["chat template"]  # that a stop token of the base stays goes without saying
 
 
 def test_tokenizers_without_tokens_by_id_agree_where_their_files_do(sides):

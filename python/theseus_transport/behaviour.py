@@ -1,6 +1,6 @@
-"""What a tune changed that no tensor holds: chat templates, stop tokens, generation settings.
+"""What of a tune no tensor holds: chat templates, stop tokens, generation settings.
 
-It goes along where the target's tokenizer has the tokens it names at the same ids; what stays is said.
+They go along where the target's tokenizer has the tokens they name at the same ids; what stays is said.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Behaviour:
 
 
 def behaviour_of(source: Checkpoint, tuned: Checkpoint, target: Checkpoint) -> Behaviour:
-    """What TUNED's files changed of SOURCE's, as far as TARGET can take it.
+    """What TUNED's files say otherwise than TARGET's, as far as TARGET can take it.
+
+    What it cannot take is told where TUNED has it otherwise than SOURCE, and of chat templates always.
 
     Raises:
         InputRefused: a file of one of them leads out of its folder, or holds something else than its name says.
@@ -71,8 +73,8 @@ def behaviour_of(source: Checkpoint, tuned: Checkpoint, target: Checkpoint) -> B
     _stops(found, agreed, target.folder, *(_stops_of(folder) for folder in folders))
     _generation(found, agreed, *(_read(folder, GENERATION) for folder in folders))
     ids = ({k: v for k, v in c.config.items() if k.endswith("_token_id")} for c in (source, tuned, target))
-    for name, value in _changed(*ids):
-        if agreed.on(f"{name} {_shown(value)}", agreed.ids(value), found):
+    for name, value, new in _others(*ids):
+        if agreed.on(f"{name} {_shown(value)}", agreed.ids(value), found, told=new):
             found.config[name] = value
     return found
 
@@ -121,12 +123,12 @@ class _Agreement:
                 return f"{_shown(i)} is no id of TARGET's vocabulary of {self._rows}"
         return self.why or self._lacks(token for token, i in self._lacking.items() if i in set(_flat(value)))
 
-    def on(self, what: str, why: str, found: Behaviour) -> bool:
-        """Note that something is carried, or stays for a reason; whether it is carried."""
-        told = found.left if why else found.carried
-        if what not in told:  # an id stands in two files
-            told.append(what)
-        found.why = found.why or why
+    def on(self, what: str, why: str, found: Behaviour, *, told: bool = True) -> bool:
+        """Note that something is carried, or (if that is to be told) stays for a reason; whether it is carried."""
+        noted = found.left if why else found.carried
+        if what not in noted and (told or not why):  # an id stands in two files
+            noted.append(what)
+            found.why = found.why or why
         return not why
 
     def _lacks(self, tokens: Any) -> str:
@@ -137,9 +139,9 @@ class _Agreement:
 
 def _templates(found: Behaviour, agreed: _Agreement, *templates: dict[str, str]) -> None:
     """Chat templates go along all or none: TARGET's would mix with them."""
-    changed = dict(_changed(*templates))
-    why = next(filter(None, map(agreed.template, changed.values())), "")
-    carried = [agreed.on(f"chat template {name}".strip(), why, found) for name in sorted(changed)]
+    others = {name: text for name, text, _ in _others(*templates)}
+    why = next(filter(None, map(agreed.template, others.values())), "")
+    carried = [agreed.on(f"chat template {name}".strip(), why, found) for name in sorted(others)]
     if any(carried):
         place = {name: f"{TEMPLATES}/{name}.jinja" if name else TEMPLATE for name in {*templates[1], *templates[2]}}
         found.files |= {place[name]: templates[1].get(name) for name in place}
@@ -148,7 +150,11 @@ def _templates(found: Behaviour, agreed: _Agreement, *templates: dict[str, str])
 
 def _stops(found: Behaviour, agreed: _Agreement, target: Path, *stops: dict[str, str]) -> None:
     """Special tokens by name in the tokenizer's settings; TARGET's own template leaves those if another is carried."""
-    new = {k: v for k, v in _changed(*stops) if agreed.on(f"{k} {_shown(v)!r}", agreed.token(v), found)}
+    new = {
+        key: token
+        for key, token, is_new in _others(*stops)
+        if agreed.on(f"{key} {_shown(token)!r}", agreed.token(token), found, told=is_new)
+    }
     if not new and TEMPLATE not in found.files:
         return
     for name in (SETTINGS, SPECIAL):
@@ -160,21 +166,21 @@ def _stops(found: Behaviour, agreed: _Agreement, target: Path, *stops: dict[str,
 
 def _generation(found: Behaviour, agreed: _Agreement, *settings: dict[str, Any]) -> None:
     new = {}
-    for name, value in _changed(*settings):
+    for name, value, is_new in _others(*settings):
         bound = name.endswith(("_token_id", "_token_ids")) or name in LISTS
         if any(fnmatchcase(name, pattern) for pattern in SILENT):
             continue
-        if agreed.on(f"{name} {_shown(value)}", agreed.ids(value) if bound else "", found):
+        if agreed.on(f"{name} {_shown(value)}", agreed.ids(value) if bound else "", found, told=is_new):
             new[name] = value
     if new:
         found.files[GENERATION] = json.dumps({**settings[2], **new}, indent=2)
 
 
-def _changed(ours: Mapping[str, Any], trained: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Any]:
-    """(name, value) of what the tune has otherwise than its base, and the target not already so."""
+def _others(ours: Mapping[str, Any], trained: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Any]:
+    """(name, value, whether its base has it otherwise) of what the tune says otherwise than the target."""
     for name, value in trained.items():
-        if ours.get(name) != value and theirs.get(name) != value:
-            yield name, value
+        if value is not None and theirs.get(name) != value:
+            yield name, value, ours.get(name) != value
 
 
 def _templates_of(folder: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from choices import CHOICE_BUGS
+from records import RECORD_BUGS
 from stream import STREAM_BUGS
 
 
@@ -520,4 +521,4 @@ BUGS = [
         "theseus_ext/ops.py",
         "increment_version([tensor for tensors in masters.values() for tensor in tensors])", "increment_version([])"),
 ]
-BUGS += [Bug(*bug) for bug in (*STREAM_BUGS, *CHOICE_BUGS)]
+BUGS += [Bug(*bug) for bug in (*STREAM_BUGS, *CHOICE_BUGS, *RECORD_BUGS)]
