@@ -65,6 +65,9 @@ def test_several_adapters_in_one_file() -> None:
     twice = {**factors(), **{f"module.{key}": value for key, value in factors().items()}}
     with pytest.raises(InputRefused, match=r"are one factor, saved twice; save it with PEFT"):
         adapter(twice).layers()
+    head = dict.fromkeys((f"{PREFIX}lm_head.weight", f"{PREFIX}lm_head.modules_to_save.weight"), torch.ones(60, 24))
+    with pytest.raises(InputRefused, match=r"are one parameter, saved twice; save it with PEFT"):
+        adapter({**factors(), **head}).whole()
 
 
 @pytest.mark.parametrize(

@@ -173,11 +173,13 @@ class Adapter:
         matches = (PART.fullmatch(name) for name in self._names.values())
         named = sorted({match["name"] for match in matches if match and match["name"]} | {"default"})
         saved = re.compile(rf"\.modules_to_save(\.({'|'.join(map(re.escape, named))})(?=\.))?|\.base_layer")
-        return {
-            saved.sub("", name): key
-            for key, name in self._names.items()
-            if not PART.fullmatch(name) and ".original_module." not in name
-        }
+        found: dict[str, str] = {}
+        for key, name in self._names.items():
+            if PART.fullmatch(name) or ".original_module." in name:
+                continue
+            if (other := found.setdefault(saved.sub("", name), key)) != key:
+                raise InputRefused(f"{other} and {key} are one parameter, saved twice; {SAVE}")
+        return found
 
     @cached_property
     def _names(self) -> dict[str, str]:
