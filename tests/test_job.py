@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from theseus_transport import bases as bases_module
 from theseus_transport import folder
 from theseus_transport.checkpoint import Checkpoint
-from theseus_transport.checks import check_rows
+from theseus_transport.fates import Row
 from theseus_transport.folder import differences as verify
 from theseus_transport.folder import read_manifest
 from theseus_transport.job import Job, Session
 from theseus_transport.report import condensed
-from theseus_transport.update import Row
+from theseus_transport.vocabularies import check_rows
 from transformers import (
     AutoModel,
     GPT2Config,
@@ -127,7 +127,7 @@ ADAPTERS = [
     ("patterns", "causal", "causal", LlamaForCausalLM, {"recipe": tt.Recipe("paper"), "leave": ("*.up_proj",)}),
     ("half", "causal", "causal", LlamaForCausalLM, {}),
     ("named", "causal", "bare", LlamaModel, {}),  # its target_modules and rank_pattern say "model.", which is not there
-    ("score", "causal", "causal", LlamaForSequenceClassification, {}),  # its head has no counterpart and stays behind
+    ("score", "causal", "causal", LlamaForSequenceClassification, {"leave": ("score*",)}),
     ("classes", "image", "image", ViTForImageClassification, {}),
 ]
 

@@ -78,8 +78,8 @@ def test_nothing_to_transport_is_found_out(find: Callable) -> None:
 
 def test_shapes_and_dtypes_are_told_unread() -> None:
     source, target = PAIRS["llama"]
-    other = Disk({**source.state, EMBEDDING: torch.ones(61, 24).double()})
-    with pytest.raises(InputRefused, match=r"embed_tokens.weight is \[61, 24\] in the tuned model and \[60, 24\]"):
+    other = Disk({**source.state, EMBEDDING: torch.ones(60, 25).double()})
+    with pytest.raises(InputRefused, match=r"embed_tokens.weight is \[60, 25\] in the tuned model and \[60, 24\]"):
         transport(late(aligned("llama")), Delta.between(Disk(source.state), other), target.state, presumed=True)
     half = Disk({n: v.bfloat16() for n, v in source.state.items()})
     update = transport(late(aligned("llama")), Delta.between(Disk(source.state), half), target.state, presumed=True)

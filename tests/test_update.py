@@ -12,8 +12,8 @@ from exact.models import LLAMA, LLAMA_HEADLESS, VIT, Spec, base, batches, tune
 from peft import LoraConfig, PeftModel, get_peft_model
 from theseus_transport import Alignment, Delta, InputRefused, Update, align, transport
 from theseus_transport.adapter import PREFIX
+from theseus_transport.fates import Row
 from theseus_transport.moves import Move
-from theseus_transport.update import Row
 from torch import Tensor, nn
 
 ROUNDING = dict(rtol=1e-12, atol=1e-12)  # float64, sums of 40 products

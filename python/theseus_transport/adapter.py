@@ -47,6 +47,7 @@ TASKS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }  # PEFT's task -> class of transformers
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Adapter:
     def __post_init__(self) -> None:
         config = self.config
         refuse_unlike(config)
+        saved = config.get("modules_to_save")
+        names = saved is None or isinstance(saved, (list, tuple, set))
+        if not (names and all(isinstance(entry, str) and entry for entry in saved or ())):
+            raise InputRefused(f"adapter_config.json: modules_to_save is {saved!r}, expected a list of names")
         for option, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
             by_layer = config.get(patterns) or {}
             if not isinstance(by_layer, Mapping):
@@ -185,6 +190,26 @@ class Adapter:
     def _names(self) -> dict[str, str]:
         """Key -> its name in the model, without what PEFT and wrappers of the model put in front."""
         return {key: re.sub(rf"^({re.escape(PREFIX)})+", "", unwrapped(key)) for key in self.tensors}
+
+    def saves(self, name: str) -> str | None:
+        """The entry of ``modules_to_save`` (or a head that the task adds) by which PEFT saves a parameter, or None.
+
+        PEFT's rule: a module is saved whole, with all in it, if its name ends as an entry does.
+        """
+        entries = [*(self.config.get("modules_to_save") or ()), *HEADS.get(str(self.config.get("task_type")), ())]
+        parts = name.split(".")[:-1]
+        modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return next((entry for module in modules for entry in entries if module.endswith(entry)), None)
+
+    def targets(self, layer: str) -> bool:
+        """Whether PEFT, by ``target_modules``, gives this layer factors."""
+        wanted = self.config.get("target_modules")
+        if isinstance(wanted, str):
+            try:
+                return wanted == "all-linear" or re.fullmatch(wanted, layer) is not None
+            except re.error as error:
+                raise InputRefused(f"adapter_config.json: target_modules is no regular expression: {error}") from error
+        return any(layer == name or layer.endswith(f".{name}") for name in wanted or ())
 
     def factors(self, layer: str) -> Factors:
         key_a, key_b = self.layers()[layer]

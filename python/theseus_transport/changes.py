@@ -9,32 +9,46 @@ from .models import dtype_of
 from .stays import Stays
 from .update import Update
 
+NAMED = 8  # tensors a message names
+
 
 def changes(update: Update, stays: Stays, *, presumed: bool) -> set[str]:
     """Canonical names of the tuned tensors that differ from their base; nothing is read where that is presumed.
 
     Raises:
-        InputRefused: a tensor has another shape than in the base.
+        InputRefused: tensors have another shape than in the base; a bias that is new, another than its layer's outputs.
     """
-    return {name for name in update.tuned if _is_changed(update, stays, name, presumed=presumed)}
+    tuned, source = update.tuned, update.source
+    wanted = {name: _shape_wanted(update, name) for name in tuned if not stays.by_rule(name)}
+    differ = [name for name, shape in wanted.items() if shape not in (None, tuned.shape(name))]
+    if differ:
+        told = [
+            f"{n} is {list(tuned.shape(n))} in the tuned model and {list(wanted[n] or ())} "
+            + ("in the base" if n in source else "by its layer")
+            for n in differ[:NAMED]
+        ]
+        more = f" and {len(differ) - NAMED} more" if differ[NAMED:] else ""
+        raise InputRefused(f"{'; '.join(told)}{more}; was the right base given? ({leaving(*differ)})")
+    return {name for name in tuned if _is_changed(update, name, presumed=presumed)}
 
 
-def _is_changed(update: Update, stays: Stays, name: str, *, presumed: bool) -> bool:
+def _shape_wanted(update: Update, name: str) -> tuple[int, ...] | None:
+    """Of the base's tensor; of a bias only the tune has, as many as its layer has outputs; None: not known."""
+    source, weight = update.source, f"{name.removesuffix('.bias')}.weight"
+    if name in source:
+        return source.shape(name)
+    return source.shape(weight)[:1] if name.endswith(".bias") and weight in source else None
+
+
+def _is_changed(update: Update, name: str, *, presumed: bool) -> bool:
     source, tuned = update.source, update.tuned
-    if name not in source:
+    if name not in source or source.shape(name) != tuned.shape(name):
         return True
-    before, after = source.shape(name), tuned.shape(name)
-    if before != after:
-        if stays.by_rule(name):
-            return True
-        raise InputRefused(
-            f"{name} is {list(after)} in the tuned model and {list(before)} in the base; "
-            f"was the right base given? ({leaving(name)})"
-        )
     kinds = tuned.dtype(name), dtype_of(source.tensors, source.slots[name].stored)
-    if kinds[0] != kinds[1] and not update.said and not update.delta.is_merged:
+    if kinds[0] != kinds[1] and not update.delta.is_merged:
         named = (str(kind).removeprefix("torch.") for kind in kinds)
-        update.said.append("the tuned model is {}, the base {}: their rounding moves along".format(*named))
+        text = "the tuned model is {}, the base {}: their rounding moves along".format(*named)
+        update.said.extend([text] * (text not in update.said))
     if presumed:
         update.presumed.add(name)
     return presumed or not update.same(name)
@@ -58,6 +72,8 @@ def first_change(update: Update) -> str | None:
     return None
 
 
-def leaving(name: str) -> str:
-    """The option that leaves a tensor's layer behind, for messages."""
-    return f"--leave '{name.removesuffix('.weight').removesuffix('.bias')}*' leaves it behind"
+def leaving(*names: str) -> str:
+    """The options that leave tensors' layers behind, for messages."""
+    layers = dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in names)
+    asked = " ".join(f"--leave '{layer}*'" for layer in list(layers)[:NAMED])
+    return f"{asked} leaves {'it' if len(names) == 1 else 'them'} behind"

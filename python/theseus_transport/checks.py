@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,15 +17,13 @@ import theseus_ext
 from .checkpoint import Checkpoint, check_finite
 from .errors import InputRefused
 from .family import unwrapped
-from .headers import if_inside, read_json
+from .fates import Row
 from .models import Base, canonical_shapes, check_shapes, row_tiles, rows_of
 from .spaces import Layout
 from .trained_on import UNRELATED, cosine, doubt_of_base
-from .update import Row
 
 log = logging.getLogger(__name__)
 M_MMAP_THRESHOLD = -3  # malloc.h
-FOREIGN = 0.5  # share of token ids that mean another token, above which a vocabulary is another one
 
 
 def named_device(name: str | torch.device) -> torch.device:
@@ -119,50 +116,6 @@ def check_left(patterns: Sequence[str], coverage: Sequence[Row], source: Checkpo
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputRefused(f"--leave {pattern!r} matches nothing; names read like {coverage[0].tensor!r}")
-
-
-def check_rows(coverage: Sequence[Row], source: Checkpoint, target: Checkpoint) -> None:
-    """Where rows of a vocabulary or classes move by index, they have to mean the same on both sides."""
-    family = Layout.of(source.config).family
-    token, heads = family.embedding("token"), family.heads
-    moved = {_layer(row.tensor) for row in coverage if row.fate == "transported"}
-    for what, concerned, read in (
-        ("tokenizers", {token and _layer(token.name), heads.get("vocabulary")}, _vocabulary),
-        ("classes (id2label)", {heads.get("classes")}, _classes),
-    ):
-        if not (names := sorted(moved & concerned)):
-            continue
-        ours, theirs = read(source), read(target)
-        common = ours.keys() & theirs.keys()
-        if wrong := [i for i in common if ours[i] != theirs[i]]:
-            example = f"{ours[wrong[0]]!r} is {wrong[0]} in SOURCE, where TARGET has {theirs[wrong[0]]!r}"
-            text = f"the {what} differ in {len(wrong)} of {len(common)} ids ({example}), but {' and '.join(names)}"
-            if what == "tokenizers" and len(wrong) > FOREIGN * len(common):
-                leave = " ".join(f"--leave '{name}*'" for name in names)
-                raise InputRefused(f"{text} move row by row; {leave} leaves them behind")
-            log.warning("%s moved row by row", text)
-
-
-def _layer(tensor: str) -> str:
-    return tensor.removesuffix(".weight").removesuffix(".bias")
-
-
-def _vocabulary(checkpoint: Checkpoint) -> dict[Any, str]:
-    """Token by id, from tokenizer.json; empty where there is none."""
-    path = if_inside(checkpoint.folder, "tokenizer.json")
-    model = read_json(path).get("model") if path else None
-    tokens = model.get("vocab") if isinstance(model, dict) else None
-    entries = list(tokens.items()) if isinstance(tokens, dict) else []
-    if isinstance(tokens, list):  # unigram: [token, score], by id
-        entries = [(entry[0] if isinstance(entry, list) and entry else entry, i) for i, entry in enumerate(tokens)]
-    if wrong := [(token, i) for token, i in entries if not isinstance(token, str) or type(i) is not int]:
-        raise InputRefused(f"{path}: vocab holds {wrong[0]!r}, expected tokens and their ids; was it edited?")
-    return {i: token for token, i in entries}
-
-
-def _classes(checkpoint: Checkpoint) -> dict[Any, str]:
-    labels = checkpoint.config.get("id2label")
-    return labels if isinstance(labels, dict) else {}
 
 
 def return_freed_memory() -> None:

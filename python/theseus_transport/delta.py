@@ -16,6 +16,7 @@ from .errors import InputRefused
 from .family import Family, Slot
 from .merged import Merged
 from .models import Tensors, dtype_of, part_of, shape_of, tensors_of
+from .spaces import Layout
 from .weights import Window
 
 
@@ -28,6 +29,7 @@ class Delta:
         tuned: tensors of the tuned model, or None.
         adapter: a LoRA adapter, or None.
         is_merged: whether the tuned tensors are the base's own, changed by an adapter: nothing else was rounded.
+        config: of the tuned model, where it is known.
     """
 
     base: Tensors
@@ -35,6 +37,7 @@ class Delta:
     adapter: Adapter | None = None
     label: str = field(default="", compare=False)
     is_merged: bool = False
+    config: Any = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         if self.adapter is None:
@@ -44,7 +47,7 @@ class Delta:
     @classmethod
     def between(cls, base: nn.Module | Tensors, tuned: nn.Module | Tensors) -> Delta:
         """The task vector ``tuned - base``; each a module, a state dict or a lazy checkpoint."""
-        return cls(tensors_of(base), tensors_of(tuned))
+        return cls(tensors_of(base), tensors_of(tuned), config=getattr(tuned, "config", None))
 
     @classmethod
     def from_adapter(cls, folder: str | Path, base: nn.Module | Tensors) -> Delta:
@@ -71,7 +74,7 @@ class Delta:
         """
         window = Window(tuned)
         if tuned.kind != "adapter":
-            return cls(base, window), window
+            return cls(base, window, config=tuned.config), window
         delta = cls(base, adapter=Adapter.of(tuned, window, source=source))
         if as_adapter or not delta.needs_merging(family):
             return delta, window
@@ -99,6 +102,16 @@ class Delta:
             return self
         return replace(self, tuned=Merged(self.base, self.adapter, family), adapter=None, is_merged=True)
 
+    @property
+    def ties(self) -> bool:
+        """Whether the tuned model, or what an adapter saves, has one tensor for embedding and head."""
+        if self.adapter is not None:
+            return bool(self.adapter.config.get("ensure_weight_tying"))
+        try:
+            return Layout.of(self.config).tied
+        except (InputRefused, TypeError):  # unknown
+            return False
+
     def tuned_tensors(self, family: Family) -> Renamed:
         """Canonical name -> tensor of the tuned model, lazily; for an adapter only what it saves whole."""
         if self.tuned is not None:
@@ -115,22 +128,22 @@ class Renamed(Mapping[str, Tensor]):
     """Tensors under canonical names, reading through."""
 
     def __init__(self, tensors: Tensors, slots: dict[str, Slot]) -> None:
-        self._tensors, self.slots = tensors, slots
+        self.tensors, self.slots = tensors, slots
 
     def __getitem__(self, name: str) -> Tensor:
         slot = self.slots[name]
-        return slot.view(self._tensors[slot.stored])
+        return slot.view(self.tensors[slot.stored])
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """These rows of a tensor."""
-        return part_of(self._tensors, self.slots[name], rows)
+        return part_of(self.tensors, self.slots[name], rows)
 
     def shape(self, name: str) -> tuple[int, ...]:
         slot = self.slots[name]
-        return slot.shape(shape_of(self._tensors, slot.stored))
+        return slot.shape(shape_of(self.tensors, slot.stored))
 
     def dtype(self, name: str) -> torch.dtype:
-        return dtype_of(self._tensors, self.slots[name].stored)
+        return dtype_of(self.tensors, self.slots[name].stored)
 
     def __contains__(self, name: object) -> bool:
         return name in self.slots

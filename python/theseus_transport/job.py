@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -21,7 +20,7 @@ from .behaviour import behaviour_of
 from .calibration import Calibration
 from .changes import first_change
 from .checkpoint import Checkpoint, located
-from .checks import check_dtypes, check_left, check_rows, check_tune, check_values
+from .checks import check_dtypes, check_left, check_tune, check_values
 from .companions import has_tokenizer
 from .delta import Delta
 from .earlier import check_room, tell_apart, unfinished, workplace_of
@@ -38,9 +37,11 @@ from .report import model_card
 from .settings import warn_of_settings
 from .sinks import Moves, apply
 from .strength import Alpha, chosen, folders
+from .tasks import NewHead, config_of
 from .trained_on import doubt_of_base
 from .transport import transport
 from .update import Update
+from .vocabularies import check_rows, one_tokenizer
 from .writer import planned_bytes
 
 log = logging.getLogger(__name__)
@@ -123,17 +124,19 @@ class Session:
         self.tuned = Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
         self.kind: Kind = kind_of(job.output, self.tuned)
         base, family = self.bases.windows[0], self.bases.layouts[0].family
-        as_adapter = self.kind == "adapter"
-        self.delta, self.window = Delta.opened(self.tuned, source, base, family, as_adapter=as_adapter)
+        opened = Delta.opened(self.tuned, source, base, family, as_adapter=self.kind == "adapter")
+        self.delta, self.window = opened
         self.dtype = DTYPES[job.out_dtype]
         self.inputs = [*self.bases.inputs, self.tuned.folder, *([Path(job.maps)] if job.maps else [])]
         check_dtypes(self.tuned)
         check_tune(source, self.tuned, self.bases.layouts[0])
         self.behaviour = behaviour_of(source, self.tuned, self.bases.target)
         self.alignment = self._opened() if job.maps else None
+        self.one_tokenizer = one_tokenizer(*self.bases.checkpoints)
         draft = self.transport(self.alignment or outline(*self.bases.layouts, job.recipe))
         first_change(draft)
         self.coverage = draft.coverage
+        self.head = NewHead.of(draft, self.tuned, self.bases.target)
         check_left(job.leave, self.coverage, source, self.tuned)
         self.places = folders(job.out, self.alphas)
         tensors, matched = planned(draft, self.kind, self.dtype), any(a.asked == "match" for a in self.alphas)
@@ -142,18 +145,19 @@ class Session:
         maps = self.bases.bytes_of_maps if self.maps_first else 0
         twice = 2 if self.kind == "delta" else 1  # what did not change is left out by a copy, at the end
         check_room(self.places, max(2 * maps, maps + twice * self.bytes_out), job.alignment, inputs=self.inputs)
-        flops = move_flops(draft)
         full = None if self.delta.tuned is None else self.window.checkpoint
         keys = None if self.maps_first else frozenset[str]().union(*(tensor.needs for tensor in tensors))
         self.plan = self.bases.fitted(tuned=full, aligned=self.alignment is not None, keys=keys)
+        flops = move_flops(draft)
         self.seconds = move_seconds(flops, self.bases.device) if self.alignment else self.bases.seconds(move=flops)
 
     def transport(self, alignment: Alignment) -> Update:
-        options: dict[str, Any] = {"leave": self.job.leave, "device": self.job.device}
-        return transport(alignment, self.delta, self.bases.windows[1], presumed=True, **options)
+        job, how = self.job, {"presumed": True, "one_tokenizer": self.one_tokenizer}
+        update = transport(alignment, self.delta, self.bases.windows[1], leave=job.leave, device=job.device, **how)
+        return update if self.kind == "adapter" else update.as_tensors()
 
     def outcome(self, **known: Any) -> Outcome:
-        job = describe(self.job, *self.bases.checkpoints, self.tuned)
+        job = describe(self.job, *self.bases.checkpoints, self.tuned) | (self.head.told if self.head else {})
         known |= {"coverage": [asdict(row) for row in self.coverage], "carried": self.behaviour.carried}
         return begun(self, kind=self.kind, job=job, **known)
 
@@ -168,7 +172,7 @@ class Session:
             check_values(*self.bases.checkpoints, self.tuned)
             draft = self.transport(self.alignment or outline(*self.bases.layouts, self.job.recipe))
             self.coverage = draft.settled()
-        return self.outcome(**known, warnings=warnings)
+        return self.outcome(**known, warnings=[*warnings, *draft.warnings])
 
     def run(self, progress: Progress = quiet) -> Outcome:
         """Align unless an alignment is applied, move and write, block by block.
@@ -271,7 +275,7 @@ class Session:
         """Of what the run said that aligned the bases, where that was another; of rows, settings and what stays."""
         if self.alignment:
             said += self.alignment.provenance.get("warnings", [])
-        check_rows(self.coverage, *self.bases.checkpoints)
+        check_rows(self.coverage, self.bases.source, self.bases.target, self.tuned)
         warn_of_settings(self.bases.source, self.tuned)
         if doubt := doubt_of_base(self.tuned, self.bases.source, self.bases.layouts[0]):
             log.warning(doubt)
@@ -288,11 +292,8 @@ class Session:
     def _written(self, place: Path, alpha: float) -> Written:
         files, whole = dict[str, Any](), self.kind != "adapter"
         if whole:
-            config = {**self.bases.target.config, **self.behaviour.config}
-            if self.dtype:
-                config.pop("torch_dtype", None)
-                config |= {"dtype": self.job.out_dtype} if self.kind == "checkpoint" else {}
-            files["config.json"] = json.dumps(config, indent=2)
+            dtype = self.job.out_dtype if self.dtype and self.kind == "checkpoint" else ""
+            files["config.json"] = config_of(self.head, self.bases.target, self.tuned, self.behaviour.config, dtype)
         if whole or has_tokenizer(self.tuned.folder):
             files |= self.behaviour.beside(self.bases.target.folder, whole=whole)
         return Written(place, alpha, files)

@@ -108,6 +108,60 @@ def growing(shape: Sequence[int]) -> Iterator[slice | None]:
         start, step = start + step, min(2 * step, most)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """How a tensor is seen: its first ``kept`` rows, then zeros; ``kept`` is 0 where there is no such tensor."""
+
+    kept: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class SeenTensors(Mapping[str, Tensor]):
+    """Tensors of which some are seen with other rows, or are all zero; read through, by rows too."""
+
+    def __init__(self, tensors: Tensors, seen: Mapping[str, Seen], prefix: str = "") -> None:
+        """
+        Args:
+            prefix: what to put in front of every name of ``tensors``; names in ``seen`` have it.
+        """
+        self._tensors, self._seen, self._prefix = tensors, seen, prefix
+        names = {f"{prefix}{name}": name for name in tensors}
+        own = {name: s.shape for name, s in seen.items()}
+        self.shapes = {name: shape_of(tensors, stored) for name, stored in names.items()} | own
+        kinds = {name: s.dtype for name, s in seen.items()}
+        self.dtypes = {name: dtype_of(tensors, stored) for name, stored in names.items()} | kinds
+
+    def origin(self, name: str) -> str:
+        """The name, in what is read through, of what is seen as ``name``."""
+        return name.removeprefix(self._prefix)
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Consecutive rows of a tensor."""
+        seen = self._seen.get(name)
+        if seen is None:
+            return rows_of(self._tensors, self.origin(name), rows)
+        zeros = torch.zeros(rows.stop - rows.start, *seen.shape[1:], dtype=seen.dtype)
+        if (kept := min(rows.stop, seen.kept) - rows.start) <= 0:
+            return zeros
+        part = rows_of(self._tensors, self.origin(name), slice(rows.start, rows.start + kept)).detach()
+        return torch.cat([part, zeros[kept:].to(part)])
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._seen:
+            return self.rows(name, slice(0, self.shapes[name][0]))
+        return self._tensors[self.origin(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
 def squares(tensor: Tensor) -> float:
     """Sum of squares, in float64."""
     return sum(float(double(piece, tensor.device).square().sum()) for piece in pieces(tensor))

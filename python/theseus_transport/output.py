@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -13,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .adapted import adapter_config, saved_whole
 from .adapter import PREFIX, Factors
 from .checkpoint import Checkpoint
 from .errors import InputRefused
@@ -83,7 +82,9 @@ def described_outputs(
     """The stem of the files, and what is planned for each folder; arguments as for :func:`write_updates`."""
     if kind == "adapter" and update.delta.adapter is None:
         raise InputRefused("a full fine-tune has no low-rank factors; write it as a checkpoint or a delta")
-    if kind == "adapter" and not update.family.adapters:
+    if kind != "adapter":
+        update.as_tensors()
+    elif not update.family.adapters:
         raise InputRefused(f"PEFT cannot wrap the layers of {update.family.model_type}; write a checkpoint or a delta")
     made = []
     for view, out in zip(at_alphas(update, [o.alpha for o in outputs]), outputs, strict=True):
@@ -114,37 +115,6 @@ def planned(
     return list((_adapter if kind == "adapter" else _checkpoint)(update, dtype, rounding))
 
 
-def adapter_config(update: Update, base_name: str | None) -> str:
-    """The source adapter's configuration with the target as its base; ranks and alphas stay.
-
-    Where not all of the adapter moved, or the target's class names its modules otherwise, what moved is listed by name.
-    """
-    adapter, source, target = update.delta.adapter, update.source_family, update.family
-    assert adapter is not None
-    config = {**adapter.config, "base_model_name_or_path": base_name, "inference_mode": True, "revision": None}
-    keys = adapter.layers()
-    as_it_was = {layer: (adapter.rank(layer), adapter.scaling(layer)) for layer in keys}
-    depths = {
-        base.layout.depth for base in (update.source, update.target)
-    }  # a deeper target has more of the same names
-    if len(depths) > 1 or as_it_was != {n: (moved.rank, moved.scaling) for n, moved in update.factors.items()}:
-        root = (lambda r: r**0.5) if config.get("use_rslora") else float
-        config |= {
-            "target_modules": sorted(update.factors),
-            "rank_pattern": {layer: moved.rank for layer, moved in update.factors.items()},
-            "alpha_pattern": {layer: moved.scaling * root(moved.rank) for layer, moved in update.factors.items()},
-            **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
-        }
-    turned = [any(re.search(p, layer) for p in target.transposed) for layer in update.factors]
-    if source is not target and turned:
-        config["fan_in_fan_out"] = all(turned)
-    whole = whole_tensors(update)
-    if len(whole) != len(adapter.whole()) or source is not target:  # else PEFT looks for a head that is not there
-        modules = {into.rpartition(".")[0].rpartition(".")[2] for into in whole.values()}
-        config |= {"modules_to_save": sorted(modules) or None, "task_type": None}
-    return json.dumps(config, indent=2, sort_keys=True)
-
-
 def _adapter(update: Update, dtype: torch.dtype | None, rounding: Rounding) -> Iterator[Planned]:
     last: Any = lru_cache(maxsize=1)(lambda compute: compute())  # A and B come one after another
     for layer, moved in update.factors.items():
@@ -154,22 +124,8 @@ def _adapter(update: Update, dtype: torch.dtype | None, rounding: Rounding) -> I
             once, alpha = partial(last, moved.compute), 1.0 if part == "a" else update.alpha
             name = f"{PREFIX}{layer}.lora_{part.upper()}.weight"
             yield Planned(name, size, own, partial(_factor, once, part, own, alpha), needs=moved.needs)
-    for into in whole_tensors(update).values():
-        yield _whole(update, update.target.slots[into].stored, dtype, rounding, prefix=PREFIX)
-
-
-def whole_tensors(update: Update) -> dict[str, str]:
-    """What an adapter saves whole and the target has a place for: name in the adapter -> canonical name there."""
-    adapter, source = update.delta.adapter, update.source_family
-    assert adapter is not None
-    modules = {own.rpartition(".")[0]: into.rpartition(".")[0] for own, into in update.moved.items()}
-    found = {}
-    for name in adapter.whole():
-        module, _, kind = source.canonical(name).rpartition(".")
-        into = f"{modules.get(module, module if source is update.family else '')}.{kind}"
-        if into in update.target:
-            found[name] = into
-    return found
+    for name, stored in saved_whole(update).items():
+        yield _whole(update, stored, dtype, rounding)._replace(name=f"{PREFIX}{name}")
 
 
 def _checkpoint(update: Update, dtype: torch.dtype | None, rounding: Rounding) -> Iterator[Planned]:
@@ -177,11 +133,11 @@ def _checkpoint(update: Update, dtype: torch.dtype | None, rounding: Rounding) -
         yield _whole(update, name, dtype, rounding)
 
 
-def _whole(update: Update, name: str, dtype: torch.dtype | None, rounding: Rounding, *, prefix: str = "") -> Planned:
+def _whole(update: Update, name: str, dtype: torch.dtype | None, rounding: Rounding) -> Planned:
     """A tensor of the target, update included."""
     shape, own = shape_of(update.target.tensors, name), _own(update, name, dtype)
     make = partial(_tuned, update, name, own, rounding)
-    return Planned(f"{prefix}{name}", shape, own, make, update.tiles(name), update.needs(name))
+    return Planned(name, shape, own, make, update.tiles(name), update.needs(name))
 
 
 def _delta(update: Update, dtype: torch.dtype | None) -> Iterator[Planned]:

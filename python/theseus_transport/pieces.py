@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .adapter import Factors
 from .family import Slot
-from .update import MovedFactors
+from .fates import MovedFactors
+from .models import Base
 
 
 @dataclass(frozen=True)
@@ -61,3 +63,15 @@ def fused(pieces: Sequence[Piece]) -> MovedFactors:
 
     needs = frozenset(piece.needs for piece in pieces)
     return MovedFactors(rank, (rows * parts, columns), first.dtype, first.scaling, compute, needs)
+
+
+def product(into: str, compute: Callable[[], Factors], rows: slice | None) -> dict[str, Tensor]:
+    """The update that factors stand for, of ``rows`` alone where given, under the canonical name ``into``."""
+    f = compute()
+    return {into: ((f.b if rows is None else f.b[rows]) @ f.a).mul_(f.scaling)}
+
+
+def spelled_in(target: Base, module: str) -> str:
+    """A module of the backbone as transformers' class with its head names it, if the target is of such a class."""
+    prefix = target.layout.family.prefix
+    return f"{prefix}.{module}" if any(name.startswith(f"{prefix}.") for name in target.tensors) else module

@@ -261,7 +261,7 @@ def next_steps(outcome: Outcome) -> list[str]:
     if not others:
         measure = ["measure it on your task; try --alpha 0.5 and 1.5 beside it"]
     if outcome.kind == "adapter":
-        base = f"model = {job['target_class']}.from_pretrained({job['target']!r})"
+        base = f"model = {job['target_class']}.from_pretrained({job['target']!r}{job.get('target_options', '')})"
         return [base, f"model = PeftModel.from_pretrained(model, {first!r}){more}", *measure]
     if outcome.kind == "checkpoint":
         return [f"model = {job['target_class']}.from_pretrained({first!r}){more}", *measure]

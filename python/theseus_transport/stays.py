@@ -13,6 +13,7 @@ from .errors import InputRefused
 if TYPE_CHECKING:
     from .alignment import Alignment
 
+TIES = "the target ties its head to the embedding"
 GUESSED = ", as guessed"  # ends the reason why a block stays where the pairing of blocks is not known yet
 
 

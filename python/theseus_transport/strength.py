@@ -78,7 +78,7 @@ def _source_weights(update: Update) -> Iterator[tuple[str, Callable[[slice | Non
     adapter, source, family = update.delta.adapter, update.source, update.source_family
     layers = adapter.layers() if adapter else ()
     spelled = {part: (la, slot) for la in layers for part, slot in family.parts(family.canonical(la)).items()}
-    tuned = update.delta.tuned_tensors(family)
+    tuned = update.tuned
 
     def product(name: str, rows: slice | None) -> tuple[Tensor, Tensor]:
         assert adapter is not None
@@ -96,5 +96,6 @@ def _source_weights(update: Update) -> Iterator[tuple[str, Callable[[slice | Non
             continue  # presumed to have changed, and did not
         factored = name.removesuffix(".weight") in spelled
         matrix = name in source and len(source.shape(name)) > 1  # no bias, which may be the target's alone
+        matrix &= into not in update.new  # which moves whole, whatever the strength
         if matrix and (factored or name in tuned):  # a tied head is its embedding, counted once
             yield name, partial(product if factored else difference, name)

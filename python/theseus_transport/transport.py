@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,18 @@ from .alignment import Alignment
 from .arguments import check_direction, check_kinds
 from .changes import changes, leaving
 from .checks import named_device
-from .delta import Delta, Renamed
+from .delta import Delta
+from .ends import Ends
 from .errors import InputRefused
 from .family import Slot
+from .fates import Fate, Job, Row
 from .models import Base, Tensors, check_shapes, device_of, row_tiles, tensors_of
 from .moves import Move
-from .pieces import Piece, fused
+from .pieces import Piece, fused, product, spelled_in
 from .recipes import Rule
-from .stays import Stays
+from .stays import TIES, Stays
 from .trained_on import changed_by, check_layers
-from .update import Fate, Job, Row, Update
+from .update import Update
 from .vectors import VectorMove
 
 
@@ -35,6 +38,7 @@ def transport(
     alpha: float = 1.0,
     leave: Sequence[str] = (),
     presumed: bool = False,
+    one_tokenizer: bool = False,
     device: torch.device | str | None = None,
 ) -> Update:
     """Move an update of the source to the target.
@@ -46,6 +50,8 @@ def transport(
         leave: glob patterns of canonical tensor names to leave behind.
         presumed: count every tensor of a full tune as changed, unread, until :meth:`Update.compare` finds otherwise;
             only what has no rule is compared at once.
+        one_tokenizer: rows of one index are one token in both vocabularies, though one is padded further: the rows
+            they share move. Else embeddings and heads of another number of rows stay.
         device: where moves are computed, in float64 always; None: the GPU the target lies on, else the CPU. Bases,
             tune and maps may lie anywhere: of each, what one layer needs is copied there and freed behind it. Values
             are handed out on the CPU; :meth:`Update.add_to` adds them wherever the model lies.
@@ -58,7 +64,8 @@ def transport(
     check_kinds(alignment=(alignment, Alignment), delta=(delta, Delta))
     tensors = tensors_of(target)
     place = device_of(tensors) if device is None else named_device(device)
-    return _Planner(alignment, delta, tensors, alpha, leave, presumed=presumed, device=place).plan()
+    how: dict[str, Any] = {"presumed": presumed, "one_tokenizer": one_tokenizer, "device": place}
+    return _Planner(alignment, delta, tensors, alpha, leave, **how).plan()
 
 
 class _Planner:
@@ -73,21 +80,28 @@ class _Planner:
         leave: Sequence[str],
         *,
         presumed: bool,
+        one_tokenizer: bool,
         device: torch.device,
     ) -> None:
         self.alignment, self.delta, self.stays = alignment, delta, Stays(alignment, leave)
         self.family = alignment.source.family
-        self.source = Base.of(delta.base, alignment.source, device=device)
-        self.target = Base.of(target, alignment.target, device=device)
-        self.update = Update(self.source, self.target, delta, alpha)
+        source = Base.of(delta.base, alignment.source, device=device)
+        into = Base.of(target, alignment.target, device=device)
+        for side, base in (("source", source), ("target", into)):
+            shapes = {name: base.shape(name) for name in base.slots}
+            check_shapes(base.layout, shapes, says=f"the alignment's {side}", cure="was the right base given?")
+        check_direction(alignment.provenance, delta, source, delta.tuned_tensors(self.family))
+        self.ends = Ends(source, into, delta, self.stays, one_tokenizer)
+        self.source, self.target, self.tuned = self.ends.source, self.ends.target, self.ends.tuned
+        self.update = Update(self.source, self.target, delta, alpha, tuned=self.tuned, new=self.ends.new)
+        self.update.shared, self.update.said = self.ends.shared, self.ends.said
         self.rows: dict[str, Row] = {}
         self.moves = self._paired_layers()
-        tuned = delta.tuned_tensors(self.family)
-        self._untie(tuned)
-        for name in [n for n in tuned.slots if self.stays.asked(n)]:
-            del tuned.slots[name]  # as if the tuned model had not changed it
+        for name in [n for n in self.tuned.slots if self.stays.asked(n)]:
+            del self.tuned.slots[name]  # as if the tuned model had not changed it
             self._row(name, "left", "left on request")
-        self.tuned = self.update.tuned = tuned
+        for name, why in self.ends.left.items():
+            self._row(name, "left", why)
         self.presumed = presumed and delta.adapter is None
         self.changed = changes(self.update, self.stays, presumed=self.presumed)
 
@@ -99,20 +113,8 @@ class _Planner:
         fed = [(into, a.rules[into.name].source) for into in a.target.layers() if into.name in a.rules]
         return {name: Move(own[name], into, *rest) for into, name in fed}
 
-    def _untie(self, tuned: Renamed) -> None:
-        """A tied head is no tensor of its own, but an untied target's head takes its update."""
-        if not self.source.layout.tied:
-            return
-        heads = [f"{side.layout.family.heads.get('vocabulary')}.weight" for side in (self.source, self.target)]
-        token = self.family.embedding("token")
-        tuned.slots.pop(heads[0], None)
-        if heads[1] in self.target and self.delta.adapter is None and token:
-            for slots in (self.source.slots, tuned.slots):
-                if shared := slots.get(token.name):
-                    slots[heads[0]] = shared
-
     def plan(self) -> Update:
-        self._check_bases()
+        self._check_complete()
         for move in self.moves.values():
             self._plan_layer(move)
         for name, rule in self.alignment.vectors.items():
@@ -127,12 +129,7 @@ class _Planner:
             self.update.settled()
         return self.update
 
-    def _check_bases(self) -> None:
-        check_direction(self.alignment.provenance, self.delta, self.source, self.tuned)
-        for side, base in (("source", self.source), ("target", self.target)):
-            shapes = {name: base.shape(name) for name in base.slots}
-            says = f"the alignment's {side}"
-            check_shapes(base.layout, shapes, says=says, cure="was the right base given?")
+    def _check_complete(self) -> None:
         if self.delta.tuned is not None:
             for name in self.source.slots.keys() - self.tuned.slots.keys() - self.rows.keys():
                 if not self.stays.by_rule(name) and not self.stays.asked(name) and not self.stays.of_head(name):
@@ -152,6 +149,8 @@ class _Planner:
         if reason := self._unfit(move):
             for name in {weight, bias} & self.changed:
                 self._row(name, "left", reason)
+            if reason == TIES and weight in self.changed:
+                self.update.apart.add(weight)
             return
         if around and self.delta.adapter is not None:
             raise InputRefused(f"the adapter saves {sorted(around)[0]} whole, which no moved adapter can; {MERGING}")
@@ -173,7 +172,7 @@ class _Planner:
             if f"{own.name}.{part}" in self.source:
                 self.update.moved[f"{own.name}.{part}"] = f"{into.name}.{part}"
         for name in ({weight, bias} & self.changed) - self.rows.keys():
-            self._row(name, "transported")
+            self._row(name, "transported", self.ends.notes.get(name, ""))
         for name in around:
             self._row(name, "folded", "into the layer in front" if name == own.scale else "into its readers")
 
@@ -183,12 +182,8 @@ class _Planner:
             return why
         for side, base, name in (("source base", self.source, weight), ("target", self.target, into)):
             if name not in base:
-                tied = base.layout.tied and move.own.slot == "head.vocabulary"
-                return (
-                    f"the {side.split()[0]} ties its head to the embedding"
-                    if tied
-                    else f"the {side} has no such tensor"
-                )
+                tied = base is self.target and base.layout.tied and move.own.slot == "head.vocabulary"
+                return TIES if tied else f"the {side} has no such tensor"
         rows = self.source.shape(weight)[0], self.target.shape(into)[0]
         if move.own.role == "head" and rows[0] != rows[1]:
             return f"the source has {rows[0]} outputs, the target {rows[1]}"
@@ -218,7 +213,7 @@ class _Planner:
         job = Job(lambda rows: {into: move(self.tuned, rows)}, into, frozenset({name}), move.tiles)
         self.update.plan(into, job)
         self.update.moved[name] = into
-        self._row(name, "transported", move.note)
+        self._row(name, "transported", "; ".join(filter(None, (move.note, self.ends.notes.get(name)))))
 
     def _plan_factors(self) -> None:
         adapter = self.delta.adapter
@@ -238,6 +233,14 @@ class _Planner:
                     self._plan_piece(adapter, spelled, part, slot, found)
         for own, pieces in found.items():
             self.update.factors[own] = fused(pieces)
+        names = {piece.needs: piece.spelled for pieces in found.values() for piece in pieces}
+        silent = [row.tensor for row in self.rows.values() if row.fate == "unchanged"]
+        if silent and len(silent) == len(names) and not self.changed:
+            raise InputRefused(
+                "nothing to transport: every LoRA of the adapter is zero (lora_B is as it was made); was it trained?"
+            )
+        if silent:
+            self.update.said.append(f"the LoRA of {len(silent)} layers is zero, first {silent[0]}: nothing moves there")
 
     def _plan_piece(self, adapter: Adapter, spelled: str, part: str, slot: Slot, found: dict[str, list[Piece]]) -> None:
         """One layer of the adapter, or the part of a fused one."""
@@ -250,39 +253,35 @@ class _Planner:
         weight, into = f"{part}.weight", f"{move.into.name}.weight"
         if weight in self.changed:
             raise InputRefused(f"the adapter both factors {spelled} and saves it whole")
-        if reason := self._unfit(move):
+        reason = self._unfit(move)
+        if reason and reason != TIES:
             return self._row(part, "left", reason)
-        rows, columns = self.source.shape(weight)
-        factors = adapter.factors(spelled)
-        if (size := (factors.b.shape[0], factors.a.shape[1])) != (rows * slot.parts, columns):
+        factors, columns = adapter.factors(spelled), self.source.shape(weight)[1]
+        rows = self.source.shape(weight)[0] * slot.parts
+        if (len(self.ends.fitted(part, factors.b)), factors.a.shape[1]) != (rows, columns):
             raise InputRefused(
-                f"the adapter's {spelled} is {list(size)}, the base's {[rows * slot.parts, columns]}; "
+                f"the adapter's {spelled} is {[len(factors.b), factors.a.shape[1]]}, the base's {[rows, columns]}; "
                 "was the right base given?"
             )
-        compute = partial(self._moved_factors, move, spelled, slot)
+        compute = partial(self._moved_factors, move, spelled, part, slot)
         module, place = self.target.layout.family.home(move.into.name)
-        scale = self.target.shape(into), factors.scaling
-        piece = Piece(spelled, place, len(factors.a), factors.a.dtype, *scale, compute, move.into.name)
-        found.setdefault(self._adapter_name(module, move), []).append(piece)
-        product = partial(self._product, into, compute)
-        self.update.plan(into, Job(product, move.into.name, frozenset({weight}), self._tiles(into)))
+        tied = self.target.layout.vocabulary or 0, self.target.layout.width
+        kept = len(factors.a), factors.a.dtype, tied if reason else self.target.shape(into), factors.scaling
+        name = module if move.into.role == "head" else spelled_in(self.target, module)
+        found.setdefault(name, []).append(Piece(spelled, place, *kept, compute, move.into.name))
+        zero = not (bool(factors.a.any()) and bool(factors.b.any()))
+        self._row(part, *(("unchanged", "its factors are zero") if zero else ("transported", "as factors")))
+        if reason:  # no tensor of the target, but an adapter carries it
+            self.update.carried_apart[part] = name
+            return
+        moved = partial(product, into, compute)
+        self.update.plan(into, Job(moved, move.into.name, frozenset({weight}), self._tiles(into)))
         self.update.moved[weight] = into
-        self._row(part, "transported", "as factors")
 
-    def _adapter_name(self, module: str, move: Move) -> str:
-        """A layer of the target as an adapter spells it: as transformers' class with its head names it."""
-        prefix = self.target.layout.family.prefix
-        prefixed = any(name.startswith(f"{prefix}.") for name in self.target.tensors)
-        return f"{prefix}.{module}" if prefixed and move.into.role != "head" else module
-
-    def _moved_factors(self, move: Move, spelled: str, slot: Slot) -> Factors:
+    def _moved_factors(self, move: Move, spelled: str, part: str, slot: Slot) -> Factors:
         assert self.delta.adapter is not None
         factors = self.delta.adapter.factors(spelled)
-        return move.factors(replace(factors, b=factors.b.chunk(slot.parts)[slot.part]))
-
-    def _product(self, into: str, compute: Callable[[], Factors], rows: slice | None) -> dict[str, Tensor]:
-        f = compute()
-        return {into: ((f.b if rows is None else f.b[rows]) @ f.a).mul_(f.scaling)}
+        return move.factors(replace(factors, b=self.ends.fitted(part, factors.b.chunk(slot.parts)[slot.part])))
 
     def _settle(self) -> None:
         """Every tensor has a fate; a changed one without a rule is an error."""

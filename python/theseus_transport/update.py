@@ -5,65 +5,27 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import PREFIX, Factors
+from .adapter import PREFIX
 from .arguments import check_number
 from .checkpoint import count_nonfinite
 from .delta import Delta, Renamed
 from .errors import InputRefused, NumericalError
 from .family import Family
+from .fates import Job, MovedFactors, Row
 from .models import Base, dtype_of, growing, pieces, row_tiles, rows_of, shape_of
 from .moves import Carried
 from .precision import Rounding
-from .stays import GUESSED
+from .stays import GUESSED, TIES
 
 log = logging.getLogger(__name__)
-Fate = Literal["transported", "folded", "unchanged", "left"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """The fate of one tensor (or adapted layer) of the update, by its name in the source, and why."""
-
-    tensor: str
-    fate: Fate
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class MovedFactors:
-    """A moved LoRA of one layer of the target: rank, [out, in], dtype of A and B, computation, the rules it needs."""
-
-    rank: int
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    scaling: float
-    compute: Callable[[], Factors]
-    needs: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """How tensors of the target get their update.
-
-    Attributes:
-        compute: canonical name -> update in float64 on the device, of all rows (None) or of one tile's.
-        needs: key of the alignment's rules or vectors that has to be there.
-        sources: canonical names of the source; while none of them changed, nothing moves.
-        tiles: the rows to compute at a time, where rows are independent and the matrix is large.
-    """
-
-    compute: Callable[[slice | None], dict[str, Tensor]]
-    needs: str
-    sources: frozenset[str]
-    tiles: tuple[slice, ...] = ()
 
 
 @dataclass
@@ -81,6 +43,10 @@ class Update(Mapping[str, Tensor]):
         tuned: the tuned tensors that may move, by canonical name.
         presumed: of these, what counts as changed without having been compared.
         unchanged: what was presumed to have changed, and turned out to be the base's.
+        new: canonical names, in the target, of a head new in the tune: it moves whole and replaces the target's.
+        shared: a head as an adapter names it -> the target's tensor it is kept in, where both tie it.
+        apart: canonical names of the source's tensors that stay because the target ties its head to the embedding.
+        carried_apart: of a LoRA on a head that the target ties: layer of the source -> its name in :attr:`factors`.
     """
 
     source: Base
@@ -93,6 +59,10 @@ class Update(Mapping[str, Tensor]):
     tuned: Renamed = field(default_factory=lambda: Renamed({}, {}))
     presumed: set[str] = field(default_factory=set)
     unchanged: set[str] = field(default_factory=set)
+    new: set[str] = field(default_factory=set)
+    shared: dict[str, str] = field(default_factory=dict)
+    apart: set[str] = field(default_factory=set)
+    carried_apart: dict[str, str] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     carried: Carried = field(default_factory=Carried)
     _jobs: dict[str, dict[str, Job]] = field(default_factory=dict)  # stored name -> canonical name -> job
@@ -109,7 +79,9 @@ class Update(Mapping[str, Tensor]):
     @property
     def warnings(self) -> list[str]:
         """What the user should know about single tensors; complete once every value was read."""
-        return [*self.said, *self.carried.warnings()]
+        tied = sorted(self.apart - self.unchanged)
+        told = [f"{name}: {TIES}, so the tune's own head stays behind; an untied target takes it" for name in tied]
+        return [*self.said, *told, *self.carried.warnings()]
 
     @property
     def planned(self) -> list[str]:
@@ -122,7 +94,8 @@ class Update(Mapping[str, Tensor]):
 
     def jobs(self, name: str) -> dict[str, Job]:
         """Canonical name -> job of what moves in a stored tensor, or (under PEFT's name) in one an adapter saves."""
-        jobs = self._jobs.get(name.removeprefix(PREFIX), {})
+        stored = name.removeprefix(PREFIX)
+        jobs = self._jobs.get(self.shared.get(stored, stored), {})
         return {part: job for part, job in jobs.items() if not job.sources <= self.unchanged}
 
     def needs(self, name: str) -> frozenset[str]:
@@ -175,7 +148,8 @@ class Update(Mapping[str, Tensor]):
             if moved.shape != place.shape:
                 raise InputRefused(f"the update of {name} is {list(moved.shape)}, the target's is {list(place.shape)}")
             for into, piece in zip(pieces(place), pieces(moved), strict=True):
-                into.copy_((piece * self.alpha).to(into.dtype))  # converted before it leaves the device
+                strength = 1.0 if part in self.new else self.alpha
+                into.copy_((piece * strength).to(into.dtype))  # converted before it leaves the device
         if any(count_nonfinite(value)):
             told = f"the update of {name} holds NaN or Inf in {value.dtype} at alpha {self.alpha:g}"
             raise NumericalError(f"{told}; a smaller --alpha avoids overflow, else check the tuned model")
@@ -222,7 +196,7 @@ class Update(Mapping[str, Tensor]):
         rows = [Row(row.tensor, "unchanged") if row.tensor in self.unchanged else row for row in self.coverage]
         self.coverage[:] = rows
         reasons = sorted({row.note for row in rows if row.fate == "left"})
-        if not (self._jobs or any(reason.endswith(GUESSED) for reason in reasons)):
+        if not (self._jobs or self.carried_apart or any(reason.endswith(GUESSED) for reason in reasons)):
             left = f"every changed tensor was left behind ({'; '.join(reasons)})"
             what = left if reasons else "no tensor differs from the base"
             raise InputRefused(f"nothing to transport: {what}; was the right base given?")
@@ -253,19 +227,35 @@ class Update(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
+    def as_tensors(self) -> Update:
+        """This update, as one of the target's own tensors: without what only an adapter carries beside them."""
+        lost, self.carried_apart = self.carried_apart, {}
+        self.apart |= lost.keys()
+        self.factors = {name: factors for name, factors in self.factors.items() if name not in lost.values()}
+        self.coverage[:] = [Row(r.tensor, "left", TIES) if r.tensor in lost else r for r in self.coverage]
+        if lost:
+            self.settled()
+        return self
+
     def add_to(self, model: nn.Module) -> None:
         """Add the update to the target's parameters in place, each sum rounded once; all is computed before any is
         added. What rounding to 16 bits swallows of it is measured, and warned of.
 
+        A head that is new in the tune takes the place of the model's.
+
         Raises:
-            InputRefused: the model is not the target.
+            InputRefused: the model is not the target, or not of a class with the tune's head.
         """
         parameters, rounding = dict(model.named_parameters()) | dict(model.named_buffers()), Rounding()
-        for name in self:
-            if name not in parameters or parameters[name].shape != shape_of(self.target.tensors, name):
-                raise InputRefused(f"{type(model).__name__} has no {name} of the target's shape; give the target")
+        news = {self.target.slots[name].stored for name in self.new}
+        for name in self.as_tensors():
+            if name not in parameters or parameters[name].shape != (shape := shape_of(self.target.tensors, name)):
+                given = f"give one of the tuned model's class, {list(shape)}" if name in news else "give the target"
+                raise InputRefused(f"{type(model).__name__} has no {name} of the target's shape; {given}")
         with torch.no_grad():
             for name, value in list(self.items()):
+                if name in news:
+                    parameters[name].zero_()
                 rounding.put(parameters[name], name, parameters[name], value.to(parameters[name].device))
         for text in rounding.warnings("add it to model.float(), or save_delta keeps it"):
             self.said.append(text)

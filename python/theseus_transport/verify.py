@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .adapter import Adapter
+from .adapter import HEADS, PREFIX, Adapter
 from .alignment import Alignment
 from .checkpoint import Checkpoint, check_finite, located
 from .checks import read_layout
@@ -111,21 +111,51 @@ def _delta(folder: Path, reference: str) -> list[str]:
 
 
 def _against(written: Checkpoint, files: dict[str, str], base: Checkpoint, *, whole: bool) -> list[str]:
-    faults = []
-    for name, shape in written.shapes.items():
-        if name not in base:
-            faults.append(f"{files[name]}: {name} is no tensor of {base.folder}")
-        elif shape != base.shapes[name]:
-            faults.append(f"{files[name]}: {name} is {list(shape)}, that of {base.folder} is {list(base.shapes[name])}")
-    needed = {slot.stored for slot in Base.of(base, Layout.of(base.config)).slots.values()} if whole else set()
-    missing = [name for name in base if name in needed and name not in written]  # a tied head may be stored, or not
-    return faults + [f"{name} of {base.folder} is in no file" for name in missing]
+    """Tensors that the base does not have so, or (of a whole checkpoint) that are missing; a head may be the tune's."""
+    layout, faults = Layout.of(base.config), []
+    shapes = _named(layout, base)
+    ours = {layout.family.canonical(name): name for name in written}
+    for canonical, name in ours.items():
+        shape, expected = written.shapes[name], shapes.get(canonical)
+        if shape != expected and not _is_head(layout, written, canonical):
+            has = "is no tensor of {0}" if expected is None else f"is {list(shape)}, that of {{0}} is {list(expected)}"
+            faults.append(f"{files[name]}: {name} {has.format(base.folder)}")
+    needed = Base.of(base, layout).slots if whole else {}
+    lost = dict.fromkeys(slot.stored for slot in needed.values() if layout.family.canonical(slot.stored) not in ours)
+    classes, vocabulary = (f"{layout.family.heads.get(kind)}.weight" for kind in ("classes", "vocabulary"))
+    if classes in ours and vocabulary not in ours:  # a class with a head over classes has none over the vocabulary
+        lost.pop(vocabulary, None)
+    return faults + [f"{name} of {base.folder} is in no file" for name in lost]
+
+
+def _named(layout: Layout, base: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Shapes by canonical name as stored; a tied head, which is kept in the embedding, under its own name too."""
+    shapes = {layout.family.canonical(name): shape for name, shape in base.shapes.items()}
+    token, head = layout.family.embedding("token"), layout.family.heads.get("vocabulary")
+    if layout.tied and token and token.name in shapes:
+        shapes[f"{head}.weight"] = shapes[token.name]
+    return shapes
+
+
+def _is_head(layout: Layout, written: Checkpoint, canonical: str) -> bool:
+    """Whether a tensor is of a head over classes that fits the norm in front of it."""
+    head, shape = layout.family.heads.get("classes"), written.shapes
+    weight = next((s for n, s in shape.items() if layout.family.canonical(_plain(n)) == f"{head}.weight"), ())
+    if len(weight) != 2 or weight[1] % layout.width:
+        return False
+    own = next(s for n, s in shape.items() if layout.family.canonical(_plain(n)) == canonical)
+    return canonical in (f"{head}.weight", f"{head}.bias") and own[0] == weight[0]
+
+
+def _plain(key: str) -> str:
+    """A tensor's name in the model, of a checkpoint's or an adapter's key."""
+    return key.removeprefix(PREFIX)
 
 
 def _adapter(folder: Path, reference: str) -> list[str]:
-    written, files, target, faults = Checkpoint.open(folder), _files(folder), _base(reference), []
-    adapter, family = Adapter.of(written), Layout.of(target.config).family
-    shapes = {family.canonical(name): shape for name, shape in target.shapes.items()}
+    written, files, target = Checkpoint.open(folder), _files(folder), _base(reference)
+    adapter, layout = Adapter.of(written), Layout.of(target.config)
+    family, shapes, faults = layout.family, _named(layout, target), []
     for layer, (key_a, key_b) in adapter.layers().items():
         name, rank = family.canonical(layer), adapter.rank(layer)
         a, b, weight = written.shapes[key_a], written.shapes[key_b], shapes.get(f"{name}.weight")
@@ -137,10 +167,30 @@ def _adapter(folder: Path, reference: str) -> list[str]:
             faults.append(
                 f"{files[key_a]}: {layer} is {list(b)} x {list(a)} of rank {rank}, {target.folder} has {list(weight)}"
             )
-    for name, key in adapter.whole().items():
-        if written.shapes[key] != (expected := shapes.get(family.canonical(name))):
+        if not adapter.targets(layer):
+            faults.append(f"adapter_config.json: target_modules do not name {layer}, so PEFT would not read it")
+    whole = {family.canonical(name): (name, key) for name, key in adapter.whole().items()}
+    for canonical, (name, key) in whole.items():
+        expected = shapes.get(canonical)
+        if written.shapes[key] != expected and not _is_head(layout, written, canonical):
             faults.append(f"{files[key]}: {name} is {list(written.shapes[key])}, {target.folder} has {expected}")
+        if adapter.saves(name) is None:
+            faults.append(f"adapter_config.json: modules_to_save do not name {name}, so PEFT would not read it")
+    for canonical in sorted(_asked(adapter, layout, shapes) - whole.keys()):
+        faults.append(f"adapter_config.json asks PEFT for {canonical}, which is in no file")
     return faults + _values(written, files)
+
+
+def _asked(adapter: Adapter, layout: Layout, shapes: Iterable[str]) -> set[str]:
+    """Canonical names of what PEFT wants to read whole; without one of them it does not load the adapter."""
+    heads, token = layout.family.heads, layout.family.embedding("token")
+    asked = {name for name in shapes if adapter.saves(name)}
+    if heads.get("classes") and adapter.config.get("task_type") in HEADS:
+        asked.add(f"{heads['classes']}.weight")
+    ends = {token.name, f"{heads.get('vocabulary')}.weight"} if token and layout.tied else set()
+    if adapter.config.get("ensure_weight_tying") and asked & ends:
+        asked |= ends
+    return asked
 
 
 def _alignment(folder: Path, reference: str) -> list[str]:

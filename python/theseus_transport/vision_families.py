@@ -140,6 +140,7 @@ def _dinov2(model_type: str, *, registers: bool, gated: bool) -> Family:
         contract_scale="layer_scale2.lambda1",
         embeddings=_ahead("embeddings", registers=registers),
         heads={"classes": "classifier"},
+        classes_read=2,
         class_token=True,
         fused={"mlp.weights_in": ("mlp.gate_proj", "mlp.up_proj")},
         left={r"^embeddings\.mask_token$": "read only in masked pre-training"},
