@@ -91,7 +91,7 @@ CASES = [
     case("truncated shard", "truncated; download", source=index(lambda m, d: os.truncate(d / m[WEIGHT], 5000)), **BF16),
     case("missing shard", "is missing", source=index(lambda m, d: (d / m[WEIGHT]).unlink()), **BF16),
     case("pickle", "a pickle; convert it to safetensors, or --allow-pickle", source=pickled),
-    case("adapter as source", "SOURCE .* is an adapter", source="lora"),
+    case("adapter as source", "SOURCE .* is an adapter; give the base it was trained on, which", source="lora"),
     case("adapter of another base", r"is \[24, 24\], the base's \[40, 40\]", source="causal/target", tuned="lora"),
     case("adapter without config", "has no adapter_config.json", tuned=without("lora", "adapter_config.json")),
     case("adapter config no JSON", "no valid JSON", tuned=text("lora", "adapter_config.json", "[")),

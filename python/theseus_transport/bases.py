@@ -70,7 +70,8 @@ class Bases:
         self.checkpoints = tuple(Checkpoint.open(r, allow_pickle=job.allow_pickle) for r in (job.source, job.target))
         for name, checkpoint in zip(("SOURCE", "TARGET"), self.checkpoints, strict=True):
             if checkpoint.kind == "adapter":
-                raise InputRefused(f"{name} {checkpoint.folder} is an adapter; give the base model it was trained on")
+                base = checkpoint.adapter_config.get("base_model_name_or_path") or "which it does not name"
+                raise InputRefused(f"{name} {checkpoint.folder} is an adapter; give the base it was trained on, {base}")
         first, second = (read_layout(n, c) for n, c in zip(("SOURCE", "TARGET"), self.checkpoints, strict=True))
         self.layouts: tuple[Layout, Layout] = (first, second)
         check_dtypes(*self.checkpoints)
