@@ -256,3 +256,14 @@ def test_folders_that_hold_no_adapter(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(PLAIN))
     assert Delta.from_adapter(tmp_path, SPEC.state).label == str(tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == factors().keys()
+
+
+def test_a_pattern_that_would_not_end_is_ended(monkeypatch):
+    """re would try it for years; a plain name, and what PEFT's own users write, is found at once."""
+    layer = "model.layers.0.self_attn.q_proj"
+    monkeypatch.setattr("theseus_transport.adapter.PATIENCE", 0.05)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"(?:(?:.|..|...)*,?)*q": 3}}
+    with pytest.raises(InputRefused, match=r"the pattern '\(\?:.* does not end on 'model.layers.0.*write the name out"):
+        Adapter(config, {}).scaling(layer)
+    for pattern in ("q_proj", r"layers\.\d+\.self_attn\.q_proj", r".*\.0\..*"):
+        assert Adapter({**config, "alpha_pattern": {pattern: 3}}, {}).scaling(layer) == 1.5

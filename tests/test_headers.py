@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.errors import InputRefused
-from theseus_transport.headers import read_header
+from theseus_transport.headers import parse_json, read_header
 
 
 def raw(path: Path, header: object, data: bytes = b"", *, length: int | None = None) -> Path:
@@ -83,3 +83,16 @@ def test_header_order_is_free(tmp_path: Path) -> None:
     }
     raw(tmp_path / "model.safetensors", header, struct.pack("<4f", 1, 2, 3, 4))
     assert Checkpoint.open(tmp_path)["b"].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("opened, closed", [('{"a":', "}"), ("[", "]")])
+def test_depth_is_bounded(opened: str, closed: str) -> None:
+    """What shows it, or writes it again, goes down by recursion."""
+
+    def nested(depth: int) -> bytes:
+        return ('{"x":' + opened * (depth - 1) + "1" + closed * (depth - 1) + "}").encode()
+
+    assert parse_json(nested(64), Path("here"))
+    for depth in (65, 900, 10**5):
+        with pytest.raises(InputRefused, match="here holds no valid JSON: (it is nested more than 64|.*recursion)"):
+            parse_json(nested(depth), Path("here"))

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import regex
 from torch import Tensor
 
 from .checkpoint import Checkpoint
@@ -23,6 +24,7 @@ PREFIX = "base_model.model."
 SAVE = "save it with PEFT: model.save_pretrained(folder)"
 MERGING = "--output checkpoint (in Python Delta.merged) merges it into its base and moves that"
 HEAD = re.compile(r"(score|classifier)\.weight$")
+PATIENCE = 5  # seconds for one pattern on one name; re would take years over some
 # what PEFT calls the parts of a LoRA layer; state dicts name the adapter in between
 PART = re.compile(
     r"(?P<layer>.+)\.(?P<factor>lora_[AB])(\.(?P<name>[^.]+))?\.(?P<kind>weight|bias)"
@@ -81,8 +83,8 @@ class Adapter:
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                     raise InputRefused(f"adapter_config.json: {name} is {value!r}, expected a positive number")
             try:
-                [re.compile(pattern) for pattern in by_layer]
-            except re.error as error:
+                [regex.compile(pattern) for pattern in by_layer]
+            except regex.error as error:
                 raise InputRefused(f"adapter_config.json: {patterns} holds no regular expression: {error}") from error
 
     @classmethod
@@ -228,8 +230,13 @@ class Adapter:
 def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the end of the layer's name decides."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
+        try:
+            if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=PATIENCE):
+                return value
+        except TimeoutError:
+            raise InputRefused(
+                f"adapter_config.json: the pattern {pattern[:80]!r} does not end on {layer!r}; write the name out"
+            ) from None
     return default
 
 

@@ -26,6 +26,7 @@ DTYPES = {
 MAX_HEADER = 100_000_000  # bytes; the same limit as the safetensors library
 MAX_RANK = 16
 MAX_DIGITS = 40  # of an integer in JSON; tokenizers without a limit say 10^30
+MAX_DEPTH = 64  # of JSON: what writes it again, or shows it, goes down by recursion
 QUANTISED_DTYPES = ("F4", "F6_", "F8_")
 QUANTISED_TENSORS = (".qweight", ".qzeros", ".SCB", ".absmax", ".weight_packed", ".weight_scale_inv")
 DEQUANTISE = "dequantise first, e.g. load with transformers in bf16 and save_pretrained"
@@ -67,11 +68,22 @@ def parse_json(text: bytes, where: Path) -> dict[str, Any]:
         parsed = json.loads(text.decode("utf-8-sig"), object_pairs_hook=once, parse_int=bounded)
         if b"\\u" in text:
             json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair could not even be printed
+        if _deeper(parsed, MAX_DEPTH):
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise InputRefused(f"{where} holds no valid JSON: {error}; was it downloaded whole?") from None
     if not isinstance(parsed, dict):
         raise InputRefused(f"{where} holds a JSON {type(parsed).__name__}, expected an object")
     return parsed
+
+
+def _deeper(value: object, limit: int) -> bool:
+    """Whether objects and lists lie in each other more than ``limit`` times."""
+    level = [value]
+    for _ in range(limit):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
+        level = [each for part in inner for each in part if isinstance(each, (dict, list))]
+    return bool(level)
 
 
 @refuse_unreadable()
