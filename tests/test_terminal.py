@@ -100,3 +100,14 @@ def test_a_card_takes_no_name_raw(models: Path, tmp_path: Path) -> None:
     heads = [line for line in page.splitlines() if line.startswith("#")]
     assert heads == ["# Moved LoRA adapter", "## Warnings"]
     assert page.count("`") == plain.count("`") == 6
+
+
+def test_the_next_line_holds_no_code_of_a_model(models: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(models / "causal/target", target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "architectures": ["M;import os;os.system('x')#"]}))
+    options = ("--calibration", models / "ids.safetensors", "--tokens", 64)
+    result = call("transport", models / "causal/source", models / "lora", target, tmp_path / "out", *options)
+    assert result.exit_code == 0 and "model = AutoModel.from_pretrained(" in result.output
+    assert "os.system" not in result.output and "os.system" not in (tmp_path / "out" / "README.md").read_text()

@@ -124,11 +124,13 @@ def told_in_manifest(outcome: Outcome) -> dict[str, Any]:
 def describe(job: Any, *checkpoints: Checkpoint) -> dict[str, Any]:
     """The job as provenance: choices, inputs with fingerprints, versions."""
     classes = checkpoints[1].config.get("architectures")
+    given = classes if isinstance(classes, list) else []
+    named = [name for name in given if isinstance(name, str) and name.isidentifier()]  # it becomes code to be copied
     hashes = {name: c.header_hash() for name, c in zip(("source", "target", "tuned"), checkpoints, strict=False)}
     return {
         **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(job).items() if k not in RUNS},
         "fingerprints": hashes,
-        "target_class": str(classes[0]) if isinstance(classes, list) and classes else "AutoModel",
+        "target_class": named[0] if named else "AutoModel",
         "versions": versions(),
     }
 
