@@ -1,5 +1,5 @@
-# make build | demo | test | lint | planted | bench | package-check | cuda-check | gpu-check | clean.   Everything lives in
-# .venv and build/; gpu-check builds in place for PYTHON.
+# make build | demo | test | fuzz | lint | planted | bench | package-check | cuda-check | gpu-check | clean.   Everything
+# lives in .venv and build/; gpu-check builds in place for PYTHON.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := build/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test lint planted bench package-check cuda-check gpu-check clean
+.PHONY: build demo test fuzz lint planted bench package-check cuda-check gpu-check clean
 build: $(STAMP)
 
 $(BIN)/python:
@@ -23,6 +23,10 @@ demo: build
 
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Hostile input for every verb, fresh cases each time (300 fixed ones are among the tests): make fuzz CASES=2500 SEED=7
+fuzz: build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --cases $(or $(CASES),2500) $(if $(SEED),--seed $(SEED))
 
 lint: build
 	$(BIN)/ruff check .

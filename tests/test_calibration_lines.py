@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import os
 import shlex
 import subprocess
 from pathlib import Path
 
+import corpus
 import pytest
 import torch
 from calibrated import load, make_tokenizer, text_side
@@ -24,6 +26,20 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer(tmp_path_factory.mktemp("large"), 330, begin=True)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe", "pipe.jsonl", "pipe.safetensors", "socket", "loop"])
+def test_only_files_are_read(tmp_path: Path, name: str) -> None:
+    """None is waited for, and none is read without end."""
+    path = tmp_path / name  # an absolute name is itself
+    if name.startswith("pipe"):
+        os.mkfifo(path)
+    if name == "socket":
+        corpus.socket(path)
+    if name == "loop":
+        path.symlink_to(path)
+    with pytest.raises(InputRefused, match=f"calibration '.*{name}' is no file; give a .safetensors, a text file"):
+        load(path, text_side(tmp_path))
 
 
 def lines(folder: Path, *records: object) -> Path:
