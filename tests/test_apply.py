@@ -1,6 +1,7 @@
 """One alignment, many tunes: align and apply, several strengths, dtypes, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -260,5 +261,6 @@ def test_rounding_is_measured_and_named(root, tmp_path):
     assert rounding["total"] == pytest.approx(float(whole) ** 0.5, rel=1e-6) and rounding["total"] > 0.5
     worst = max(rounding["tensors"], key=rounding["tensors"].get)
     assert f"worst {worst} " in first.stdout.replace("\n", "")
+    assert all(len(digits) < 5 for digits in re.findall(r"(\d+)%", first.stdout)), first.stdout
     again = call("transport", *sides, tmp_path / "wide", *ids, "--out-dtype", "float32")
     assert "swallows" not in again.stdout and outcome_of(tmp_path / "wide")["alphas"][0]["rounding"]["total"] < 0.05

@@ -15,7 +15,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from theseus_transport.outcome import Outcome
 from theseus_transport.report import model_card
-from theseus_transport.terminal import COMMANDS, Terminal, console, in_page, visible
+from theseus_transport.terminal import COMMANDS, Terminal, console, in_page, percent, visible
 
 EVIL = "\x1b[2J\x1b]0;title\x07a\rb\x08\x9b31m\u202egpj\u200b\u2028\ud800\x00\t"
 
@@ -111,3 +111,10 @@ def test_the_next_line_holds_no_code_of_a_model(models: Path, tmp_path: Path) ->
     result = call("transport", models / "causal/source", models / "lora", target, tmp_path / "out", *options)
     assert result.exit_code == 0 and "model = AutoModel.from_pretrained(" in result.output
     assert "os.system" not in result.output and "os.system" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_share_never_fills_the_screen():
+    assert [percent(x) for x in (0.0, 0.126, 1.0, 10.0, 10.1, 1e150)] == ["0%", "13%", "100%", "1000%"] + 2 * [
+        "over 1000%"
+    ]
+    assert percent(0.1261, 1) == "12.6%"

@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from .models import pieces
+from .terminal import percent
 
 SHORT = (torch.float16, torch.bfloat16)
 LOST = 0.1  # share of an update that rounding may swallow before it is worth a warning
@@ -100,8 +101,6 @@ class Rounding:
         worst = sorted((n for n, share in shares.items() if share > LOST), key=lambda n: -shares[n])
         if not worst:
             return []
-        named = ", ".join(f"{name} {shares[name]:.0%}" for name in worst[:NAMED])
-        return [
-            f"rounding swallows more than {LOST:.0%} of the update of {len(worst)} tensors ({self.total:.0%} of all), "
-            f"worst {named}; {cure}"
-        ]
+        named = ", ".join(f"{name} {percent(shares[name])}" for name in worst[:NAMED])
+        told = f"rounding swallows more than {LOST:.0%} of the update of {len(worst)} tensors"
+        return [f"{told} ({percent(self.total)} of all), worst {named}; {cure}"]

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .terminal import in_page
+from .terminal import in_page, percent
 
 if TYPE_CHECKING:
     from .outcome import Outcome
@@ -46,7 +46,7 @@ evaluated; measure it on your task before you rely on it.
 | output | {{ kind }} |
 | recipe | {{ recipe }} |
 | alpha | {{ job.alpha }}{% if alphas[0].asked == "match" %} (match: {{ match }}){% endif %} |
-{% if rounding %}| rounding | {{ "%.1f" | format(100 * rounding) }} % of the update |
+{% if rounding %}| rounding | {{ rounding }} of the update |
 {% endif %}| calibration | {{ calibration }} |
 | tensors | {% for fate, n in fates %}{{ n }} {{ fate }}{% if not loop.last %}, {% endif %}{% endfor %} |
 {% if maps %}| maps | {{ maps | length }}, lowest rank {{ "%.0f" | format(100 * lowest) }} % of the most it could have |
@@ -77,7 +77,7 @@ def model_card(outcome: Outcome) -> str:
         held=held_out(outcome.quality) if outcome.quality else "",
         recipe=choices(outcome.job["recipe"]),
         match=MATCH,
-        rounding=outcome.alphas[0]["rounding"]["total"],
+        rounding=percent(lost, 1) if (lost := outcome.alphas[0]["rounding"]["total"]) else "",
     )
     return card
 
@@ -168,8 +168,9 @@ def report(outcome: Outcome) -> RenderableType:
         facts.add_row("time used", _stages(outcome.seconds))
     for row in outcome.alphas:
         alpha = f"{row['alpha']:.4g}" + (f" (match: {MATCH})" if row["asked"] == "match" else "")
-        swallowed = f", rounding is {row['rounding']['total']:.1%} of the update" if row["rounding"]["tensors"] else ""
-        facts.add_row("alpha", alpha + swallowed)
+        if row["rounding"]["tensors"]:
+            alpha += f", rounding is {percent(row['rounding']['total'], 1)} of the update"
+        facts.add_row("alpha", alpha)
     if outcome.blocks and outcome.blocks != list(range(len(outcome.blocks))):
         facts.add_row("blocks", pairing(outcome.blocks))
     if outcome.lost_heads:

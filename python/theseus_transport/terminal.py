@@ -116,3 +116,8 @@ def standard_streams() -> Iterator[None]:
                 stream.flush()
             except OSError:  # what is left would be tried again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share for people: what rounding of the base costs may be any number of times a tiny update."""
+    return f"{share:.{digits}%}" if share <= 10 else "over 1000%"
