@@ -107,12 +107,13 @@ def test_a_template_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_template_that_makes_too_much_refuses_those_messages() -> None:
-    chat = ChatTemplate("{% if messages | length > 1 %}" + LARGE + "{% else %}fine{% endif %}", {}, "M")
+    fine = "fine on {{ strftime_now('%d %b %Y') }}"
+    chat = ChatTemplate("{% if messages | length > 1 %}" + LARGE + "{% else %}" + fine + "{% endif %}", {}, "M")
     with pytest.raises(ValueError, match="refuses the messages: MemoryError"):
         chat(MESSAGES)
     with pytest.raises(ValueError, match="refuses the messages: it makes 1000000 characters"):
         chat(MESSAGES[::-1])
-    assert chat(MESSAGES[:1]) == "fine"
+    assert chat(MESSAGES[:1]) == "fine on 26 Jul 2024", "whatever the day"
 
 
 def test_what_a_file_names_is_not_fetched(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,25 @@ each is answered by a line of JSON on stdout, {"text"} or {"error"}. What takes 
 the process; its memory is what it has after its imports, and so many bytes more.
 """
 
+import datetime
 import json
 import resource
 import sys
 
 
-def main() -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
+class SameDay(datetime.datetime):
+    """The clock of templates that write the date: a run that goes on after midnight reads what it read before."""
 
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> "SameDay":
+        return cls(2024, 7, 26, tzinfo=tz)
+
+
+def main() -> None:
+    from transformers.utils import chat_template_utils
+
+    chat_template_utils.datetime = SameDay  # type: ignore[attr-defined]
+    render_jinja_template = chat_template_utils.render_jinja_template
     job = json.loads(sys.stdin.readline())
     with open("/proc/self/statm") as statm:
         most = int(statm.read().split()[0]) * resource.getpagesize() + job["bytes"]
