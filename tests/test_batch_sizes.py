@@ -24,7 +24,7 @@ def moments(folders, data, batch_size, hidden):
     layouts = tuple(Layout.of(checkpoint.config) for checkpoint in opened)
     blocks, found = range(TINY[1].num_hidden_layers), {}
     wanted = {*moment_links(*layouts, blocks), *energy_links(*layouts, blocks)}
-    how = {"held": None, "grams": False, "device": torch.device("cpu"), "folder": hidden, "resident": True}
+    how = {"held": None, "grams": {}, "device": torch.device("cpu"), "folder": hidden, "resident": True}
     loop = Loop([Window(c) for c in opened], layouts, batches_of({"input_ids": data}, batch_size=batch_size), **how)
     for k, visit in enumerate(schedule(*layouts, blocks, wanted)):
         found |= loop.visit(visit, first=k == 0).moments

@@ -26,14 +26,15 @@ def test_halves_show_what_whole_blocks_do(name, tmp_path):
     """Moments, energies and rows held out, of blocks that pair up and others, in files or in memory, by tiles too."""
     checkpoints, layouts = opened(name, tmp_path)
     batches = [(batch, batch) for batch in calibration(layouts[0].family.modality)]
-    how = {"held": 2, "grams": True, "device": torch.device("cpu"), "folder": tmp_path / "hidden"}
+    how = {"held": 2, "device": torch.device("cpu"), "folder": tmp_path / "hidden"}
     cases = [([None, 0, 1], False, 1), *([([0, 1, None], True, 1), ([0, None, 1], True, 2)] if name == "llama" else [])]
     for blocks, resident, tiles in cases:
         wanted = {*moment_links(*layouts, blocks), *energy_links(*layouts, blocks)}
+        grams = {name: (0, 1) if ".context" not in name else (1,) for name in moment_links(*layouts, blocks)}
         seen, states = {}, {}
         for halves in (False, True):
             windows = [Window(checkpoint) for checkpoint in checkpoints]
-            how |= {"resident": resident, "tiles": tiles, "grams": tiles == 1, "halves": halves}
+            how |= {"resident": resident, "tiles": tiles, "grams": grams, "halves": halves}
             loop, found = Loop(windows, layouts, batches, **how), seen.setdefault(halves, {})
             for k, visit in enumerate(schedule(*layouts, blocks, wanted)):
                 got = loop.visit(visit, first=k == 0)
@@ -43,7 +44,9 @@ def test_halves_show_what_whole_blocks_do(name, tmp_path):
                 for link, moment in got.moments.items():
                     for part, value in vars(moment).items():
                         found[link, part] = torch.as_tensor(value)
-                    for side, gram in enumerate(got.grams.get(link, ())):
+                    assert tuple(got.grams[link]) == grams[link]
+                    for side, gram in got.grams[link].items():
+                        assert gram.cross.shape == (len(gram.source_energy),) * 2
                         found[link, "gram", side] = gram.cross
                 for link, e in got.energies.items():
                     found[link, "energy"] = torch.cat([e.source, e.target, e.source.new_tensor(e.centred)])
@@ -70,7 +73,7 @@ def test_each_half_has_the_weights_of_its_layers_alone(name, tmp_path):
         assert inside == {layout.block(0, n) for n in (*layout.family.expand, layout.family.contract)}
         windows = [Window(checkpoint)] * 2
         loop = Loop(windows, (layout, layout), [(b, b) for b in calibration(layout.family.modality)],
-                    held=None, grams=False, device=torch.device("cpu"), folder=tmp_path, resident=True)  # fmt: skip
+                    held=None, grams={}, device=torch.device("cpu"), folder=tmp_path, resident=True)  # fmt: skip
         skeleton = loop.sides[0].skeleton
         for half, own in zip(HALVES, matrices, strict=True):
             with skeleton.filled(0, half):

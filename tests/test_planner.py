@@ -55,7 +55,8 @@ class Case:
         return self.bases[0].layout, self.bases[1].layout
 
     def seen(self, recipe: Recipe) -> Capture:
-        models, grams = (self.source.build(), self.target.build()), recipe.whiten_power > 0
+        models = self.source.build(), self.target.build()
+        grams = recipe.grams(*self.layouts, moment_links(*self.layouts, self.blocks))
         with capture(
             *models, self.layouts, energies=recipe.name == "coherent", grams=grams, blocks=self.blocks
         ) as found:
@@ -64,8 +65,11 @@ class Case:
         return found
 
 
-def case(names, blocks: tuple[int | None, ...], depth: int = 2, data: dict | None = None, **options) -> Case:
-    target = base(names, seed=5, width=36, num_hidden_layers=len(blocks), **options)
+def case(
+    names, blocks: tuple[int | None, ...], depth: int = 2, data: dict | None = None, more: dict | None = None, **options
+) -> Case:
+    """``options`` are of both models, ``more`` of the target."""
+    target = base(names, seed=5, width=36, num_hidden_layers=len(blocks), **options, **(more or {}))
     return Case(base(names, num_hidden_layers=depth, **options), target, data or {}, blocks)
 
 
@@ -75,6 +79,7 @@ CASES = {
     "llama-deeper": case(LLAMA, (0, None, 1, None)),
     "llama-later": case(LLAMA, (None, 0, 2, None), depth=3, data=FEW),
     "llama-second": case(LLAMA, (1, 2), depth=3),
+    "llama-heads": case(LLAMA, (0, 1), more={"num_attention_heads": 9, "num_key_value_heads": 3}),  # of 4 in 2 groups
     "qwen3": case(QWEN3, (0, 1)),
     "vit": case(VIT, (0, 1)),
     "vit-deeper": case(VIT, (None, 0, 1)),
@@ -143,7 +148,7 @@ def assert_same(made: Plan, maps: dict[str, Map], expected: Plan) -> None:
 
 
 STOPPED = {
-    "coherent": ["llama", "llama-few", "clip", "tied"],
+    "coherent": ["llama", "llama-few", "llama-heads", "clip", "tied"],
     "regression": CASES,
     "completed": ["llama-few", "clip-shallower"],
     "paper": ["llama-later", "qwen3", "clip", "vit"],

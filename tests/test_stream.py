@@ -110,7 +110,7 @@ def test_the_loop_sees_what_whole_models_show(name, tmp_path):
                 seen.run(*batch)
         wanted = {*moment_links(*layouts, blocks), *energy_links(*layouts, blocks)}
         windows, resident = [Window(checkpoint) for checkpoint in opened], blocks[0] is None
-        how = {"held": None, "grams": False, "device": torch.device("cpu"), "folder": tmp_path / "hidden"}
+        how = {"held": None, "grams": {}, "device": torch.device("cpu"), "folder": tmp_path / "hidden"}
         loop = Loop(windows, layouts, batches, **how, resident=resident)
         moments, energies = {}, {}
         for k, visit in enumerate(schedule(*layouts, blocks, wanted)):
@@ -167,7 +167,8 @@ def test_tiles_of_columns_are_the_moments(tiles, tmp_path):
     visits = schedule(*layouts, blocks, {*moment_links(*layouts, blocks), *energy_links(*layouts, blocks)})
     found = []
     for n in (1, tiles):
-        how = {"held": 2, "grams": False, "device": torch.device("cpu"), "folder": tmp_path, "resident": True}
+        grams = {"0.context": (1,), "1.attention": (0, 1)}
+        how = {"held": 2, "grams": grams, "device": torch.device("cpu"), "folder": tmp_path, "resident": True}
         loop = Loop([Window(checkpoint) for checkpoint in opened], layouts, batches, **how, tiles=n)
         seen = [loop.visit(visit, first=k == 0) for k, visit in enumerate(visits)]
         found.append((seen, [loop.sides[side].hidden[i] for side in range(2) for i in range(3)]))
@@ -181,6 +182,10 @@ def test_tiles_of_columns_are_the_moments(tiles, tmp_path):
             error = (other.moments[name].cross - moment.cross).abs().max() / size
             assert error <= 2**-23  # float32 products, added up in another order
             assert torch.equal(other.moments[name].target_energy, moment.target_energy)
+            assert one.grams.get(name, {}).keys() == other.grams.get(name, {}).keys() == {*grams.get(name, ())}
+            for s, gram in one.grams.get(name, {}).items():
+                error = (other.grams[name][s].cross - gram.cross).abs().max() / gram.source_energy.sum()
+                assert error <= 2**-23 and torch.equal(other.grams[name][s].target_energy, gram.target_energy)
         for name, energy in one.energies.items():
             assert torch.equal(energy.source, other.energies[name].source)
         assert all(torch.equal(a, b) for n in one.kept for a, b in zip(one.kept[n], other.kept[n], strict=True))

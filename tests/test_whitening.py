@@ -55,7 +55,7 @@ def test_gram_that_is_not_finite() -> None:
 def test_centring_is_of_the_rows_and_comes_first() -> None:
     s, t = rows(0, 80, 6) + 1, rows(1, 80, 7) - 1
     cross, *grams = moments(s, t)
-    found = comparable(cross, (grams[0], grams[1]), Recipe(name="paper", center=True, whiten_power=0.25))
+    found = comparable(cross, dict(enumerate(grams)), Recipe(name="paper", center=True, whiten_power=0.25))
     s, t = s - s.mean(0), t - t.mean(0)
     assert torch.allclose(found, whiten(s.T @ t, (s.T @ s, t.T @ t), power=0.25, eps=Recipe().whiten_eps), **ROUNDING)
 
@@ -68,8 +68,8 @@ def test_derived_outputs_whiten_like_observed_ones(center: bool) -> None:
     w_s, w_t = rows(2, 5, 7), rows(3, 6, 8)
     observed = moments(s @ w_s[:, :-1].T + w_s[:, -1], t @ w_t[:, :-1].T + w_t[:, -1])
     seen = moments(s, t)
-    polar, _ = output_map(seen[0], w_s, w_t, recipe=recipe, grams=(seen[1], seen[2]))
-    u, _, vh = torch.linalg.svd(comparable(observed[0], (observed[1], observed[2]), recipe), full_matrices=False)
+    polar, _ = output_map(seen[0], w_s, w_t, recipe=recipe, grams={0: seen[1], 1: seen[2]})
+    u, _, vh = torch.linalg.svd(comparable(observed[0], {0: observed[1], 1: observed[2]}, recipe), full_matrices=False)
     assert torch.allclose(polar.map, u @ vh, **ROUNDING)
 
 

@@ -26,7 +26,7 @@ from .errors import InputRefused
 from .folder import new_folder
 from .headers import inside, read_json
 from .inputs import checked_batches
-from .links import Pairs
+from .links import Pairs, moment_links
 from .maps import Map
 from .models import Base
 from .paper import Paper
@@ -224,10 +224,10 @@ def align(
     if device is not None:
         source.to(place := find_device(device)), target.to(place)
     same = layouts[0].depth == layouts[1].depth
-    wanted = {"energies": chosen.name == "coherent", "grams": chosen.whiten_power > 0}
     with in_float32(source, target):
         blocks = by_position(*layouts) if same else pair_blocks(source, target, layouts, pairs)
-        with capture(source, target, layouts, **wanted, blocks=blocks) as seen:
+        grams = chosen.grams(*layouts, moment_links(*layouts, blocks))
+        with capture(source, target, layouts, energies=chosen.name == "coherent", grams=grams, blocks=blocks) as seen:
             for pair in pairs:
                 seen.run(*pair)
                 if progress:

@@ -77,9 +77,8 @@ class Amounts:
 
     @cached_property
     def grams(self) -> list[int]:
-        """Of every space, both sides; where the recipe whitens."""
-        whitens = bool(self.sizes.recipe.whiten_power)
-        return [8 * whitens * (own**2 + other**2) for own, other in self.sizes.spaces]
+        """Of what is compared with itself."""
+        return [8 * width**2 for width in self.sizes.grams]
 
     @property
     def product(self) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Capture:
         links: name -> the two spaces compared.
         moments: name -> CrossMoment.
         energies: name -> Energy, empty when the recipe needs none.
-        grams: name -> the moments of each side with itself, likewise.
+        grams: name -> side -> the moment of that side with itself, of those that were asked for.
         kept: None, or name -> (source, target) mixed rows of the spaces; then nothing is added to moments and energies.
     """
 
@@ -43,14 +44,15 @@ class Capture:
         *,
         moments: Mapping[str, Link],
         outputs: Mapping[str, Link],
-        grams: bool,
+        grams: Mapping[str, Sequence[int]],
         device: torch.device,
         tile: tuple[int, int] = (0, 1),
     ) -> None:
         """Of backbones, on the spaces of ``moments`` and the outputs of ``outputs``; sums lie on ``device``.
 
         Args:
-            tile: (k, n): of every moment the k-th of n tiles of target columns, to be :meth:`CrossMoment.joined`.
+            grams: name -> the sides, 0 for the source, whose moments with themselves are wanted.
+            tile: (k, n): of every moment the k-th of n tiles of columns, to be :meth:`joined`.
         """
         self._models, self._layouts, self._device, self._tile = models, layouts, device, tile
         self._mixings: Mixings = (None, None)
@@ -66,22 +68,32 @@ class Capture:
         def sizes(link: Link) -> tuple[int, int, torch.device]:
             return link.source.width, link.target.width, device
 
-        def gram(space: Space) -> CrossMoment:
-            return CrossMoment.zeros(space.width, space.width, device)
-
         def columns(width: int) -> int:
             return len(range(width)[self._columns(width)])
+
+        def gram(space: Space) -> CrossMoment:
+            return CrossMoment.zeros(space.width, columns(space.width), device)
 
         spaces = {name: (link.source.width, columns(link.target.width)) for name, link in moments.items()}
         self.moments = {name: CrossMoment.zeros(*size, device) for name, size in spaces.items()}
         self.energies = {name: Energy.zeros(*sizes(link)) for name, link in outputs.items()}
-        self.grams: dict[str, Grams] = {n: (gram(li.source), gram(li.target)) for n, li in moments.items() if grams}
+        sides = {
+            name: {s: (link.source, link.target)[s] for s in grams.get(name, ())} for name, link in moments.items()
+        }
+        self.grams: dict[str, Grams] = {n: {s: gram(x) for s, x in own.items()} for n, own in sides.items() if own}
 
     def to(self, device: torch.device) -> None:
         """Move what was added up."""
         self.moments = {name: moment.to(device) for name, moment in self.moments.items()}
         self.energies = {name: energy.to(device) for name, energy in self.energies.items()}
-        self.grams = {name: (own.to(device), other.to(device)) for name, (own, other) in self.grams.items()}
+        self.grams = {name: {s: gram.to(device) for s, gram in own.items()} for name, own in self.grams.items()}
+
+    def joined(self, tiles: Sequence[Capture]) -> Capture:
+        """Itself, with the moments of all tiles, its own the last; crosses of the tiles are freed meanwhile."""
+        self.moments = {n: CrossMoment.joined([tile.moments.pop(n) for tile in tiles]) for n in list(self.moments)}
+        for name, own in self.grams.items():
+            self.grams[name] = {s: CrossMoment.joined([tile.grams[name].pop(s) for tile in tiles]) for s in list(own)}
+        return self
 
     def behind(self, other: Capture) -> Capture:
         """Itself, with what another one saw of other links in front of what this one did."""
@@ -165,9 +177,11 @@ class Capture:
         """Add what waits to be added."""
         rows = [(own, other[:, self._columns(other.shape[1])]) for own, other in self._waiting.values()]
         update_together([self.moments[name] for name in self._waiting], rows, self._mixings)
-        for side, mixing in enumerate(self._mixings if self.grams else ()):
-            both = [(pair[side], pair[side]) for pair in self._waiting.values()]
-            update_together([self.grams[name][side] for name in self._waiting], both, (mixing, mixing))
+        for side, mixing in enumerate(self._mixings):
+            own = {name: pair[side] for name, pair in self._waiting.items() if side in self.grams.get(name, ())}
+            both = [(x, x[:, self._columns(x.shape[1])]) for x in own.values()]
+            if own:
+                update_together([self.grams[name][side] for name in own], both, (mixing, mixing))
         self._waiting.clear()
 
     def _flush_outputs(self) -> None:
@@ -214,13 +228,13 @@ def capture(
     layouts: tuple[Layout, Layout],
     *,
     energies: bool = True,
-    grams: bool = False,
+    grams: Mapping[str, Sequence[int]] = MappingProxyType({}),
     blocks: Blocks | None = None,
 ) -> Iterator[Capture]:
     """Open hooks on both models, in evaluation mode; both are as they were afterwards.
 
     Args:
-        energies: whether the energies of outputs are wanted; grams: whether each side's moments with itself are.
+        energies: whether the energies of outputs are wanted; grams: as of :class:`Capture`.
         blocks: for every target block the source block it is compared with, or None; by default the same one.
     """
     training = [(m, m.training) for model in (source, target) for m in model.modules()]

@@ -12,11 +12,12 @@ from . import maps
 from .moments import CrossMoment, Energy
 from .pairing import pair_heads
 from .planner import Planner
-from .procrustes import Polar, procrustes
+from .procrustes import FLOOR_DOUBLE, Polar, procrustes
 from .recipes import Plan, Recipe
 from .spaces import Role
 
 QKV: tuple[Role, ...] = ("query", "key", "value")
+NORM = Recipe()
 Names = dict[Role, tuple[str, str]]  # (source, target) layer of each role
 
 
@@ -31,37 +32,53 @@ def head_maps(p: Planner, b: int) -> None:
     heads, kv_heads = (source.heads, target.heads), (source.kv_heads, target.kv_heads)
     pairing = out.pairings[b] = pair_heads(context, heads, kv_heads)
     group = torch.arange(target.heads) // (target.heads // target.kv_heads)  # target kv head of each target query head
-    every = torch.arange(target.kv_heads)
+
+    def of_group(per_head: Tensor) -> Tensor:
+        """Sum over a target kv head's query heads, but for those left over: they may be of another kind."""
+        if len(per_head) == target.kv_heads:
+            return per_head
+        counted = per_head * pairing.own.to(per_head).view(-1, *[1] * (per_head.ndim - 1))
+        summed: Tensor = counted.unflatten(0, (target.kv_heads, -1)).sum(1)
+        return summed
 
     def energies(energy: tuple[Tensor, Tensor], counts: tuple[int, int], chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Per target kv head, (source, target) energy over its heads; a source head counts once per copy."""
-        per = [v.unflatten(0, (n, -1)).sum(1) for v, n in zip(energy, counts, strict=True)]
-        per[0] = per[0][chosen]
-        return tuple(_by_group(v, target.kv_heads) for v in per)  # type: ignore[return-value]
+        """Per target kv head, (source, target) energy over its heads."""
+        own, other = (v.unflatten(0, (n, -1)).sum(1) for v, n in zip(energy, counts, strict=True))
+        return of_group(own[chosen]), of_group(other)
 
     def cross_of(role: Role, counts: tuple[int, int], chosen: Tensor) -> Tensor:
         """Cross of paired heads of q or k, before rotary embedding: [kv_heads_T, head_dim_S, head_dim_T]."""
         moment = p.moments[f"{b}.attention"].augmented
         w_s, w_t = (base.augmented(n).to(moment) for base, n in zip((p.source, p.target), names[role], strict=True))
         left = (w_s @ moment).unflatten(0, (counts[0], -1))[chosen]
-        return _by_group(left @ w_t.unflatten(0, (counts[1], -1)).mT, target.kv_heads)
+        return of_group(left @ w_t.unflatten(0, (counts[1], -1)).mT)
 
-    def blocks(polar: Polar, scale: Tensor, chosen: Tensor, of_group: Tensor, count: int) -> maps.Heads:
-        return maps.Heads(chosen, (polar.map.cpu() * scale[:, None, None])[of_group], count)
+    def blocks(polar: Polar, scale: Tensor) -> Tensor:
+        return polar.map.cpu() * scale[:, None, None]
 
     cross = context.cross.unflatten(1, (target.heads, -1)).unflatten(0, (source.heads, -1)).transpose(1, 2)
-    paired = _by_group(cross[pairing.query, torch.arange(target.heads)], target.kv_heads)
-    t_context = procrustes(paired, null=recipe.null, floor=recipe.floor)
+    paired = cross[pairing.query, torch.arange(target.heads)]
+    t_context = procrustes(of_group(paired), null=recipe.null, floor=recipe.floor)
     e_context = energies((context.source_energy, context.target_energy), heads, pairing.query)
-    copies = torch.bincount(pairing.query, minlength=source.heads)[pairing.query].double()
-    read = blocks(t_context, 1 / _ratios(e_context, recipe), pairing.query, group, source.heads)
-    read = replace(read, blocks=read.blocks / copies[:, None, None])
-    out.add(f"{b}.context", t_context, context.count, read)
+    share, fit = torch.ones(2, target.heads, dtype=torch.float64)
+    if recipe.heads == "pair" and len(set(pairing.query.tolist())) < target.heads:
+        loud = context.source_energy.unflatten(0, (source.heads, -1)).sum(1).cpu()[pairing.query]
+        known = t_context.map.cpu()[group], _ratios(e_context)[group], loud, p.grams[f"{b}.context"][1].cross
+        share, fit = shares(pairing.query, paired, *known, floor=max(recipe.floor, FLOOR_DOUBLE))
+    fit_kv = fit.unflatten(0, (target.kv_heads, -1)).amax(1)
+
+    def by_query(polar: Polar, scale: Tensor, weight: Tensor) -> maps.Heads:
+        return maps.Heads(pairing.query, blocks(polar, scale)[group] * weight[:, None, None], source.heads)
+
+    def by_kv(polar: Polar, scale: Tensor) -> maps.Heads:
+        return maps.Heads(pairing.kv, blocks(polar, scale * fit_kv), source.kv_heads)
+
+    out.add(f"{b}.context", t_context, context.count, by_query(t_context, 1 / _ratios(e_context, recipe), share))
 
     query, key, value = (p.energies.get(names[role][1]) for role in QKV)
     if value:
         e_value = energies((value.source, value.target), kv_heads, pairing.kv)
-        out.put(f"{b}.value", blocks(t_context, _ratios(e_value, recipe), pairing.kv, every, source.kv_heads))
+        out.put(f"{b}.value", by_kv(t_context, _ratios(e_value, recipe)))
     if query and key and f"{b}.attention" in p.moments:
         e_query = energies((query.source, query.target), heads, pairing.query)
         e_key = energies((key.source, key.target), kv_heads, pairing.kv)
@@ -73,11 +90,65 @@ def head_maps(p: Planner, b: int) -> None:
             )
         )
         t_shared = procrustes(shared, null=recipe.null, floor=recipe.floor)  # type: ignore[arg-type]
-        mapped = blocks(t_shared, _ratios(e_query, recipe), pairing.query, group, source.heads)
-        out.add(f"{b}.query", t_shared, context.count, mapped)
-        out.put(f"{b}.key", blocks(t_shared, _ratios(e_key, recipe), pairing.kv, every, source.kv_heads))
+        out.add(f"{b}.query", t_shared, context.count, by_query(t_shared, _ratios(e_query, recipe), fit))
+        out.put(f"{b}.key", by_kv(t_shared, _ratios(e_key, recipe)))
     if recipe.heads == "dense":
         _dense_context(out, b, context, value, names, recipe)
+
+
+def shares(
+    chosen: Tensor, cross: Tensor, t: Tensor, scale: Tensor, energy: Tensor, gram: Tensor, *, floor: float
+) -> tuple[Tensor, Tensor]:
+    """How target heads that copy one source head share its update: weights w at o's input, and fits at q, k and v.
+
+    Of the source head's context x a head with context c_j says ``p_j = c_j T_j^T / s_j``. Weights are those of least
+    squares, min |x - sum_j w_j p_j|^2 + rho |x|^2 sum_j (w_j s_best / s_j)^2, with rho the share of x that no weights
+    explain: what stays unexplained is worth no large entries of o, which a quiet head would need. So equal copies get
+    1 / copies, and a head that has nothing to do with x gets 0 beside one that says all of it. They are scaled until
+    the sum is as loud as the best head alone, as a head without copies is; a fit is a head's weight beside the best's.
+
+    Args:
+        chosen: [heads_T], source head of each target head.
+        cross: x_i^T c_j of the chosen pairs, [heads_T, head_dim_S, head_dim_T].
+        t, scale: T_j [heads_T, head_dim_S, head_dim_T] and s_j [heads_T]. energy: |x_i|^2 of the chosen, [heads_T].
+        gram: of the target's context with itself, [heads_T * head_dim_T, heads_T * head_dim_T].
+        floor: share below which a weight is 0, and a difference between copies none.
+
+    Returns:
+        weights, and fits between 0 and 1, float64 [heads_T] on the CPU; 1 where a source head feeds one head alone.
+    """
+    share, fit = torch.ones(2, len(chosen), dtype=torch.float64)
+    between = gram.unflatten(1, (len(chosen), -1)).unflatten(0, (len(chosen), -1)).transpose(1, 2)
+    for same in ((chosen == own).nonzero()[:, 0] for own in chosen.unique()):
+        if len(same) > 1 and energy[same[0]] > 0:
+            b = (t[same] / scale[same, None, None]).to(gram)
+            g = torch.einsum("jax,jkxy,kay->jk", b, between[same[:, None], same], b).cpu() / energy[same[0]]
+            r = (cross[same].to(b) * b).sum((1, 2)).cpu() / energy[same[0]]
+            share[same], fit[same] = _shared(g, r, scale[same], floor)
+    return share, fit
+
+
+def _shared(g: Tensor, r: Tensor, scale: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Of heads that copy one, :func:`shares` from g_jk = p_j p_k^T / |x|^2, r_j = x p_j^T / |x|^2 and s_j."""
+
+    def least(penalty: Tensor) -> Tensor:
+        """The smallest of the least squares; scaled so that a penalty far above the rest hides none of it."""
+        k = (1 + penalty).rsqrt()
+        penalised = k[:, None] * (g + g.T) / 2 * k + torch.diag(1 - k**2)
+        found: Tensor = k * (torch.linalg.pinv(penalised, hermitian=True, rtol=floor) @ (k * r))
+        return found
+
+    w = least(torch.zeros_like(r))
+    rest = (1 - w @ r).clamp(0, 1)
+    for _ in r:  # the best head may be a louder one now, for which quiet ones are even less worth
+        best = w.argmax()
+        w = least(rest * (scale[best] / scale) ** 2)
+    best = w.argmax()
+    if not w[best] > 0:  # no head says anything of it
+        return torch.full_like(w, 1 / len(w)), torch.ones_like(w)
+    w = w * (g[best, best] / (w @ g @ w)).sqrt()
+    w = torch.where(w.abs() > floor * w[best], w, 0.0)
+    return w, (w / w[best]).clamp(0, 1)
 
 
 def _dense_context(out: Plan, b: int, context: CrossMoment, value: Energy | None, names: Names, recipe: Recipe) -> None:
@@ -99,15 +170,10 @@ def scale_of(source: float, target: float, recipe: Recipe) -> float:
     return math.sqrt(target / source) if recipe.scale != "none" and source > 0 and target > 0 else 1.0
 
 
-def _ratios(energies: tuple[Tensor, Tensor], recipe: Recipe) -> Tensor:
+def _ratios(energies: tuple[Tensor, Tensor], recipe: Recipe = NORM) -> Tensor:
     return torch.tensor(
         [scale_of(s, t, recipe) for s, t in zip(*(e.tolist() for e in energies), strict=True)], dtype=torch.float64
     )
-
-
-def _by_group(per_head: Tensor, groups: int) -> Tensor:
-    grouped: Tensor = per_head.unflatten(0, (groups, -1))
-    return grouped.sum(1)
 
 
 def _positive(x: Tensor) -> Tensor:

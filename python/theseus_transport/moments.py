@@ -237,8 +237,8 @@ def update_together(
         moment.count += len(other) if mixings[1] is None else mixings[1].rows
 
 
-Grams = tuple[CrossMoment, CrossMoment]
-"""Of a pair of activations: the source's moment with itself, and the target's."""
+Grams = dict[int, CrossMoment]
+"""Of a pair of activations: by side, 0 for the source, its moment with itself."""
 
 
 def affine(weight: Tensor) -> Tensor:

@@ -25,12 +25,14 @@ class HeadPairing:
     Attributes:
         query: int64 [heads_T], source query head of each target query head.
         kv: int64 [kv_heads_T], source kv head of each target kv head; query heads are paired inside these groups.
+        own: bool [heads_T], whether a head was assigned inside its group; left over, it copies one that is.
         similarity: float64 [heads_T], nuc(C_ij) / sqrt(E_i E_j) of the paired heads; 1 if equal up to rotation, scale.
         lost: source query heads that feed no target head.
     """
 
     query: Tensor
     kv: Tensor
+    own: Tensor
     similarity: Tensor
     lost: list[int]
 
@@ -42,7 +44,8 @@ class HeadPairing:
     @classmethod
     def restored(cls, values: Mapping[str, Any]) -> HeadPairing:
         similarity = torch.tensor(values["similarity"], dtype=torch.float64)
-        return cls(torch.tensor(values["query"]), torch.tensor(values["kv"]), similarity, values["lost"])
+        query, kv, own = (torch.tensor(values[name]) for name in ("query", "kv", "own"))
+        return cls(query, kv, own, similarity, values["lost"])
 
 
 def pair_heads(context: CrossMoment, heads: tuple[int, int], kv_heads: tuple[int, int]) -> HeadPairing:
@@ -59,12 +62,13 @@ def pair_heads(context: CrossMoment, heads: tuple[int, int], kv_heads: tuple[int
     score = similarity(context, heads)
     groups = score.unflatten(1, (kv_heads[1], -1)).unflatten(0, (kv_heads[0], -1))  # [kv_S, in group, kv_T, in group]
     inner = [[_assign(groups[i, :, j]) for j in range(kv_heads[1])] for i in range(kv_heads[0])]
-    quality = torch.tensor([[total for _, total in row] for row in inner], dtype=torch.float64)
-    kv, _ = _assign(quality)
+    quality = torch.tensor([[total for *_, total in row] for row in inner], dtype=torch.float64)
+    kv, *_ = _assign(quality)
     size = heads[0] // kv_heads[0]
     query = torch.cat([inner[i][j][0] + i * size for j, i in enumerate(kv.tolist())])
+    own = torch.cat([inner[i][j][1] for j, i in enumerate(kv.tolist())])
     lost = sorted(set(range(heads[0])) - set(query.tolist()))
-    return HeadPairing(query, kv, score[query, torch.arange(heads[1])], lost)
+    return HeadPairing(query, kv, own, score[query, torch.arange(heads[1])], lost)
 
 
 def similarity(context: CrossMoment, heads: tuple[int, int]) -> Tensor:
@@ -88,9 +92,10 @@ def nuclear(c: Tensor) -> Tensor:
     return (polar_factor(c, floor=FLOOR, eigh=False)[0] * c).sum((-2, -1))
 
 
-def _assign(score: Tensor) -> tuple[Tensor, float]:
-    """Source of each target column [columns] and the assigned total; columns left over take their best row."""
+def _assign(score: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Row of each column [columns], whether it was assigned, and the assigned total; columns left over take their best
+    row."""
     rows, columns = linear_sum_assignment(score.numpy(), maximize=True)
-    chosen = score.argmax(0)
-    chosen[torch.from_numpy(columns)] = torch.from_numpy(rows)
-    return chosen, float(score[rows, columns].sum())
+    chosen, own = score.argmax(0), torch.zeros(score.shape[1], dtype=torch.bool)
+    chosen[torch.from_numpy(columns)], own[torch.from_numpy(columns)] = torch.from_numpy(rows), True
+    return chosen, own, float(score[rows, columns].sum())

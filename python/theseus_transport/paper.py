@@ -77,7 +77,7 @@ def comparable(moment: CrossMoment, grams: Grams | None, recipe: Recipe) -> Tens
         moment: uncentred; grams: of both sides, where the recipe whitens.
     """
     if recipe.center:
-        moment, grams = moment.centred(), grams and (grams[0].centred(), grams[1].centred())
+        moment, grams = moment.centred(), grams and {side: gram.centred() for side, gram in grams.items()}
     if grams is None:
         return moment.cross
     return whiten(moment.cross, (grams[0].cross, grams[1].cross), power=recipe.whiten_power, eps=recipe.whiten_eps)
@@ -109,7 +109,7 @@ def output_map(
     expands = all(w.shape[0] > w.shape[1] for w in (s, t)) and recipe.null != "svd"
     if expands:
         (q_s, s), (q_t, t) = torch.linalg.qr(s), torch.linalg.qr(t)
-    own = grams and (grams[0].derive(s, s), grams[1].derive(t, t))
+    own = grams and {0: grams[0].derive(s, s), 1: grams[1].derive(t, t)}
     polar = polar or partial(procrustes, null=recipe.null, floor=recipe.floor)
     made = polar(comparable(moment.derive(s, t), own, recipe))
     return made, maps.Factored(q_s @ made.map, q_t.T.contiguous()) if expands else maps.Dense(made.map)

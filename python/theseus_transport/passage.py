@@ -169,7 +169,8 @@ class Passage:
 
     def _loop(self, batches: Sequence[Any]) -> Loop:
         held = len(self.data.batches) if self.data.held else None
-        options: dict[str, Any] = {"held": held, "grams": self.planner.recipe.whiten_power > 0, "device": self.device}
+        grams = self.planner.recipe.grams(*self.layouts, self.planner.links)
+        options: dict[str, Any] = {"held": held, "grams": grams, "device": self.device}
         options |= {"resident": self.resident, "tiles": self.tiles, "halves": self.halves}
         loop = Loop(self.windows, self.layouts, batches, **options, folder=self._folder)
         if self.work.step:
@@ -267,7 +268,7 @@ def all_together(
     behind_norms = {name for name, link in links.items() if link.target.norm}
     visits = schedule(*layouts, blocks, behind_norms)
     with temporary(folder) as place:
-        how: dict[str, Any] = {"held": None, "grams": False, "device": device, "halves": halves}
+        how: dict[str, Any] = {"held": None, "grams": {}, "device": device, "halves": halves}
         loop = Loop(windows, layouts, data.batches, **how, folder=place or Path(), resident=place is None)
         for k, visit in enumerate(visits):
             seen = loop.visit(visit, first=k == 0)

@@ -101,7 +101,7 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
     there = a.masks + a.stored
     device = {
         "pairing": there + pair,
-        "forward": there + run + sum(a.crosses) // choice.tiles + sum(a.grams) + (a.z if a.maps_on_device else 0),
+        "forward": there + run + moments // choice.tiles + (a.z if a.maps_on_device else 0),
         "maps": there + made if a.maps_on_device else 0,
         "moves": there + (a.maps if a.maps_on_device else a.largest_map) + a.largest_weight + a.move,
         "tables": a.tables,
@@ -139,8 +139,7 @@ def fitted(
         for i, (option, what) in enumerate((("--max-ram", "memory"), ("--max-memory", "device memory")))
     )
     limits, plans = ((ram, max_ram), (memory, max_memory)), []
-    gpu, tiled = sizes.device.type == "cuda", not sizes.recipe.whiten_power
-    choices = list(_choices(Choice(batch_size, resident=not offload), gpu=gpu, tiled=tiled))
+    choices = list(_choices(Choice(batch_size, resident=not offload), gpu=sizes.device.type == "cuda"))
     for choice in [c for c in choices if c.rounding == like] or choices:
         plan = stages(sizes, choice)
         peaks = zip(limits, (plan.peak, plan.device_peak), strict=True)
@@ -155,7 +154,7 @@ def fitted(
     raise ResourceError(f"{'; '.join(lacking)} ({choice.words}){files}")
 
 
-def _choices(start: Choice, *, gpu: bool, tiled: bool) -> Iterator[Choice]:
+def _choices(start: Choice, *, gpu: bool) -> Iterator[Choice]:
     """The cheap ones first: maps by iteration, smaller batches, no reading ahead; maps on the CPU, moments by tiles,
     attention and MLP one after the other. On the CPU the last two save nothing: making the maps takes more."""
     sizes = [start.batch_size]
@@ -167,8 +166,8 @@ def _choices(start: Choice, *, gpu: bool, tiled: bool) -> Iterator[Choice]:
     if gpu:
         cpu = replace(least, ahead=False, polar="cpu")
         yield from (replace(cpu, batch_size=n) for n in sizes)
-        yield from (replace(cpu, batch_size=1, tiles=1 << k) for k in range(1, 6 if tiled else 1))
-        yield replace(cpu, batch_size=1, tiles=32 if tiled else 1, halves=True)
+        yield from (replace(cpu, batch_size=1, tiles=1 << k) for k in range(1, 6))
+        yield replace(cpu, batch_size=1, tiles=32, halves=True)
 
 
 def _rounded(nbytes: int) -> str:

@@ -138,7 +138,8 @@ class Planner(ABC):
         """JSON and tensors from which :meth:`restore` goes on, to the bit."""
         plan, tensors = self.plan.state()
         for name, moment in self.moments.items():
-            for i, m in enumerate((moment, *self.grams.get(name, ()))):
+            own = {1 + side: gram for side, gram in self.grams.get(name, {}).items()}
+            for i, m in {0: moment, **own}.items():
                 tensors |= {f"moments/{name}/{i}/{part}": getattr(m, part) for part in PARTS}
         for name, e in self.energies.items():
             tensors |= {f"energies/{name}/source": e.source, f"energies/{name}/target": e.target}
@@ -168,11 +169,12 @@ class Planner(ABC):
         self.plan = Plan.restored(state["plan"], tensors)
         self.moments, self.grams, self.energies = {}, {}, {}
         for name, count in state["counts"].items():
-            sides = range(3 if f"moments/{name}/1/cross" in tensors else 1)
-            found = [{part: held(f"moments/{name}/{i}/{part}") for part in PARTS} for i in sides]
-            self.moments[name], *both = (CrossMoment(**parts, count=count) for parts in found)
-            if both:
-                self.grams[name] = both[0], both[1]
+            there = [i for i in range(3) if f"moments/{name}/{i}/cross" in tensors]
+            found = {i: {part: held(f"moments/{name}/{i}/{part}") for part in PARTS} for i in there}
+            own = {i - 1: CrossMoment(**parts, count=count) for i, parts in found.items()}
+            self.moments[name] = own.pop(-1)
+            if own:
+                self.grams[name] = own
         for name in state["energies"]:
             self.energies[name] = Energy(*(held(f"energies/{name}/{part}") for part in ("source", "target", "centred")))
         self.together, self.toward = (held(n) if n in tensors else None for n in ("together", "toward"))

@@ -86,9 +86,11 @@ class Effort:
         for k, side in enumerate(zip(self.sides, self.layouts, self.rows, strict=True)):
             run = {b for visit in visits if (b := visit.blocks[k]) is not None}
             flops += self.passes * forward(*side, run) + self.whole * forward(*side)
+        crosses, grams = sum(prod(_widths(link)) for link in links.values()), self.recipe.grams(*self.layouts, links)
+        own = sum(_widths(links[name])[k] ** 2 for name, sides in grams.items() for k in sides)
         found = {
             "forward": flops / single,
-            "cross-moments": 2 * self.tokens * sum(prod(_widths(link)) for link in links.values()) / single,
+            "cross-moments": 2 * self.tokens * (crosses + own) / single,
             "decompositions": decompositions(self.layouts, self.recipe, links) / double,
         }
         if self.held:  # rows as they pair and as they are shifted

@@ -63,8 +63,10 @@ def cosine(t: Map, trace: Callable[[Map], float], energies: tuple[Tensor, Tensor
         trace: tr(T^T C) of a map. energies: per feature, or in total, of source and target.
     """
     own, other = energies
-    if isinstance(t, Heads):  # a source head counts once per copy
-        t, own = t.unscaled(), t.by_head(own)
+    if isinstance(t, Heads):  # a source head counts once per copy, a target head that takes nothing does not
+        own, other = t.by_head(own), other.unflatten(0, (len(t.blocks), -1))
+        own, other = (e[t.blocks.to(e).flatten(1).any(1)] for e in (own, other))
+        t = t.unscaled()
     energy = float(own.sum() * other.sum())
     return trace(t) / energy**0.5 if energy > 0 else 0.0
 

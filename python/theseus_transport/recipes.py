@@ -8,7 +8,7 @@ two bases are re-parametrisations of each other. ``paper``: every layer's own in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -21,6 +21,7 @@ from .errors import InputRefused
 from .maps import Map
 from .pairing import HeadPairing
 from .procrustes import FLOOR, Null, Polar
+from .spaces import Layout
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ class Recipe:
         """A recipe by name with options, or a recipe with options replaced."""
         base = recipe if isinstance(recipe, Recipe) else cls(name=recipe)  # type: ignore[arg-type]
         return replace(base, **options)  # type: ignore[arg-type]
+
+    def grams(self, source: Layout, target: Layout, links: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Link -> the sides (0 the source) whose moment with themselves it needs: both to whiten with; of the target's
+        context to tell how alike heads are that have to share a source head."""
+        if self.whiten_power:
+            return dict.fromkeys(links, (0, 1))
+        share = self.name == "coherent" and self.heads == "pair" and target.outnumbers(source)
+        return {name: (1,) for name in links if share and name.endswith(".context")}
 
 
 CHOICES = {

@@ -73,17 +73,27 @@ class Sizes:
         """The largest matrix in float64: what moves row tile by row tile is no larger."""
         return 8 * max(prod(shape) for checkpoint in self.checkpoints for shape in checkpoint.shapes.values())
 
-    @cached_property
+    @property
     def spaces(self) -> list[Widths]:
         """Of the spaces that a pair of blocks compares, and of what follows."""
-        found: dict[int | None, list[Widths]] = {}
+        return list(self._links.values())
+
+    @cached_property
+    def grams(self) -> list[int]:
+        """Widths of what is compared with itself as well."""
+        sides = self.recipe.grams(*self.layouts, self._links)
+        return [self._links[name][side] for name, own in sides.items() for side in own]
+
+    @cached_property
+    def _links(self) -> dict[str, Widths]:
+        found: dict[int | None, dict[str, Widths]] = {}
         links = moment_links(*self.layouts, by_position(*self.layouts))
-        for name, link in links.items():
-            if self._uses(name):
-                found.setdefault(block_of(name), []).append((link.source.width, link.target.width))
-        inside = [widths for b, widths in found.items() if b is not None]
-        final = links["final"]
-        return [*max(inside, key=_area, default=[]), (final.source.width, final.target.width)]
+        widths = {name: (link.source.width, link.target.width) for name, link in links.items()}
+        for name in filter(self._uses, widths):
+            found.setdefault(block_of(name), {})[name] = widths[name]
+        inside = [spaces for b, spaces in found.items() if b is not None]
+        areas = [sum(own * other for own, other in spaces.values()) for spaces in inside]
+        return {**(inside[areas.index(max(areas))] if inside else {}), "final": widths["final"]}
 
     @cached_property
     def maps(self) -> int:
@@ -126,7 +136,3 @@ def _largest(checkpoint: Checkpoint | Merged, layout: Layout, half: Half | None,
 
     blocks = by_block(layout, checkpoint).values()
     return max((sum(map(bytes_of, of_half(layout, names, half))) for names in blocks), default=0)
-
-
-def _area(spaces: list[Widths]) -> int:
-    return sum(map(prod, spaces))

@@ -167,6 +167,11 @@ class Layout:
         """Class tokens and register tokens in front of an image's patches."""
         return int(self.family.class_token), self.registers
 
+    def outnumbers(self, other: Layout) -> bool:
+        """Whether heads of this model may have to share one of the other's: it has more groups, or larger ones."""
+        sizes = self.heads // self.kv_heads, other.heads // other.kv_heads
+        return self.kv_heads > other.kv_heads or sizes[0] > sizes[1]
+
     def block(self, b: int, name: str) -> str:
         return f"{self.family.blocks}.{b}.{name}"
 

@@ -15,7 +15,6 @@ from .batches import Batch, mixings
 from .capture import Capture
 from .halves import Half, layers_of
 from .hidden import Hidden
-from .moments import CrossMoment
 from .schedule import Visit
 from .skeleton import Skeleton
 from .spaces import Layout, by_block
@@ -66,7 +65,7 @@ class Loop:
         batches: Sequence[tuple[Batch, Batch]],
         *,
         held: int | None,
-        grams: bool,
+        grams: Mapping[str, Sequence[int]],
         device: torch.device,
         folder: Path,
         resident: bool,
@@ -76,7 +75,7 @@ class Loop:
         """
         Args:
             batches: pairs of batches; ``held``: the number of the one that is kept rather than added up, if any.
-            grams: whether each side's moments with itself are wanted.
+            grams: as of :class:`Capture`.
             folder: for files of hidden states; ``resident``: whether these stay in memory beside.
             tiles: of columns in which moments are added up, each in a pass of the blocks, and put together on the host.
             halves: attention and MLP of a block run one after the other, over all batches each.
@@ -111,7 +110,7 @@ class Loop:
             for side, b, norms in zip(self.sides, visit.blocks, visit.norms, strict=True):
                 filled = None if b is None else stack.enter_context(side.skeleton.filled(b, half))
                 runs.append((side, filled, b, [side.skeleton.norm(name) for name in sorted(norms)]))
-            count, tiles = self._tiles if visit.moments else 1, []
+            count, tiles = self._tiles if visit.moments else 1, list[Capture]()
             for k in range(count):
                 last = k + 1 == count
                 seen = self._capture(visit if last else replace(visit, outputs={}), (k, count))
@@ -123,10 +122,10 @@ class Loop:
                         seen.add(rows, *(_step(*run, i, stay=not last) for run in runs))
                         if last:
                             done()
-                tiles.append(seen.moments if count == 1 else {n: m.to("cpu") for n, m in seen.moments.items()})
-        if count > 1:
-            seen.moments = {name: CrossMoment.joined([tile.pop(name) for tile in tiles]) for name in visit.moments}
-        return seen
+                if count > 1:
+                    seen.to(torch.device("cpu"))
+                tiles.append(seen)
+        return seen if count == 1 else seen.joined(tiles)
 
     def _embed(self, visit: Visit, done: Step) -> Capture:
         seen = self._capture(visit)

@@ -141,6 +141,45 @@ def heads(
     return step
 
 
+def beside_live(groups: int = 0, queries: int = 0, *, volume: float = 1.0) -> Move:
+    """Heads of the model's own beside those that are there: whole groups, and query heads inside every group.
+
+    All are random and read; they come in couples whose writes cancel. `volume`: of the new values.
+    """
+
+    def step(spec: Spec, seed: int) -> Spec:
+        draw, parts = Draw(seed), dict(spec.parts)
+        old, members, size = spec.heads
+        inner = members + 2 * queries
+
+        def random(key: str, *shape: int) -> Tensor:
+            """[groups, heads, size, ...]: rows of that many heads."""
+            rows = draw.like(key, torch.Size([shape[0] * shape[1] * shape[2], *shape[3:]]))
+            return rows.unflatten(0, shape[:3])
+
+        for i in range(spec.layers):
+            for part, more, own in (("q", queries, inner), ("k", 0, 1), ("v", 0, 1)):
+                for key in (f"blocks.{i}.{part}.{kind}" for kind in ("weight", "bias")):
+                    if key in parts:
+                        held = parts[key].unflatten(0, (old, -1, size))
+                        extra = random(key, old, more, *held.shape[2:])
+                        held = torch.cat([held, extra, extra], dim=1)
+                        extra = random(key, groups, own, *held.shape[2:]) * (volume if part == "v" else 1)
+                        parts[key] = torch.cat([held, extra, extra]).flatten(0, 2).contiguous()
+            key = f"blocks.{i}.o.weight"
+            held = parts[key].T.unflatten(0, (old, members, size))
+            extra = random(key, old, queries, *held.shape[2:])
+            held = torch.cat([held, extra, -extra], dim=1)
+            extra = random(key, groups, inner, *held.shape[2:])
+            parts[key] = torch.cat([held, extra, -extra]).flatten(0, 2).T.contiguous()
+        sizes = {"num_attention_heads": (old + 2 * groups) * inner, "head_dim": size}
+        if "num_key_value_heads" in spec.config:
+            sizes["num_key_value_heads"] = old + 2 * groups
+        return replace(spec, parts=parts, config=spec.config | sizes)
+
+    return step
+
+
 def head_gains(draw: Draw, parts: dict[str, Tensor], block: str, turn: Tensor) -> dict[str, Tensor]:
     """Gains [head size] of the norms behind q and k, which all heads share, where `turn` changes signs and places only.
 

@@ -12,6 +12,7 @@ from .models import Move, Spec, tune
 from .move_around import deeper, scales_folded, stored_as, untied, with_registers, without_bias, zoomed
 from .move_heads import (
     all_groups_copied,
+    beside_live,
     dense,
     heads,
     heads_permuted,
@@ -26,10 +27,10 @@ from .move_neurons import doubled_neurons, neurons, permuted_neurons, with_extra
 from .move_residual import doubled, residual, rotated, same, signed_permutation, widened
 
 __all__ = [
-    "Move", "Pair", "all_groups_copied", "deeper", "dense", "doubled", "doubled_neurons", "heads", "heads_permuted",
-    "kv_unshared", "larger_rotary_heads", "neurons", "one_group_copied", "one_query_copied", "permuted_neurons",
-    "planar", "residual", "rotated", "same", "scales_folded", "signed_permutation", "stored_as", "two_groups_copied",
-    "untied", "widened", "with_extra", "with_registers", "without_bias", "zoomed",
+    "Move", "Pair", "all_groups_copied", "beside_live", "deeper", "dense", "doubled", "doubled_neurons", "heads",
+    "heads_permuted", "kv_unshared", "larger_rotary_heads", "neurons", "one_group_copied", "one_query_copied",
+    "permuted_neurons", "planar", "residual", "rotated", "same", "scales_folded", "signed_permutation", "stored_as",
+    "two_groups_copied", "untied", "widened", "with_extra", "with_registers", "without_bias", "zoomed",
 ]  # fmt: skip
 
 

@@ -33,6 +33,8 @@ BOTH_ZERO = p.neurons(p.with_extra(4), silent=("gate", "up"))
 TURNED = p.heads(turn_qk=p.planar, turn_vo=True)
 LARGER = p.larger_rotary_heads(12)
 SCALED = p.heads(scaled=True)
+COPIED = p.heads(p.one_group_copied, p.planar, turn_vo=True, scaled=True)
+OWN = p.beside_live(1, 1, volume=3.0)
 PERMUTED = p.heads(p.heads_permuted), p.neurons(p.permuted_neurons)
 NO_FACTORS = "linear", "gains", "everything"  # a narrow source's delta is not a rank-2 factor of the random adapter
 
@@ -60,6 +62,10 @@ EXACT = [
     p.Pair("one-query-copied", GROUPED, (p.heads(p.one_query_copied), p.heads(p.heads_permuted))),
     p.Pair("all-heads-copied", GROUPED, (p.heads(p.all_groups_copied, p.planar, turn_vo=True), *PERMUTED)),
     p.Pair("kv-unshared", GROUPED, (p.heads(p.kv_unshared, p.planar, turn_vo=True),)),
+    p.Pair("own-heads", PLAIN, (p.residual(p.widened(30)), p.beside_live(1), *PERMUTED)),
+    p.Pair("own-quiet-groups", GROUPED, (p.residual(), p.beside_live(2, volume=0.05), *PERMUTED), ("gains", "lora")),
+    p.Pair("own-queries", GROUPED, (p.beside_live(0, 1), TURNED, SCALED, *PERMUTED), ("gains", "lora")),
+    p.Pair("own-and-copied-heads", GROUPED, (p.residual(p.widened(40)), COPIED, OWN, *PERMUTED), ("gains", "lora")),
     p.Pair("larger-heads", GROUPED, (LARGER,)),
     p.Pair("rank-poor-vocabulary", GROUPED, (p.residual(p.rotated), *PERMUTED), calibration=FEW_TOKENS),
     p.Pair("rank-poor-widened", GROUPED, (p.residual(p.widened(36)), TURNED), calibration=FEW_TOKENS),

@@ -36,6 +36,7 @@ EXACT = [
     p.Pair("doubled-mlp", BASE, (p.residual(), p.neurons(p.doubled_neurons))),
     p.Pair("one-head-copied", THREE_HEADS, (p.heads(p.one_group_copied, p.dense, turn_vo=True, scaled=True),)),
     p.Pair("all-heads-copied", BASE, (p.heads(p.all_groups_copied, p.dense, turn_vo=True), *PERMUTED)),
+    p.Pair("own-heads", BASE, (p.residual(p.rotated), p.beside_live(1, volume=0.2), *PERMUTED)),
     p.Pair("larger-heads", BASE, (LARGER,)),
     p.Pair("rank-poor-patches", FEW_PATCHES, (p.residual(p.rotated), *PERMUTED), calibration=(("count", 6),)),
     p.Pair("barely-enough-tokens", BASE, (p.residual(p.rotated), *PERMUTED), calibration=TOKENS_51),

@@ -9,6 +9,7 @@ Which control a planted bug turns red:
     dense map for q and k                         every pair, as heads x head size > width (0.15)
     silent neurons counted in the scale           llama-silent-gate-*, llama-silent-up-* (0.02)
     copies of a head not divided                  llama-one-head-copied-* (0.29)
+    copies weighted alike, fit or not             llama-own-heads-*, llama-own-queries-* (0.1 to 0.3)
     bias not scaled                               llama-rotated-biased-layers-gains (0.25)
     rank-poor first space not completed           llama-rank-poor-vocabulary-* (0.39 to 0.58)
 """

@@ -37,6 +37,10 @@ def test_regression_is_the_norm_where_maps_predict_perfectly(names):
     assert error(names, ROTATED, scale="regression") <= EXACT
 
 
+def test_regression_passes_over_heads_that_take_nothing():
+    assert error(LLAMA, (p.residual(p.widened(32)), p.beside_live(1, 1), *PERMUTED), scale="regression") <= EXACT
+
+
 def test_regression_moves_less_where_maps_predict_badly():
     """Each cosine is below 1 between unrelated models, so every update shrinks."""
     source, target = base(LLAMA), base(LLAMA, seed=5)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from choices import CHOICE_BUGS
+from numerics import NUMBER_BUGS
 from records import RECORD_BUGS
 from stream import STREAM_BUGS
 
@@ -55,7 +56,9 @@ def own_output(part: str, indent: int) -> str:
     )
 
 
-HEADS, PLANNER, STORED = (f"theseus_transport/{name}.py" for name in ("heads", "planner", "stored"))
+HEADS, PLANNER, PRECISION, STORED = (
+    f"theseus_transport/{name}.py" for name in ("heads", "planner", "precision", "stored")
+)
 CAPTURE, COHERENT, ADAPTER, DEPTH, FAMILIES, FAMILY, LINKS, MAPS, MODELS = (
     f"theseus_transport/{name}.py"
     for name in ("capture", "coherent", "adapter", "depth", "families", "family", "links", "maps", "models")
@@ -126,7 +129,7 @@ BUGS = [
     Bug("heads paired by index", llama("permuted"), PAIRING,
         "    score = similarity(context, heads)\n", "    score = torch.eye(*heads, dtype=torch.float64)\n"),
     Bug("groups of heads paired by index", llama("permuted"), PAIRING,
-        "    kv, _ = _assign(quality)\n", "    kv = torch.arange(kv_heads[1]) % kv_heads[0]\n"),
+        "    kv, *_ = _assign(quality)\n", "    kv = torch.arange(kv_heads[1]) % kv_heads[0]\n"),
     Bug("completion left out", llama("rank-poor-vocabulary", "everything"), COHERENT,
         'if self.recipe.completion == "deeper" and (name', "if False and (name"),
     Bug("embeddings moved without a map", llama("rotated", "everything"), COHERENT,
@@ -215,7 +218,7 @@ BUGS = [
     Bug("silent neurons counted", llama("silent-gate"), COHERENT,
         "alive = [x > self.recipe.floor**2 * x.max() for x", "alive = [x > -1 for x"),
     Bug("copies of a head read in full", llama("one-query-copied"), HEADS,
-        "read.blocks / copies[:, None, None]", "read.blocks"),
+        "1 / _ratios(e_context, recipe), share)", "1 / _ratios(e_context, recipe), fit)"),
     Bug("regression at the input only", "tests/test_moves.py::test_regression_scales_by_what_a_map_predicts",
         REGRESSION, "scale_out=rule.scale_out * outer", "scale_out=rule.scale_out"),
     Bug("regression at the output only", "tests/test_moves.py::test_regression_scales_by_what_a_map_predicts",
@@ -224,7 +227,8 @@ BUGS = [
         "tests/test_moves.py::test_regression_scales_by_what_a_map_predicts", REGRESSION,
         "energies = (totals[0], totals[1]) if writes else", "energies = (totals[0], totals[1]) if False else"),
     Bug("context read without its scale", llama("scaled-heads"), HEADS,
-        "blocks(t_context, 1 / _ratios(e_context, recipe),", "blocks(t_context, 1 + 0 * _ratios(e_context, recipe),"),
+        "by_query(t_context, 1 / _ratios(e_context, recipe),",
+        "by_query(t_context, 1 + 0 * _ratios(e_context, recipe),"),
     Bug("values scaled like keys", llama("scaled-heads"), HEADS,
         "energies((value.source, value.target),", "energies((key.source, key.target),"),
 
@@ -232,7 +236,7 @@ BUGS = [
     Bug("sum over depth forgotten between processes", stopped("llama-few-coherent"), PLANNER,
         'held(n) if n in tensors else None for n in ("together", "toward")', 'None for n in ("together", "toward")'),
     Bug("Grams forgotten between processes", stopped("llama-whitened"), PLANNER,
-        "range(3 if", "range(1 if"),
+        "for i in range(3) if", "for i in range(1) if"),
     Bug("maps of the end dropped with their block", stopped("tied-coherent"), PLANNER,
         "is None or b >= self.ahead} | self._starts()", "is None or b >= self.ahead}"),
     Bug("keys planned without their queries",
@@ -284,7 +288,8 @@ BUGS = [
     Bug("whitened on one side only", "tests/test_whitening.py::test_whole_whitening_leaves_correlations", WHITENING,
         "return left @ cross.double() @ right", "return left @ cross.double()"),
     Bug("Grams left uncentred", "tests/test_whitening.py::test_centring_is_of_the_rows_and_comes_first", PAPER,
-        "moment.centred(), grams and (grams[0].centred(), grams[1].centred())", "moment.centred(), grams"),
+        "moment.centred(), grams and {side: gram.centred() for side, gram in grams.items()}",
+        "moment.centred(), grams"),
     Bug("parts of in_proj in reverse", "tests/test_drop_in.py::test_fused_attention_equals_split_and_is_put_back", OWN,
         'Tap(module, "out", i, parts)', 'Tap(module, "out", parts - 1 - i, parts)'),
     Bug("proj read as [out, in]", "tests/test_drop_in.py::test_towers_against_hooks_and_svds[cls-False-wider]", OWN,
@@ -347,7 +352,7 @@ BUGS = [
         CAPTURE, "                run()\n                self._flush_outputs()\n", "                run()\n"),
     Bug("Grams of the target mixed like the source",
         "tests/test_capture.py::test_grams_follow_their_own_mixing", CAPTURE,
-        "for name in self._waiting], both, (mixing, mixing))", "for name in self._waiting], both, self._mixings)"),
+        "for name in own], both, (mixing, mixing))", "for name in own], both, self._mixings)"),
     Bug("heads fetched before they are decomposed",
         "tests/test_pairing.py::test_a_device_decomposes_heads_where_they_lie", "theseus_transport/pairing.py",
         ".transpose(1, 2)\n    energies", ".transpose(1, 2).cpu()\n    energies"),
@@ -402,7 +407,7 @@ BUGS = [
         "first = slot.part * slot.shape(", "first = 0 * slot.part * slot.shape("),
     Bug("last tile dropped", "tests/test_tiles.py::test_tiles_are_all_rows_in_order", MODELS,
         "for first in range(0, shape[0], step))", "for first in range(0, shape[0] - step, step))"),
-    Bug("rounding of the last piece only", "tests/test_tiles.py::test_rounding_adds_up_over_tiles", OUTPUT,
+    Bug("rounding of the last piece only", "tests/test_tiles.py::test_rounding_adds_up_over_tiles", PRECISION,
         "[before[0] + lost, before[1] + ", "[lost, "),
     Bug("a tile's bias change told as the whole", "tests/test_tiles.py::test_a_tiled_head_warns_once", MOVES,
         "str(rows.start if rows else 0)", "str(0)"),
@@ -417,15 +422,16 @@ BUGS = [
     Bug("rows held out are aligned on too", "tests/test_calibration.py::test_a_batch_is_held_out_where_that_leaves_two",
         "theseus_transport/calibration.py", "batches_of(*_rows(sides, slice(rows)),", "batches_of(*sides,"),
     Bug("rounding measured against what was rounded", "tests/test_apply.py::test_rounding_is_measured_and_named",
-        "theseus_transport/output.py", "rounded.double() - base.double() - change.double()",
-        "rounded.double() - (base + change).to(rounded).double()"),
+        PRECISION, "rounded.double() - old.double() - by.double()",
+        "rounded.double() - (old + by).to(rounded).double()"),
     Bug("matched strength without the weights' sizes",
         "tests/test_apply.py::test_matched_strength_moves_the_target_as_far_as_the_source[lora]",
         "theseus_transport/strength.py", "(delta_s / weight_s * weight_t / delta_t)", "(delta_s / delta_t)"),
     Bug("shifted rows not shifted", "tests/test_quality.py::test_shifted_rows[5-4]", "theseus_transport/quality.py",
         "matched(t, own, other.roll(-step, 0))", "matched(t, own, other)"),
     Bug("copies of a head counted once", "tests/test_quality.py::test_scales_and_copies_of_heads_do_not_count",
-        "theseus_transport/quality.py", "t, own = t.unscaled(), t.by_head(own)", "t = t.unscaled()"),
+        "theseus_transport/quality.py",
+        "own, other = t.by_head(own),", "own, other = own.unflatten(0, (t.heads, -1))[[0, 1, 1]],"),
     Bug("every strength moved anew", "tests/test_apply.py::test_several_strengths_move_each_layer_once[lora]",
         "theseus_transport/output.py", "compute=partial(last, moved.compute)", "compute=moved.compute"),
     Bug("what only a guess would lose is refused",
@@ -521,4 +527,4 @@ BUGS = [
         "theseus_ext/ops.py",
         "increment_version([tensor for tensors in masters.values() for tensor in tensors])", "increment_version([])"),
 ]
-BUGS += [Bug(*bug) for bug in (*STREAM_BUGS, *CHOICE_BUGS, *RECORD_BUGS)]
+BUGS += [Bug(*bug) for bug in (*STREAM_BUGS, *CHOICE_BUGS, *RECORD_BUGS, *NUMBER_BUGS)]

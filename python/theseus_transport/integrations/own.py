@@ -124,7 +124,7 @@ def own_map(moment: CrossMoment, grams: Grams | None, bases: tuple[Tensor, Tenso
         return Dense(_polar(moment, grams, recipe).float().cpu())
     q_s, q_t = (basis.to(moment.cross) for basis in bases)
     s, t = (torch.cat([q.T, q.new_zeros(q.shape[1], 1)], 1) for q in (q_s, q_t))  # coordinates: [W b] with b = 0
-    own = grams and (grams[0].derive(s, s), grams[1].derive(t, t))
+    own = grams and {0: grams[0].derive(s, s), 1: grams[1].derive(t, t)}
     return Factored((q_s @ _polar(moment.derive(s, t), own, recipe)).float().cpu(), q_t.T.float().cpu())
 
 

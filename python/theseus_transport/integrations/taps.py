@@ -116,7 +116,7 @@ class Taps:
         self.moments[tap].update(s, t, mixing)
         if self._whiten:
             if tap not in self.grams:
-                self.grams[tap] = CrossMoment.zeros(d_s, d_s, self._device), CrossMoment.zeros(d_t, d_t, self._device)
+                self.grams[tap] = {side: CrossMoment.zeros(d, d, self._device) for side, d in enumerate((d_s, d_t))}
             self.grams[tap][0].update(s, s, mixing, mixing)
             self.grams[tap][1].update(t, t)
 
