@@ -147,7 +147,8 @@ def test_a_job_predicts_what_it_needs_alone(of_queries, root, monkeypatch):
     assert session.seconds["forward"] == sum(blocks) == sum(forward(*s, 16 * rows) for s in both) / 2
     heads = 2 * 5 * polar_flops(6, 8)
     assert session.seconds["decompositions"] == polar_flops(24, 40) + heads
-    assert session.seconds["cross-moments"] == 2 * 160 * (24 * 40 + 24 * 40)  # what queries read, and the context
+    compared = 24 * 40 + 24 * 40 + 40 * 40  # what queries read, the context, and the target's with itself
+    assert session.seconds["cross-moments"] == 2 * 160 * compared
     assert session.seconds["held-out quality"] == 4 * held * 16 * (24 * 40 + 24 * 40 // 5)
     outcome = session.run()
     assert outcome.skipped.startswith("1 of 2 blocks were not run")

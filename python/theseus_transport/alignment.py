@@ -223,8 +223,8 @@ def align(
     pairs = checked_batches(batches, layouts)
     if device is not None:
         source.to(place := find_device(device)), target.to(place)
-    same = layouts[0].depth == layouts[1].depth
     with in_float32(source, target):
+        same = layouts[0].depth == layouts[1].depth
         blocks = by_position(*layouts) if same else pair_blocks(source, target, layouts, pairs)
         grams = chosen.grams(*layouts, moment_links(*layouts, blocks))
         with capture(source, target, layouts, energies=chosen.name == "coherent", grams=grams, blocks=blocks) as seen:
@@ -277,8 +277,8 @@ def outline(source: Layout, target: Layout, recipe: Recipe, blocks: Sequence[int
     vectors = {into: Rule(own, "identity", "identity") for own, into in pairs.embeddings()}
     if not fold or recipe.embeddings == "leave":
         vectors = {}
-    for own, into, _ in (norm for place in pairs.places for norm in (pairs.unread if fold else pairs.norms)(place)):
-        for part, kind in (("weight", "gain"), ("bias", "shift")):
+    for own, into, name in (norm for place in pairs.places for norm in (pairs.unread if fold else pairs.norms)(place)):
+        for part, kind in (("weight", "gain"), ("bias", "linear" if name == "embedding" else "shift")):
             rule = Rule(f"{own}.{part}", "identity", "identity", kind=kind if fold else "linear")  # type: ignore[arg-type]
             vectors[f"{into}.{part}"] = rule
     return Alignment(

@@ -297,7 +297,7 @@ BUGS = [
 
     # --- moments and mixings -----------------------------------------------------------------------------------------
     Bug("mask ignored", "tests/test_capture.py::test_masked_tokens_have_no_influence", BATCHES,
-        "chosen = tokens.select(masks[1].cpu())", "chosen = tokens.select(torch.ones_like(masks[1].cpu()))"),
+        "chosen = tokens.select(mask.cpu())", "chosen = tokens.select(torch.ones_like(mask.cpu()))"),
     Bug("hooks left behind after an error", "tests/test_capture.py::test_models_are_as_they_were", CAPTURE,
         "stack.callback(handle.remove)", "stack.callback(lambda h=handle: self._seen and h.remove())"),
     Bug("evaluation mode left behind", "tests/test_capture.py::test_models_are_as_they_were", CAPTURE,
