@@ -2,13 +2,17 @@
 
 import json
 from dataclasses import replace
+from random import Random
 
+import numpy as np
 import pytest
 import torch
 from abused import Geometry, write_random
+from PIL import Image
 from safetensors.torch import save_file
 from test_stream_memory import MIB, OVER, with_peak
-from transformers import ViTConfig, ViTModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, ViTConfig, ViTModel
 from warm import apart
 
 SMALL = Geometry("llama", 24, 32, 1, 4, 2, 300), Geometry("llama", 40, 48, 1, 5, 5, 300)
@@ -64,7 +68,43 @@ def other_depths(root):
     return "--tokens", 51_200
 
 
-@pytest.mark.parametrize("kind", [padded, images, whitened, large_file, other_depths])
+def tokenizer(folder, size):
+    """One of so many random tokens."""
+    alphabet, random = sorted(pre_tokenizers.ByteLevel.alphabet()), Random(0)
+    tokens, merges = {token: i for i, token in enumerate(alphabet)}, []
+    while len(tokens) < size:
+        pair = random.choice(alphabet), random.choice(alphabet)
+        if (made := "".join(pair)) not in tokens and len(made) < 16:
+            tokens[made] = len(tokens)
+            merges.append(pair)
+            alphabet.append(made)
+    engine = Tokenizer(models.BPE(tokens, merges))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=engine).save_pretrained(folder)
+
+
+def records(root):
+    """Short ones and a long one, of which many are drawn, and vocabularies of some size."""
+    written(root, (replace(SMALL[0], vocab_size=30_000), replace(SMALL[1], vocab_size=30_000)))
+    for side in ("source", "target"):
+        tokenizer(root / side, 30_000)
+    texts = ["The quick brown fox " * 20] * 60_000 + ["jumps over " * 200_000]
+    (root / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return "--tokens", 300_000, "--calibration", root / "data.jsonl"
+
+
+def pictures(root):
+    """A large one of 16 bits, and small ones."""
+    images(root)
+    (root / "pictures").mkdir()
+    grey = np.arange(5700, dtype=np.uint16)[:, None].repeat(5700, 1)
+    Image.fromarray(grey).save(root / "pictures" / "large.png", compress_level=1)
+    for i in range(12):
+        Image.new("RGB", (300, 200), (15 * i, 0, 0)).save(root / "pictures" / f"{i}.png")
+    return "--tokens", 13 * 50, "--batch-size", 1, "--calibration", root / "pictures"
+
+
+@pytest.mark.parametrize("kind", [padded, images, whitened, large_file, other_depths, records, pictures])
 def test_the_peak_is_what_was_predicted_at_most(kind, tmp_path):
     options = kind(tmp_path)
     folders = [tmp_path / name for name in ("source", "tuned", "target", "out")]
