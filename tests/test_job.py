@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from theseus_transport import bases as bases_module
 from theseus_transport import folder
+from theseus_transport.calibration import drawn_rows
 from theseus_transport.checkpoint import Checkpoint
 from theseus_transport.fates import Row
 from theseus_transport.folder import differences as verify
@@ -73,7 +74,10 @@ def computed(job, cls):
     extra = {"add_pooling_layer": False} if vision else {}
     bases = [AutoModel.from_pretrained(r, dtype="auto", **extra).eval() for r in (job.source, job.target)]
     data, batches = load_file(job.calibration), []
-    for start in range(0, len(next(iter(data.values()))), job.batch_size):
+    count = len(next(iter(data.values())))
+    order = drawn_rows(torch.ones(count), job.tokens, job.batch_size, job.seed)  # those held out are the last batch
+    data = {name: rows[order] for name, rows in data.items()}
+    for start in range(0, count, job.batch_size):
         rows = {k: v[start : start + job.batch_size] for k, v in data.items()}
         sides = [
             {k.removeprefix(f"{side}."): v for k, v in rows.items() if k.startswith(side) or "." not in k}
