@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from choices import CHOICE_BUGS
+from hostile import HOSTILE_BUGS
 from numerics import NUMBER_BUGS
 from records import RECORD_BUGS
 from stream import STREAM_BUGS
@@ -269,7 +270,7 @@ BUGS = [
     Bug("rank pattern ignored", "tests/test_delta.py::test_products_are_pefts[rank-pattern]", ADAPTER,
         '_by_pattern(self.config.get("rank_pattern"), layer, self.config["r"])', 'self.config["r"]'),
     Bug("patterns match anywhere in a name", "tests/test_delta.py::test_products_are_pefts[near-misses]", ADAPTER,
-        're.match(rf"(.*\\.)?({pattern})$", layer)', "re.search(pattern, layer)"),
+        'regex.match(rf"(.*\\.)?({pattern})$", layer, timeout=PATIENCE)', "regex.search(pattern, layer)"),
     Bug("product of the factors unscaled", "tests/test_transport.py::test_factors_and_their_product_move_alike",
         TRANSPORT, "@ f.a).mul_(f.scaling)}", "@ f.a)}"),
     Bug("alpha in both factors", "tests/test_update.py::test_peft_loads_the_moved_adapter[plain]", OUTPUT,
@@ -527,4 +528,4 @@ BUGS = [
         "theseus_ext/ops.py",
         "increment_version([tensor for tensors in masters.values() for tensor in tensors])", "increment_version([])"),
 ]
-BUGS += [Bug(*bug) for bug in (*STREAM_BUGS, *CHOICE_BUGS, *RECORD_BUGS, *NUMBER_BUGS)]
+BUGS += [Bug(*bug) for bug in (*STREAM_BUGS, *CHOICE_BUGS, *RECORD_BUGS, *NUMBER_BUGS, *HOSTILE_BUGS)]

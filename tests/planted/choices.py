@@ -46,5 +46,5 @@ CHOICE_BUGS = [
      "if self.maps_first else 0\n", "if False else 0\n"),
     ("hidden states sought in the folder now named",
      "tests/test_choices.py::test_hidden_states_are_found_where_the_run_began[folders0]", PASSAGE,
-     'return Path(self.work.state["folder"])', 'return (self.folder or self.work.folder) / "hidden"'),
+     'return self._recorded(Path(self.work.state["folder"]))', 'return (self.folder or self.work.folder) / "hidden"'),
 ]
