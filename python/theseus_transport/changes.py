@@ -44,8 +44,10 @@ def _is_changed(update: Update, name: str, *, presumed: bool) -> bool:
     source, tuned = update.source, update.tuned
     if name not in source or source.shape(name) != tuned.shape(name):
         return True
+    if update.delta.adapted is not None:
+        return tuned.slots[name].stored in update.delta.adapted.changed
     kinds = tuned.dtype(name), dtype_of(source.tensors, source.slots[name].stored)
-    if kinds[0] != kinds[1] and not update.delta.is_merged:
+    if kinds[0] != kinds[1]:
         named = (str(kind).removeprefix("torch.") for kind in kinds)
         text = "the tuned model is {}, the base {}: their rounding moves along".format(*named)
         update.said.extend([text] * (text not in update.said))

@@ -28,7 +28,7 @@ class Delta:
         base: tensors of the base, as stored.
         tuned: tensors of the tuned model, or None.
         adapter: a LoRA adapter, or None.
-        is_merged: whether the tuned tensors are the base's own, changed by an adapter: nothing else was rounded.
+        adapted: of tuned tensors that are the base's own, changed by an adapter, which these are; else None.
         config: of the tuned model, where it is known.
     """
 
@@ -36,7 +36,7 @@ class Delta:
     tuned: Tensors | None = None
     adapter: Adapter | None = None
     label: str = field(default="", compare=False)
-    is_merged: bool = False
+    adapted: Merged | None = field(default=None, compare=False)
     config: Any = field(default=None, compare=False)
 
     def __repr__(self) -> str:
@@ -78,19 +78,21 @@ class Delta:
         delta = cls(base, adapter=Adapter.of(tuned, window, source=source))
         if as_adapter or not delta.needs_merging(family):
             return delta, window
-        window = Window(Merged(source, Adapter.of(tuned), family))
-        return cls(base, window, is_merged=True), window
+        merged = Merged(source, Adapter.of(tuned), family)
+        window = Window(merged)
+        return cls(base, window, adapted=merged), window
 
     def needs_merging(self, family: Family) -> bool:
-        """Whether this is an adapter that holds more than factors and saved heads or embeddings."""
+        """Whether this is an adapter that holds more than factors and saved heads."""
         if self.adapter is None:
             return False
         f = family
         norms = (f.attention_norm, f.mlp_norm, f.query_norm, f.key_norm, f.final_norm, f.embedding_norm)
         ends = tuple(f".{name}" for name in (*norms, f.output_scale, f.contract_scale) if name)
-        whole = (f".{f.canonical(name)}" for name in self.adapter.whole())
+        whole = [f.canonical(name) for name in self.adapter.whole()]
+        tables = {embedding.name for embedding in f.embeddings}
         return bool(self.adapter.beyond_factors()) or any(
-            name.removesuffix(".weight").removesuffix(".bias").endswith(ends) for name in whole
+            name in tables or f".{name}".removesuffix(".weight").removesuffix(".bias").endswith(ends) for name in whole
         )
 
     def merged(self, family: Family) -> Delta:
@@ -100,13 +102,16 @@ class Delta:
         """
         if self.adapter is None:
             return self
-        return replace(self, tuned=Merged(self.base, self.adapter, family), adapter=None, is_merged=True)
+        merged = Merged(self.base, self.adapter, family)
+        return replace(self, tuned=merged, adapter=None, adapted=merged)
 
     @property
     def ties(self) -> bool:
         """Whether the tuned model, or what an adapter saves, has one tensor for embedding and head."""
         if self.adapter is not None:
             return bool(self.adapter.config.get("ensure_weight_tying"))
+        if self.adapted is not None:
+            return self.adapted.ties
         try:
             return Layout.of(self.config).tied
         except (InputRefused, TypeError):  # unknown

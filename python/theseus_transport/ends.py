@@ -57,7 +57,7 @@ class Ends:
         token = family.embedding("token")
         self._token = token.name if token else ""
         self._known: set[int] = set()
-        self.full = self.delta.tuned is not None and not self.delta.is_merged
+        self.full = self.delta.tuned is not None and self.delta.adapted is None
         self._new_heads()
         if self.source.layout.tied and self._token in self.source:
             self._tied()

@@ -39,6 +39,8 @@ class Merged(Mapping[str, Tensor]):
     Attributes:
         folder, config: the adapter's folder; it has no config of its own.
         shapes, dtypes: by name.
+        changed: names of what the adapter changes; the rest is the base's.
+        ties: whether a tied head changes as the embedding does: for trained tokens it does, for all else it stays.
     """
 
     def __init__(self, base: Tensors, adapter: Adapter, family: Family) -> None:
@@ -51,19 +53,31 @@ class Merged(Mapping[str, Tensor]):
         self.config: dict[str, Any] = {}
         self._adapter, self._family, self._read_from = adapter, family, (base, adapter.tensors)
         self._norms: dict[str, Tensor] = {}  # of the columns of tensors that DoRA scales by column
-        names = family.spelled(base)
         self._origins = {name: Origin(base, name) for name in base}
+        names = family.spelled(base)
+        token, head = family.embedding("token"), f"{family.heads.get('vocabulary')}.weight"
+        tied = names.get(token.name) if token and head not in names else None
+        self.changed: set[str] = set()
         for name, key in adapter.whole().items():
-            self._origins[names.get(family.canonical(name), name)] = Origin(adapter.tensors, key)
+            stored = names.setdefault(family.canonical(name), name)
+            self._origins[stored] = Origin(adapter.tensors, key)
+            self.changed.add(stored)
         if adapter.config.get("trainable_token_indices") and not any(TOKENS in p for p in adapter.parts.values()):
             raise InputRefused(
                 "adapter_config.json says trainable_token_indices, but no trained token is in the adapter"
             )
         for layer, parts in adapter.parts.items():
             for kind in ["weight", *(["bias"] if "lora_B.bias" in parts else [])]:
-                if (stored := names.get(f"{family.canonical(layer)}.{kind}")) is None:
+                name = f"{family.canonical(layer)}.{kind}"
+                if name == head and name not in names and tied:
+                    names[name] = f"{layer}.weight"
+                    self._origins[names[name]] = Origin(base, tied)
+                if (found := names.get(name)) is None:
                     raise InputRefused(f"the adapter changes the {kind} of {layer}, but the source base has none")
-                self._origins[stored] = replace(self._origins[stored], layer=layer)
+                self._origins[found] = replace(self._origins[found], layer=layer)
+                self.changed.add(found)
+        trained = {family.canonical(layer) for layer, parts in adapter.parts.items() if TOKENS in parts}
+        self.ties = token is not None and token.name.removesuffix(".weight") in trained
         self.shapes = {name: shape_of(origin.tensors, origin.stored) for name, origin in self._origins.items()}
         self.dtypes = {name: self._dtype(origin) for name, origin in self._origins.items()}
         for name, origin in self._origins.items():

@@ -53,7 +53,8 @@ class Moves:
         self.update, self.alignment, self._outputs, self._work = update, alignment, outputs, work
         self._needs = frozenset[str]().union(*(t.needs for t in tensors))
         self._tuned, self._kind, self._progress = tuned, kind, progress
-        self._tuned_names = by_block(update.source.layout, tuned)
+        adapted = update.delta.adapted
+        self._tuned_names = by_block(update.source.layout, tuned if adapted is None else adapted.changed)
         self._block = {t.name: self._block_of(t) for t in tensors}
         self._visited: set[int] = set()
         self._made: dict[str, Rule] = {**alignment.rules, **alignment.vectors}

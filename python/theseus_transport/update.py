@@ -81,6 +81,12 @@ class Update(Mapping[str, Tensor]):
         """What the user should know about single tensors; complete once every value was read."""
         tied = sorted(self.apart - self.unchanged)
         told = [f"{name}: {TIES}, so the tune's own head stays behind; an untied target takes it" for name in tied]
+        token, head = self.source_family.embedding("token"), f"{self.source_family.heads.get('vocabulary')}.weight"
+        own = self.source.layout.tied and head in self.source and head not in tied  # a head of its own, left as it was
+        if own and self.target.layout.tied and self.delta.adapter is None and token and token.name in self.moved:
+            told.append(
+                f"{head} did not change as {token.name} did; {TIES}, so it does: an untied target keeps them apart"
+            )
         return [*self.said, *told, *self.carried.warnings()]
 
     @property
