@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python/theseus_transport"
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/streaming.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 
 
 def test_contributing_names_every_module_once() -> None:

@@ -1,8 +1,7 @@
 // Cross-moments on tensor cores. A block owns 128 x 128 outputs of one head over one slice of the rows and works
 // through the slice in stages: tokens are gathered (or mixed) into shared memory ahead of time, float32 is split there
 // into three exact bfloat16 parts, warps multiply 64 x 32 outputs each, and every block takes the sums and energies of
-// its share of the stages. A second, small kernel adds the slices in a fixed order. Simulated and compiled, not yet run
-// on a GPU.
+// its share of the stages. A second, small kernel adds the slices in a fixed order.
 #include "grouped_moment.h"
 
 #include "grouped_tile.cuh"

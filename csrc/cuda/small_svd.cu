@@ -1,7 +1,7 @@
 // One-sided Jacobi: columns of A are rotated in pairs until all are orthogonal, and the rotations are gathered in V.
 // Then A V = U S. A block owns a matrix; a warp owns a pair; the pairs of a round touch different columns, and a
 // barrier parts the rounds. (Demmel and Veselic 1992: small singular values come out with small relative errors where
-// the columns are only badly scaled.) Simulated and compiled, not yet run on a GPU.
+// the columns are only badly scaled.)
 #include "small_svd.h"
 
 #include <algorithm>
