@@ -19,7 +19,7 @@ from .bases import Bases, Progress, options_of, quiet
 from .behaviour import behaviour_of
 from .calibration import Calibration
 from .changes import first_change
-from .checkpoint import Checkpoint, located
+from .checkpoint import Checkpoint
 from .checks import check_dtypes, check_left, check_tune, check_values
 from .companions import has_tokenizer
 from .delta import Delta
@@ -29,6 +29,7 @@ from .folder import differences, read_manifest, refuse_foreign
 from .headers import real
 from .identity import recorded_base
 from .journal import Work
+from .located import located
 from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
 from .output import Kind, Written, described_outputs, kind_of, planned
 from .predict import move_flops, move_seconds

@@ -9,12 +9,13 @@ from typing import Any
 
 from .adapter import HEADS, PREFIX, Adapter
 from .alignment import Alignment
-from .checkpoint import Checkpoint, check_finite, located
+from .checkpoint import Checkpoint, check_finite
 from .checks import read_layout
 from .errors import InputRefused
 from .folder import MANIFEST, differences, read_manifest
 from .headers import TensorRecord, if_inside, inside, read_header
 from .loading import config_of
+from .located import located
 from .models import Base
 from .spaces import Layout
 
