@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact.families import CLIP, DINO_REGISTERS, GPT2_TIED, LLAMA_SCORE, OPEN_CLIP, QWEN3, SIGLIP_CLASSIFIER, Names
 from exact.models import LLAMA, base, batches
 from safetensors.torch import load_file, save_file
 from theseus_transport import Alignment, InputRefused, align
@@ -66,6 +67,28 @@ WRONG: dict[str, tuple[tuple[object, ...], object, str]] = {
     "a map of no kind": (("maps", "0.attention", "kind"), "Sparse", "holds no readable alignment"),
     "a map without a digest": (("maps", "0.attention"), {"kind": "Dense"}, "holds no readable alignment"),
 }  # fmt: skip
+
+
+KINDS: dict[str, tuple[Names, dict]] = {
+    "score": (LLAMA_SCORE, {"width": 36}),
+    "q and k norms": (QWEN3, {"width": 36}),
+    "positions, tied": (GPT2_TIED, {"width": 36, "tie_word_embeddings": True}),
+    "registers": (DINO_REGISTERS, {}),
+    "a norm behind the embeddings": (CLIP, {"width": 36}),
+    "a pooled norm": (OPEN_CLIP, {"width": 36}),
+    "no class token": (SIGLIP_CLASSIFIER, {"width": 36}),
+}
+
+
+@pytest.mark.parametrize("recipe", ["coherent", "paper"])
+@pytest.mark.parametrize("names, config", KINDS.values(), ids=KINDS)
+def test_what_was_saved_loads_again(tmp_path: Path, names: Names, config: dict, recipe: str) -> None:
+    source = base(names, **{k: v for k, v in config.items() if k != "width"})
+    target = base(names, **{"seed": 5, "num_hidden_layers": 3, **config})
+    kept = align(source.build(), target.build(), batches(source, seed=3, count=1), recipe=recipe)
+    loaded = Alignment.load(kept.save(tmp_path / "maps"))
+    assert {n: stamp(m) for n, m in loaded.maps.items()} == {n: stamp(m) for n, m in kept.maps.items()}
+    assert (loaded.rules, loaded.vectors, loaded.blocks) == (kept.rules, kept.vectors, kept.blocks)
 
 
 @pytest.mark.parametrize("path, value, said", WRONG.values(), ids=WRONG)
