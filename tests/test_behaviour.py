@@ -28,7 +28,7 @@ def wrote(folder: Path, **files: object) -> Path:
     return folder
 
 
-def told(folder: Path, name: str) -> dict:
+def told_in(folder: Path, name: str) -> dict:
     return json.loads((folder / name).read_text())
 
 
@@ -69,7 +69,7 @@ KEPT = {
 def test_the_template_of_the_tune_replaces_the_targets(sides, kept, own):
     def keep(folder, files):
         if settings := files.get("settings"):
-            files = {SETTINGS: {**told(folder, SETTINGS), "chat_template": settings}}
+            files = {SETTINGS: {**told_in(folder, SETTINGS), "chat_template": settings}}
         wrote(folder, **files)
 
     keep(sides["tuned"], kept)
@@ -114,10 +114,10 @@ def test_stop_tokens_and_generation_settings_go_along(sides):
     assert one.carried == ["eos_token 'z'", "pad_token 'y'", "eos_token_id [3, 4]", "top_p 0.8", "bad_words_ids [[5]]"]
     assert one.config == {"eos_token_id": [3, 4]} and not one.warnings
     out = written(sides, tuned={"eos_token_id": [3, 4]})
-    assert told(out, GENERATION) == {"eos_token_id": [3, 4], "max_length": 7, "top_p": 0.8, "bad_words_ids": [[5]]}
+    assert told_in(out, GENERATION) == {"eos_token_id": [3, 4], "max_length": 7, "top_p": 0.8, "bad_words_ids": [[5]]}
     assert AutoTokenizer.from_pretrained(out).special_tokens_map == {"eos_token": "z", "pad_token": "y"}
-    assert told(out, "special_tokens_map.json") == {"eos_token": "z", "pad_token": "y"}
-    assert told(out, SETTINGS)["model_max_length"] == told(sides["target"], SETTINGS)["model_max_length"] > 10**29
+    assert told_in(out, "special_tokens_map.json") == {"eos_token": "z", "pad_token": "y"}
+    assert told_in(out, SETTINGS)["model_max_length"] == told_in(sides["target"], SETTINGS)["model_max_length"] > 10**29
 
 
 def test_tokens_that_the_target_lacks_keep_what_names_them(sides):
@@ -209,7 +209,7 @@ def job(models: Path, tmp_path: Path) -> Job:
 def test_a_tune_brings_its_behaviour_along(job, tmp_path, tuned):
     sides = (job.source, tmp_path / tuned, job.target)
     said = call("transport", *sides, job.out, "--calibration", job.calibration, *FAST).stdout
-    assert AutoTokenizer.from_pretrained(job.out).chat_template == CHAT and told(job.out, GENERATION)["eos_token_id"]
+    assert AutoTokenizer.from_pretrained(job.out).chat_template == CHAT and told_in(job.out, GENERATION)["eos_token_id"]
     assert "chat template, eos_token_id [3, 4]" in said and differences(job.out) == []
     assert "| from the tune | chat template, eos_token_id" in (job.out / "README.md").read_text()
     assert outcome_of(job.out)["carried"] == ["chat template", "eos_token_id [3, 4]"]
@@ -221,3 +221,14 @@ def test_chats_are_told_by_the_tunes_own_template(job):
     assert job.alignment.tuned == job.tuned  # also where all is aligned before anything moves
     ids = Session(job).bases.calibration().batches[0][0]["input_ids"]
     assert "<turn>user: the q" in AutoTokenizer.from_pretrained(job.source).decode(ids[0])
+
+
+@pytest.mark.parametrize("name, told", [("rag", "user: the q"), ("default", "<turn>user: the q")])
+def test_a_template_that_has_to_be_asked_for_tells_nothing(job, name, told):
+    """Of several templates by name, transformers uses `default` unasked; without one it uses none."""
+    (Path(job.tuned) / TEMPLATE).unlink()
+    settings = {**told_in(Path(job.tuned), SETTINGS), "chat_template": [{"name": name, "template": CHAT}]}
+    wrote(Path(job.tuned), **{SETTINGS: settings})
+    ids = Session(job).bases.calibration().batches[0][0]["input_ids"]
+    text = AutoTokenizer.from_pretrained(job.source).decode(ids[0])
+    assert told in text and ("<turn>" in text) == (name == "default")

@@ -42,9 +42,12 @@ class Tokenizer:
             self.pad = pad if pad is not None and pad < (vocab_size or pad + 1) else 0
             self.exact = bool(self._call.is_fast)  # only those know offsets
             self.chat: Template | None = None  # where there is a chat template
-            if getattr(self._call, "chat_template", None):
+            template = getattr(self._call, "chat_template", None)
+            if isinstance(template, dict):  # by name; other names are asked for
+                template = template.get("default")
+            if template:
                 tokens = {key: value for key, value in self._call.special_tokens_map.items() if isinstance(value, str)}
-                self.chat = ChatTemplate(self._call.get_chat_template(), tokens, name)
+                self.chat = ChatTemplate(template, tokens, name)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Token ids [tokens] and character offsets [tokens, 2] (zeros if not `exact`) of each text, nothing added."""
