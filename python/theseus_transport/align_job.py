@@ -29,7 +29,7 @@ class AlignJob:
         out: folder to write.
         calibration: a file, a folder of images, or ``builtin``.
         tokens: calibration tokens, or None for four times the widest space.
-        held_out: measure the alignment on one batch it has not seen, where there are at least three.
+        held_out: measure the alignment on rows it has not seen, a third of all and a batch at most.
         skip_bad_inputs: leave out images and lines that cannot be read, rather than refusing them.
         max_ram, max_memory: bytes the run may take of the host's memory and of the device's; None: what is there.
         offload_folder: keep hidden states in files there, not in memory.

@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from .batches import Tensors, batches_of
 from .checkpoint import Checkpoint, check_finite
 from .companions import has_tokenizer
-from .documents import LINES, Records, TextFile, builtin_pieces, refuse_other_files
+from .documents import LINES, PROGRAMS, Records, TextFile, builtin_pieces, refuse_other_files
 from .errors import InputRefused
 from .images import Preprocessor, find_images, read_images
 from .inputs import SideInfo, check_ids, check_tensors
@@ -24,6 +25,7 @@ from .text import Tokenizer, rows_of_text
 log = logging.getLogger(__name__)
 
 KEYS = ("input_ids", "attention_mask", "pixel_values", "offsets")
+TEXTS = (".txt", ".md", *LINES, *PROGRAMS)  # to be found in a folder
 LENGTH = 512  # tokens of a row of text
 
 
@@ -211,7 +213,9 @@ def _pictures(
     And in words how many of the images these are.
     """
     if (kind := infos[0].kind) != "vision":
-        raise InputRefused(f"calibration {folder} is a folder, {infos[0].name} is a {kind} model; give a text file")
+        files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in TEXTS)
+        inside = "".join(f", as {path}" for path in islice(files, 1))
+        raise InputRefused(f"calibration {folder} is a folder, {infos[0].name} is a {kind} model; give a file{inside}")
     paths = find_images(folder)
     wanted = images_wanted(infos, tokens, most)
     preprocessors = []

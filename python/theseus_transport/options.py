@@ -210,7 +210,7 @@ ALL: dict[str, tuple[Any, Any]] = {
     "batch_size": _option(int, 8, min=1, help="Samples per forward pass."),
     "seed": _option(int, 0, help="Which calibration samples are drawn."),
     "held_out": _option(
-        bool, True, "--held-out/--no-held-out", help="Measure the alignment on a batch it has not seen (of 3 or more)."
+        bool, True, "--held-out/--no-held-out", help="Measure the alignment on rows it has not seen."
     ),
     "skip_bad_inputs": _flag("skip-bad-inputs", "Leave out images and lines that cannot be read, and count them."),
     "leave": _option(list[str] | None, None, help="Glob of tensors to leave behind; may be repeated."),
