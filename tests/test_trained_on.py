@@ -126,6 +126,26 @@ def test_the_hub_cache_is_at_hand(models: Path, tmp_path: Path, lora: Path, monk
         doubt(lora, "own/small", models / "causal" / "target")
 
 
+@pytest.mark.parametrize(
+    "config, said",
+    [({}, True), ({"target_modules": "all-linear"}, True), ({"target_modules": r".*q_proj"}, True),
+     ({"layers_to_transform": [0]}, False), ({"target_modules": r".*layers\.0\..*q_proj"}, False)],
+    ids=str,
+)  # fmt: skip
+def test_an_adapter_of_a_shallower_base(models: Path, lora: Path, config: dict, said: bool) -> None:
+    """Its layers are all there: only target_modules tell that there were no others."""
+    assert doubt(lora, None, models / "causal" / "source") is None
+    kept = {
+        name: value for name, value in load_file(lora / "adapter_model.safetensors").items() if ".layers.0." in name
+    }
+    save_file(kept, lora / "adapter_model.safetensors")
+    before = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(before | config))
+    found = doubt(lora, None, models / "causal" / "source")
+    assert (found is not None) == said
+    assert found is None or "up to block 0 of SOURCE's 2, and its target_modules name model.layers.1." in found
+
+
 def test_the_command_refuses_before_it_works_and_keeps_its_doubts(models: Path, tmp_path: Path, lora: Path) -> None:
     torch.manual_seed(0)
     source, target = (models / "causal" / side for side in ("source", "target"))

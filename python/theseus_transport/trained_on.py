@@ -65,13 +65,38 @@ def cosine(one: Base, other: Base) -> float | None:
 
 
 def doubt_of_base(tuned: Checkpoint, source: Checkpoint, layout: Layout) -> str | None:
-    """Why an adapter may be of another base than the source, by the base its configuration records; None: no reason.
+    """Why an adapter may be of another base than the source, in words; None: no reason.
+
+    Raises:
+        InputRefused: the base that it records is at hand and another model.
+    """
+    if tuned.kind != "adapter":
+        return None
+    return _doubt_by_record(tuned, source, layout) or _doubt_by_depth(Adapter.of(tuned), source, layout)
+
+
+def _doubt_by_depth(adapter: Adapter, source: Checkpoint, layout: Layout) -> str | None:
+    """By its last block: ``target_modules`` name layers of the source behind it, of which it has no factors."""
+    family, config = layout.family, adapter.config
+    blocks = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.")
+    held = [int(found[1]) for layer in adapter.parts if (found := blocks.match(family.canonical(layer)))]
+    if not held or any(config.get(option) is not None for option in ("layers_to_transform", "exclude_modules")):
+        return None
+    behind = f"{family.blocks}.{max(held) + 1}."
+    matrices = [name for name in source if family.canonical(name).startswith(behind) and len(source.shapes[name]) == 2]
+    if not (missing := [layer for name in matrices if adapter.targets(layer := name.removesuffix(".weight"))]):
+        return None
+    return (
+        f"the adapter has factors up to block {max(held)} of SOURCE's {layout.depth}, and its target_modules name "
+        f"{missing[0]} too: if it was trained on a base of {max(held) + 1} blocks, the moved adapter means nothing"
+    )
+
+
+def _doubt_by_record(tuned: Checkpoint, source: Checkpoint, layout: Layout) -> str | None:
+    """By the base that its configuration records.
 
     Where that base is at hand, a folder or in the hub's cache, weights decide; else its name, and another name is no
     proof: folders are renamed, models mirrored.
-
-    Raises:
-        InputRefused: the recorded base is at hand and another model.
     """
     recorded = tuned.adapter_config.get("base_model_name_or_path")
     if not isinstance(recorded, str) or not recorded.strip():
