@@ -1,5 +1,6 @@
 """What tests of several files share: the devices that tensors lie on, tiny models, and how long a machine is timed."""
 
+import random
 import sys
 from pathlib import Path
 
@@ -7,6 +8,17 @@ import pytest
 import torch
 
 import theseus_ext
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="files, and the tests of each, in a random order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("--shuffle")) is not None:
+        draw = random.Random(seed)
+        files = {path: draw.random() for path in dict.fromkeys(item.path for item in items)}
+        items.sort(key=lambda item: (files[item.path], draw.random()))
 
 
 def no_cuda() -> str | None:

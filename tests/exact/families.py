@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from theseus_transport.families import FAMILIES
 from torch import Tensor
+from transformers.models.dinov2 import modeling_dinov2
 
 from .modules import ClassTokenTower, HomeMade
 
@@ -92,7 +93,8 @@ class Names:
             if part == SIDE_BY_SIDE:
                 split = value.chunk(len(pieces), 1) if value.dim() > 1 else [value]
             else:
-                split = [value] if len(pieces) == 1 else value.split([len(value) - 2 * kv, kv, kv])
+                qkv = [len(value) - 2 * kv, kv, kv]
+                split = value.split(qkv) if len(pieces) == len(qkv) else value.chunk(len(pieces))
             parts |= dict(zip(pieces, split, strict=False))
         return parts
 
@@ -159,10 +161,17 @@ VIT_PARTS = dict(
     q="attention.q_proj", k="attention.k_proj", v="attention.v_proj", o="attention.o_proj",
     up="mlp.fc1", down="mlp.fc2",
 )  # fmt: skip
+OLDER_DINO = hasattr(modeling_dinov2, "Dinov2SelfAttention")  # transformers up to 5.17 and more spells it otherwise
 DINO_PARTS = VIT_PARTS | dict(
     norm1="norm1", norm2="norm2", scale1="=layer_scale1.lambda1", scale2="=layer_scale2.lambda1"
 )
-GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+if OLDER_DINO:
+    DINO_PARTS |= {name[0]: f"attention.attention.{name}" for name in ("query", "key", "value")}
+    DINO_PARTS["o"] = "attention.output.dense"
+DINO_GATED_PARTS = {part: name for part, name in DINO_PARTS.items() if part != "up"} | (
+    {"gate and up": "mlp.weights_in", "down": "mlp.weights_out"} if OLDER_DINO else
+    {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+)  # fmt: skip
 CLIP_PARTS = dict(
     norm1="layer_norm1", q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.out_proj",
     norm2="layer_norm2", up="mlp.fc1", down="mlp.fc2",
@@ -192,9 +201,10 @@ def _dino(model: Callable, config: Callable, prefix: str = "", *, gated: bool = 
     outside |= {SIDE_BY_SIDE: "classifier"} if prefix else {}
     small = LABELS | {"use_swiglu_ffn": gated, "intermediate_size": 32 if gated else 48}
     return Names(
-        model, config, prefix + "encoder.layer.{}.", DINO_PARTS | (GATED if gated else {}), outside,
+        model, config, prefix + "encoder.layer.{}.", DINO_GATED_PARTS if gated else DINO_PARTS, outside,
         partial(per_width, 3 if gated else 1, EPS), small, layer_norm=True,
-        fused={SIDE_BY_SIDE: ("head", "head_patches")}, dims={"class": 3, "position": 3, "registers": 3},
+        fused={SIDE_BY_SIDE: ("head", "head_patches"), "gate and up": ("gate", "up")},
+        dims={"class": 3, "position": 3, "registers": 3},
         reads="logits" if prefix else "last_hidden_state", left=(f"{prefix}embeddings.mask_token",),
     )  # fmt: skip
 
