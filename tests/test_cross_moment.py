@@ -33,14 +33,20 @@ def error(result, exact) -> float:
     return ((result - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
+def bound(name, source, target, torchs) -> float:
+    """Twice torch's error over a floor: rounding to float64, or of products in parts on tensor cores one to float32."""
+    in_parts = name == "cross" and source.is_cuda and torch.float64 not in (source.dtype, target.dtype)
+    return 2 * torchs + (2**-23 if in_parts else 1e-14)
+
+
 def check(source, target, **mixings) -> None:
-    """At most twice the error of plain torch; float64 rounding is the floor of the sums of both."""
     ours, torchs, exact = (
         moments(function, source, target, **mixings)
         for function in (theseus_ext.cross_moment_, baseline.cross_moment_, theseus_ext.reference.cross_moment_)
     )
     for name in NAMES:
-        assert error(ours[name], exact[name]) <= 2 * error(torchs[name], exact[name]) + 1e-14, name
+        limit = bound(name, source, target, error(torchs[name], exact[name]))
+        assert error(ours[name], exact[name]) <= limit, name
 
 
 def randn(*shape, dtype=torch.float32, device="cpu"):
@@ -225,12 +231,9 @@ def test_same_inputs_same_bytes(device):
 def test_sums_do_not_depend_on_the_thread_count():
     source, target = randn(3000, 600), randn(3000, 300)
     before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(moments(theseus_ext.cross_moment_, source, target))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, before):
+        torch.set_num_threads(threads)
+        results.append(moments(theseus_ext.cross_moment_, source, target))
     assert all(torch.equal(results[0][name], other[name]) for other in results for name in NAMES[1:])
 
 
@@ -275,8 +278,8 @@ def test_spaces_in_one_call(device):
         alone = moments(theseus_ext.cross_moment_, x, y, heads=h, **mixings)
         torchs = moments(baseline.cross_moment_, x, y, heads=h, **mixings)
         for name in NAMES:
-            bound = 2 * error(torchs[name], exact[name][i]) + 1e-14
-            assert error(lists[name][i], exact[name][i]) <= bound, (i, name)
+            limit = bound(name, x, y, error(torchs[name], exact[name][i]))
+            assert error(lists[name][i], exact[name][i]) <= limit, (i, name)
             assert device == "cuda" or torch.equal(lists[name][i], alone[name]), (i, name)
     theseus_ext.cross_moments_([], [], **{name: [] for name in NAMES})
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from .adapter import Factors
+from .families import FAMILIES
 from .family import Slot
 from .fates import MovedFactors
 from .models import Base
@@ -71,7 +75,31 @@ def product(into: str, compute: Callable[[], Factors], rows: slice | None) -> di
     return {into: ((f.b if rows is None else f.b[rows]) @ f.a).mul_(f.scaling)}
 
 
-def spelled_in(target: Base, module: str) -> str:
-    """A module of the backbone as transformers' class with its head names it, if the target is of such a class."""
-    prefix = target.layout.family.prefix
-    return f"{prefix}.{module}" if any(name.startswith(f"{prefix}.") for name in target.tensors) else module
+def module_in(target: Base, layer: str) -> tuple[str, Slot]:
+    """The module that computes a layer of the backbone, and which part of its output the layer is.
+
+    Named as transformers' class with its head names it, if the target is of such a class; so PEFT will look for it.
+    """
+    family = target.layout.family
+    module, place = family.home(layer)
+    block = re.match(rf"{re.escape(family.blocks)}\.(\d+)", layer)
+    if block and family.aliases and _plain(family.model_type) in CONFIG_MAPPING:
+        found = _first_block(family.model_type)[f"{family.blocks}.0{layer[block.end() :]}"]
+        module = re.sub(r"\.0\.", f".{block[1]}.", found.stored, count=1)
+        place = replace(found, stored=module)
+    prefix = f"{family.prefix}." if any(name.startswith(f"{family.prefix}.") for name in target.tensors) else ""
+    return prefix + module, place
+
+
+@lru_cache
+def _first_block(kind: str) -> dict[str, Slot]:
+    """Canonical layers of a first block -> their modules, which versions of transformers spell in several ways."""
+    options = {"use_swiglu_ffn": True} if kind != _plain(kind) else {}
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(_plain(kind), num_hidden_layers=1, **options))
+    return FAMILIES[kind].modules(name for name, _ in model.named_modules() if name)
+
+
+def _plain(kind: str) -> str:
+    """As transformers calls it."""
+    return kind.removesuffix("_swiglu")

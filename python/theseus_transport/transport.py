@@ -22,7 +22,7 @@ from .family import Slot
 from .fates import Fate, Job, Row
 from .models import Base, Tensors, check_shapes, device_of, row_tiles, tensors_of
 from .moves import Move
-from .pieces import Piece, fused, product, spelled_in
+from .pieces import Piece, fused, module_in, product
 from .recipes import Rule
 from .stays import TIES, Stays
 from .trained_on import changed_by, check_layers
@@ -264,10 +264,10 @@ class _Planner:
                 "was the right base given?"
             )
         compute = partial(self._moved_factors, move, spelled, part, slot)
-        module, place = self.target.layout.family.home(move.into.name)
         tied = self.target.layout.vocabulary or 0, self.target.layout.width
         kept = len(factors.a), factors.a.dtype, tied if reason else self.target.shape(into), factors.scaling
-        name = module if move.into.role == "head" else spelled_in(self.target, module)
+        head, family = move.into.role == "head", self.target.layout.family
+        name, place = family.home(move.into.name) if head else module_in(self.target, move.into.name)
         found.setdefault(name, []).append(Piece(spelled, place, *kept, compute, move.into.name))
         zero = not (bool(factors.a.any()) and bool(factors.b.any()))
         self._row(part, *(("unchanged", "its factors are zero") if zero else ("transported", "as factors")))

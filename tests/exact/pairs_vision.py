@@ -13,6 +13,7 @@ from .families import (
     DINO_CLASSIFIER,
     DINO_GATED,
     DINO_REGISTERS,
+    OLDER_DINO,
     OPEN_CLIP,
     SIGLIP,
     SIGLIP_CLASSIFIER,
@@ -80,13 +81,14 @@ REGISTERS, SWIGLU = partial(base, DINO_REGISTERS), partial(base, DINO_GATED)
 TO_72 = p.neurons(p.with_extra(24), silent=("up",))
 GATED_TO_48 = p.neurons(p.with_extra(16), silent=("gate",))
 TO_VIT = *PERMUTED, p.scales_folded, p.stored_as(VIT_HEADLESS)
-ADDED = p.heads(size=7), TO_72, p.residual(p.widened(36)), p.with_registers(DINO_REGISTERS, 3)
+AS_WIDE = (p.heads(size=9),) if OLDER_DINO else ()  # of old, heads are as wide as the model: 4 x 9
+ADDED = p.heads(size=9 if OLDER_DINO else 7), TO_72, p.residual(p.widened(36)), p.with_registers(DINO_REGISTERS, 3)
 QUERY = {"keep": "q.weight"}  # what hides a register is in the queries, and the map sees its share of them
 
 DINO_PAIRS = [
     p.Pair("new-scales", CLASSES, (p.residual(),)),
     p.Pair("rotated", CLASSES, (p.residual(p.rotated, 1.7), *PERMUTED), WIDE),
-    p.Pair("widened", CLASSES, (p.residual(p.widened(36)), TO_72, TURNED), WIDE),
+    p.Pair("widened", CLASSES, (p.residual(p.widened(36)), TO_72, *AS_WIDE, TURNED), WIDE),
     p.Pair("registers", REGISTERS, (p.residual(p.rotated, 1.7), *PERMUTED), WIDE),
     p.Pair("registers-added", CLASSES, ADDED, ("linear",), **QUERY),
     p.Pair("registers-removed", CLASSES, ADDED, ("linear",), narrow=True, **QUERY),
@@ -97,7 +99,7 @@ DINO_PAIRS = [
     p.Pair("no-head", DINO_BASE, (CARRIED, *PERMUTED), ("linear", "gains", "lora")),
     p.Pair("to-vit", DINO_BASE, (CARRIED, *TO_VIT), ("linear", "gains", "lora")),
     p.Pair("from-vit", DINO_BASE, (CARRIED, *TO_VIT), ("linear", "gains"), narrow=True),
-    p.Pair("narrow", CLASSES, (p.residual(p.widened(36)), TO_72), NO_FACTORS, narrow=True),
+    p.Pair("narrow", CLASSES, (p.residual(p.widened(36)), TO_72, *AS_WIDE), NO_FACTORS, narrow=True),
 ]
 
 VISION = {"clip": CLIP_PAIRS, "open-clip": OPEN_CLIP_PAIRS, "siglip": SIGLIP_PAIRS, "dino": DINO_PAIRS}
