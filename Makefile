@@ -1,5 +1,5 @@
-# make build | demo | test | fuzz | lint | planted | bench | package-check | cuda-check | gpu-check | clean.   Everything
-# lives in .venv and build/; gpu-check builds in place for PYTHON.
+# make build | demo | test | fuzz | lint | planted | bench | processors-check | package-check | cuda-check |
+# versions-check | gpu-check | clean.   Everything lives in .venv and build/; gpu-check builds in place for PYTHON.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := build/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test fuzz lint planted bench package-check cuda-check gpu-check clean
+.PHONY: build demo test fuzz lint planted bench processors-check package-check cuda-check versions-check gpu-check clean
 build: $(STAMP)
 
 $(BIN)/python:
@@ -42,13 +42,21 @@ planted: build
 bench: build
 	$(BIN)/python -m pytest bench -q -s -p no:xdist -o python_files='bench_*.py' -o addopts=-rs $(if $(FULL),--full)
 
+# Tests of numbers as on other processors and thread counts, in random order.
+processors-check:
+	.ci/processors-check
+
 # From an sdist to a command that runs in a fresh environment.
 package-check:
 	PYTHON=$(PYTHON) TORCH=$(TORCH) .ci/package-check
 
-# What a machine with nvcc can show without a GPU: the kernels compile, and one build serves torch 2.11 and 2.13.
+# What a machine with nvcc can show without a GPU: the kernels compile, and one build serves the oldest torch and 2.13.
 cuda-check:
 	.ci/cuda-check
+
+# The exact controls under transformers 5.17.0, and under the oldest versions that pyproject.toml promises.
+versions-check:
+	.ci/versions-check
 
 # On a machine with a GPU, torch and nvcc: builds in place for that GPU, then the kernels' tests, compute-sanitizer, all tests
 # over CUDA tensors and benches. No network, no pip, no .venv; under ten minutes.
