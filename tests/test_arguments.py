@@ -163,6 +163,26 @@ def test_a_job_takes_no_string_to_leave(models, tmp_path):
         Session(Job(*places, tmp_path / "out", calibration=str(models / "ids.safetensors"), leave="embed*"))
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tokens": 0}, r"tokens is 0; give a whole number from 1 to 2\^63 - 1"),
+        ({"tokens": "many"}, "tokens is 'many'; give a whole number from 1"),
+        ({"batch_size": 0}, "batch_size is 0; give a whole number from 1"),
+        ({"batch_size": 1.5}, "batch_size is 1.5; give a whole number"),
+        ({"seed": -1}, "seed is -1; give a whole number from 0"),
+        ({"seed": None}, "seed is None; give a whole number from 0"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; give a whole number"),
+        ({"device": 3}, "device is '3'; give cpu, cuda or cuda:N"),
+        ({"alpha": "1"}, "alpha is 1; give a finite number other than 0, or match"),
+    ],
+)
+def test_numbers_of_a_job(models, tmp_path, options, message):
+    places = [str(models / "bare" / name) for name in ("source", "tuned", "target")]
+    with pytest.raises(InputRefused, match=message):
+        Session(Job(*places, tmp_path / "out", calibration=str(models / "ids.safetensors"), **options))
+
+
 def test_arguments_that_changed_places(alignment):
     delta = Delta.between(SOURCE.state, TUNED.state)
     with pytest.raises(InputRefused, match="alignment is a Delta, expected Alignment"):

@@ -34,6 +34,13 @@ def check_kinds(**given: tuple[object, type]) -> None:
             raise InputRefused(f"{name} is a {type(value).__name__}, expected {kind.__name__}")
 
 
+def check_whole(**given: tuple[object, int]) -> None:
+    """Refuse what is no whole number from its least to what 63 bits hold: name=(value, least)."""
+    for name, (value, least) in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+            raise InputRefused(f"{name} is {value!r}; give a whole number from {least} to 2^63 - 1")
+
+
 def check_number(alpha: Any) -> None:
     """Refuse a strength that is no finite number."""
     if isinstance(alpha, str) and alpha == "match":

@@ -12,6 +12,7 @@ import torch
 
 from .alignment import PLANNERS, Alignment, outline
 from .amounts import Amounts
+from .arguments import check_whole
 from .calibration import Calibration, load_calibration
 from .checkpoint import Checkpoint
 from .checks import (
@@ -62,9 +63,8 @@ class Bases:
     """
 
     def __init__(self, job: AlignJob) -> None:
-        for name in ("tokens", "batch_size", "seed"):
-            if not 0 <= (getattr(job, name) or 0) < 2**63:
-                raise InputRefused(f"{name} is {getattr(job, name)}; give a number from 0 to 2^63 - 1")
+        asked = {} if job.tokens is None else {"tokens": (job.tokens, 1)}
+        check_whole(**asked, batch_size=(job.batch_size, 1), seed=(job.seed, 0))
         self.job, self.device = job, find_device(job.device)
         self.references = tuple(reference_of(r) for r in (job.source, job.target))
         self.checkpoints = tuple(Checkpoint.open(r, allow_pickle=job.allow_pickle) for r in (job.source, job.target))

@@ -209,9 +209,7 @@ ALL: dict[str, tuple[Any, Any]] = {
     "tokens": _option(int | None, None, min=1, help="Calibration tokens.", show_default="4 x the widest space"),
     "batch_size": _option(int, 8, min=1, help="Samples per forward pass."),
     "seed": _option(int, 0, help="Which calibration samples are drawn."),
-    "held_out": _option(
-        bool, True, "--held-out/--no-held-out", help="Measure the alignment on rows it has not seen."
-    ),
+    "held_out": _option(bool, True, "--held-out/--no-held-out", help="Measure the alignment on rows it has not seen."),
     "skip_bad_inputs": _flag("skip-bad-inputs", "Leave out images and lines that cannot be read, and count them."),
     "leave": _option(list[str] | None, None, help="Glob of tensors to leave behind; may be repeated."),
     "overwrite": _flag("overwrite", "Replace the folder if it is not empty."),
