@@ -1,5 +1,6 @@
 """Ways to break any file of a folder at random: each takes a generator and a path, and says in words what it did."""
 
+import copy
 import json
 import os
 import random
@@ -84,7 +85,7 @@ def _changed(value: Any, chance: random.Random) -> str:
     if how < 0.4 and isinstance(inner[key], (int, float)):
         inner[key] = chance.choice((inner[key] + 1, -inner[key], inner[key] * 1000, float(inner[key]), str(inner[key])))
         return f"{place} is {inner[key]!r}"
-    inner[key] = chance.choice(VALUES)
+    inner[key] = copy.deepcopy(chance.choice(VALUES))
     return f"{place} is {str(inner[key])[:40]!r}"
 
 
