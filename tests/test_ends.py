@@ -6,7 +6,7 @@ import pytest
 import theseus_transport as tt
 import tiny
 import torch
-from ended import EMBEDDING, EXACT, HEAD, IDS, adapter, build, error, fates, logits, move, saved, with_adapter
+from ended import EMBEDDING, EXACT, HEAD, IDS, ROWS, adapter, build, error, fates, logits, move, saved, with_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from theseus_transport.verify import verify
@@ -77,6 +77,30 @@ def test_a_checkpoint_cannot_carry_factors_of_a_tied_head(root, tmp_path):
     only = adapter(tmp_path / "only", root / "tied", target_modules=["lm_head"])
     with pytest.raises(tt.InputRefused, match=f"nothing to transport: .*{TIES}"):
         move(root, tmp_path / "none", "tied", only, "tied", output="checkpoint")
+
+
+MERGED = {
+    "head": ({"use_dora": True, "modules_to_save": ["lm_head"]}, [HEAD]),
+    "embedding": ({"use_dora": True, "modules_to_save": ["embed_tokens"]}, [EMBEDDING]),
+    "factors": ({"use_dora": True, "target_modules": ["q_proj", "lm_head"]}, [HEAD]),
+    "one": ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, []),
+}
+
+
+@pytest.mark.parametrize("kind", MERGED)
+@pytest.mark.parametrize("target", ["apart", "tied"])
+def test_a_merged_adapter_of_a_tied_base(root, tmp_path, kind, target):
+    """As PEFT runs it, head and embedding are two where the adapter changed one, unless it ensures tying."""
+    options, alone = MERGED[kind]
+    given = adapter(tmp_path / "given", root / "tied", **options)
+    outcome = move(root, tmp_path / "out", "tied", given, target, output="checkpoint")
+    base, tuned = logits(AutoModelForCausalLM.from_pretrained(root / "tied")), with_adapter(root / "tied", given)
+    said = [text.split(":")[0] for text in outcome.warnings if TIES in text]
+    if target == "tied" and alone:
+        assert said == [alone[0].removeprefix("model.")]
+    else:
+        assert error(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), tuned, base) < EXACT and not said
+    assert verify(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own-head", "one-tensor"])
@@ -164,3 +188,33 @@ def test_factors_that_are_zero(root, tmp_path):
     outcome = move(root, tmp_path / "out", "untied", tmp_path / "half", "wide")
     assert fates(outcome)["layers.1.self_attn.q_proj"] == ("unchanged", "its factors are zero")
     assert any("the LoRA of 1 layers is zero" in text for text in outcome.warnings)
+
+
+def test_activations_that_are_zero(root, caplog):
+    """Of a norm: nothing could move. Of a block's middle: what belongs to it does not, and that is told."""
+    base, batch = AutoModelForCausalLM.from_pretrained(root / "untied"), {"input_ids": IDS}
+    for name, said in (
+        ("model.embed_tokens", None),
+        ("model.layers.1.mlp.up_proj", "space 1.middle are zero in the target"),
+    ):
+        dead = AutoModelForCausalLM.from_pretrained(root / "untied")
+        dead.get_submodule(name).weight.data.zero_()
+        if said:
+            tt.align(base, dead, [batch])
+            assert any(said in record.message for record in caplog.records)
+        else:
+            with pytest.raises(tt.InputRefused, match="are zero in the target; are all its weights in the checkpoint"):
+                tt.align(base, dead, [batch])
+    spans = torch.arange(12)[None, :, None] + torch.tensor([0, 1])
+    apart = [batch | {"offsets": (spans + start).repeat(len(IDS), 1, 1)} for start in (0, 1000)]
+    with pytest.raises(tt.InputRefused, match=r"no token that is not masked, or \(by offsets\) none both models have"):
+        tt.align(base, base, [tuple(apart)])
+
+
+def test_offsets_that_never_meet(root, tmp_path):
+    sides = {f"{side}.input_ids": torch.randint(0, ROWS, (24, 16)) for side in ("source", "target")}
+    spans = torch.arange(16)[None, :, None] + torch.tensor([0, 1]) + torch.zeros(24, 1, 1, dtype=torch.int64)
+    save_file(sides | {"source.offsets": spans, "target.offsets": spans + 1000}, tmp_path / "apart.safetensors")
+    given = adapter(tmp_path / "given", root / "untied")
+    with pytest.raises(tt.InputRefused, match=r"zero in the source and the target; .* token of the other \(offsets\)"):
+        move(root, tmp_path / "out", "untied", given, "wide", tmp_path / "apart.safetensors")

@@ -234,7 +234,7 @@ def align(
                     progress()
     tokens = next(iter(seen.moments.values())).count
     if not tokens:
-        raise InputRefused("the calibration holds no token that is not masked")
+        raise InputRefused("the calibration holds no token that is not masked, or (by offsets) none both models have")
     completed = chosen.name == "coherent" and chosen.null == "completed"
     toward = together(*bases, seen.links, seen.moments) if completed else None
     planner = PLANNERS[chosen.name](*bases, blocks, chosen, toward=toward)

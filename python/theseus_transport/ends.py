@@ -35,6 +35,7 @@ class Ends:
         new: canonical names, in the target, of what is new in the tune: it moves whole, whatever the strength.
         shared: where an adapter saves head and embedding as one, and the target keeps them as one too: the head's name
             in the target -> the embedding's, as stored.
+        lone: the tune's embedding, if its head is not that, and the target ties the two; else "".
         said: warnings.
     """
 
@@ -48,6 +49,7 @@ class Ends:
     notes: dict[str, str] = field(default_factory=dict)
     new: set[str] = field(default_factory=set)
     shared: dict[str, str] = field(default_factory=dict)
+    lone: str = ""
     said: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -63,6 +65,8 @@ class Ends:
             self._tied()
         elif self.full and self._head in self.source and self._head not in self.tuned:
             self._missing()
+        if self.target.layout.tied and not self.shared and self._head in self.source:  # as a tensor of its own
+            self.lone = self._token
         if self.source.layout.vocabulary and self.target.layout.vocabulary:
             self._rows(self.source.layout.vocabulary, self.target.layout.vocabulary)
 

@@ -40,7 +40,8 @@ class Merged(Mapping[str, Tensor]):
         folder, config: the adapter's folder; it has no config of its own.
         shapes, dtypes: by name.
         changed: names of what the adapter changes; the rest is the base's.
-        ties: whether a tied head changes as the embedding does: for trained tokens it does, for all else it stays.
+        ties: whether a tied head changes as the embedding does: for trained tokens, and where the adapter ensures it;
+            for all else it stays.
     """
 
     def __init__(self, base: Tensors, adapter: Adapter, family: Family) -> None:
@@ -57,8 +58,11 @@ class Merged(Mapping[str, Tensor]):
         names = family.spelled(base)
         token, head = family.embedding("token"), f"{family.heads.get('vocabulary')}.weight"
         tied = names.get(token.name) if token and head not in names else None
+        ensured = tied is not None and bool(adapter.config.get("ensure_weight_tying"))
         self.changed: set[str] = set()
         for name, key in adapter.whole().items():
+            if ensured and family.canonical(name) == head:
+                continue  # the embedding's, saved twice
             stored = names.setdefault(family.canonical(name), name)
             self._origins[stored] = Origin(adapter.tensors, key)
             self.changed.add(stored)
@@ -69,6 +73,8 @@ class Merged(Mapping[str, Tensor]):
         for layer, parts in adapter.parts.items():
             for kind in ["weight", *(["bias"] if "lora_B.bias" in parts else [])]:
                 name = f"{family.canonical(layer)}.{kind}"
+                if ensured and name == head:
+                    continue
                 if name == head and name not in names and tied:
                     names[name] = f"{layer}.weight"
                     self._origins[names[name]] = Origin(base, tied)
@@ -77,7 +83,7 @@ class Merged(Mapping[str, Tensor]):
                 self._origins[found] = replace(self._origins[found], layer=layer)
                 self.changed.add(found)
         trained = {family.canonical(layer) for layer, parts in adapter.parts.items() if TOKENS in parts}
-        self.ties = token is not None and token.name.removesuffix(".weight") in trained
+        self.ties = ensured or (token is not None and token.name.removesuffix(".weight") in trained)
         self.shapes = {name: shape_of(origin.tensors, origin.stored) for name, origin in self._origins.items()}
         self.dtypes = {name: self._dtype(origin) for name, origin in self._origins.items()}
         for name, origin in self._origins.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import NumericalError
+from .errors import InputRefused, NumericalError
 from .links import Blocks, Pairs, arrivals, block_of, moment_links
 from .models import Base
 from .moments import CrossMoment, Energy, Grams
@@ -18,6 +19,7 @@ from .procrustes import ITERATE_FROM, Method, Polar, procrustes
 from .recipes import Plan, Recipe
 from .spaces import Layer
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 PARTS = [f.name for f in fields(CrossMoment) if f.name != "count"]
 
@@ -66,7 +68,7 @@ class Planner(ABC):
 
         Raises:
             NumericalError: activations were not finite, or a map fails its certificate.
-            InputRefused: a norm has gain zero.
+            InputRefused: a norm has gain zero, or its output is zero everywhere.
         """
         for name in (n for n in self.links if n in moments):  # in one order, that of sums
             m = moments[name]
@@ -74,6 +76,7 @@ class Planner(ABC):
                 raise NumericalError(
                     f"activations of space {name} held NaN or Inf; check both bases and the calibration"
                 )
+            self._check_alive(name, m)
             self.moments[name] = m
             if grams and name in grams:
                 self.grams[name] = grams[name]
@@ -81,6 +84,20 @@ class Planner(ABC):
         self.energies |= energies or {}
         self.seen |= {*moments, *(energies or {})}
         self._release()
+
+    def _check_alive(self, name: str, m: CrossMoment) -> None:
+        """Refuse a norm's output that is zero, from which nothing could move; warn of any other activation."""
+        energies = {"source": m.source_energy, "target": m.target_energy}
+        dead = [side for side, energy in energies.items() if not bool((energy != 0).any())]
+        if not dead:
+            return
+        where = f"activations of space {name} are zero in the {' and the '.join(dead)}"
+        if self.links[name].target.norm:
+            cure = "are all its weights in the checkpoint"
+            if len(dead) > 1:
+                cure = "are all weights there, and does any token of one stand for a token of the other (offsets)"
+            raise InputRefused(f"{where}; {cure}?")
+        log.warning("%s: the layers that read or make them get no update there", where)
 
     def block(self, b: int) -> None:
         """Plan the layers of target block ``b`` from what arrived; a moment of it or a block before is held no more."""

@@ -103,7 +103,8 @@ class Moves:
         return {name for rule in rules for name in (rule.input, rule.output)}
 
     def held(self) -> tuple[set[str], set[str]]:
-        return {self.update.source.slots[n].stored for n in self._late()}, set(self._waiting())
+        origin = getattr(self.update.target.tensors, "origin", str)  # the names the windows know
+        return {self.update.source.slots[n].stored for n in self._late()}, set(map(origin, self._waiting()))
 
     def state(self) -> dict[str, Any]:
         rounding = [out.rounding.sums for out in self._outputs]

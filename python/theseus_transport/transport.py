@@ -94,7 +94,7 @@ class _Planner:
         self.ends = Ends(source, into, delta, self.stays, one_tokenizer)
         self.source, self.target, self.tuned = self.ends.source, self.ends.target, self.ends.tuned
         self.update = Update(self.source, self.target, delta, alpha, tuned=self.tuned, new=self.ends.new)
-        self.update.shared, self.update.said = self.ends.shared, self.ends.said
+        self.update.shared, self.update.said, self.update.lone = self.ends.shared, self.ends.said, self.ends.lone
         self.rows: dict[str, Row] = {}
         self.moves = self._paired_layers()
         for name in [n for n in self.tuned.slots if self.stays.asked(n)]:

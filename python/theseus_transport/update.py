@@ -46,6 +46,8 @@ class Update(Mapping[str, Tensor]):
         new: canonical names, in the target, of a head new in the tune: it moves whole and replaces the target's.
         shared: a head as an adapter names it -> the target's tensor it is kept in, where both tie it.
         apart: canonical names of the source's tensors that stay because the target ties its head to the embedding.
+        lone: the embedding of a tune whose head is not it, where the target ties the two.
+        dense: it is to become the target's own tensors.
         carried_apart: of a LoRA on a head that the target ties: layer of the source -> its name in :attr:`factors`.
     """
 
@@ -63,6 +65,8 @@ class Update(Mapping[str, Tensor]):
     shared: dict[str, str] = field(default_factory=dict)
     apart: set[str] = field(default_factory=set)
     carried_apart: dict[str, str] = field(default_factory=dict)
+    lone: str = ""
+    dense: bool = False
     said: list[str] = field(default_factory=list)
     carried: Carried = field(default_factory=Carried)
     _jobs: dict[str, dict[str, Job]] = field(default_factory=dict)  # stored name -> canonical name -> job
@@ -81,12 +85,9 @@ class Update(Mapping[str, Tensor]):
         """What the user should know about single tensors; complete once every value was read."""
         tied = sorted(self.apart - self.unchanged)
         told = [f"{name}: {TIES}, so the tune's own head stays behind; an untied target takes it" for name in tied]
-        token, head = self.source_family.embedding("token"), f"{self.source_family.heads.get('vocabulary')}.weight"
-        own = self.source.layout.tied and head in self.source and head not in tied  # a head of its own, left as it was
-        if own and self.target.layout.tied and self.delta.adapter is None and token and token.name in self.moved:
-            told.append(
-                f"{head} did not change as {token.name} did; {TIES}, so it does: an untied target keeps them apart"
-            )
+        dense = self.dense or self.delta.adapter is None
+        if dense and self.lone in self.moved.keys() - self.unchanged and not tied:
+            told = [f"{self.lone}: {TIES}, so the head moves with it; that of the tune did not"]
         return [*self.said, *told, *self.carried.warnings()]
 
     @property
@@ -235,7 +236,7 @@ class Update(Mapping[str, Tensor]):
 
     def as_tensors(self) -> Update:
         """This update, as one of the target's own tensors: without what only an adapter carries beside them."""
-        lost, self.carried_apart = self.carried_apart, {}
+        self.dense, lost, self.carried_apart = True, self.carried_apart, {}
         self.apart |= lost.keys()
         self.factors = {name: factors for name, factors in self.factors.items() if name not in lost.values()}
         self.coverage[:] = [Row(r.tensor, "left", TIES) if r.tensor in lost else r for r in self.coverage]
