@@ -13,6 +13,7 @@ import torch
 from calibrated import load, make_tokenizer, text_side
 from theseus_transport.errors import InputRefused
 from theseus_transport.formats import read_example
+from theseus_transport.job import Job, Session
 from transformers.utils.chat_template_utils import render_jinja_template
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -246,6 +247,13 @@ def test_what_no_line_of_the_standard_library_reads(tmp_path: Path, small: Path,
     (tmp_path / name).write_bytes(b'{\n "text": "x"\n}')
     with pytest.raises(InputRefused, match=said):
         load(tmp_path / name, text_side(small))
+
+
+def test_a_plan_refuses_them_too(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\nfox\n")
+    places = [str(models / "bare" / name) for name in ("source", "tuned", "target")]
+    with pytest.raises(InputRefused, match="rows.csv is csv; make lines of records of it: python3 -c"):
+        Session(Job(*places, tmp_path / "out", calibration=str(tmp_path / "rows.csv")))
 
 
 def test_lines_of_records_may_be_called_json(tmp_path: Path, small: Path) -> None:

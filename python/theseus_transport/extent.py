@@ -15,7 +15,7 @@ from .batches import MAIN_INPUT
 from .calibration import LENGTH, drawn_rows, held_of, images_wanted, in_random_order, with_held
 from .checkpoint import Checkpoint
 from .companions import VOCABULARIES
-from .documents import LINES, PIECE, Size, measured
+from .documents import LINES, PIECE, Size, measured, refuse_other_files
 from .headers import if_inside
 from .images import find_images, largest
 from .inputs import SideInfo
@@ -55,7 +55,7 @@ class Extent:
 
 
 def extent(reference: str, infos: tuple[SideInfo, SideInfo], *, wanted: int, most: int, seed: int) -> Extent:
-    """Of what :func:`load_calibration` will give for these arguments; of a file that it will refuse, anything.
+    """Of what :func:`load_calibration` will give for these arguments; of a file that it will refuse, that or anything.
 
     Args:
         wanted: tokens; most: samples that may be held out.
@@ -88,6 +88,7 @@ def _of_text(path: Path | None, infos: tuple[SideInfo, SideInfo], wanted: int, m
     samples = (expected + 2) * (1 if same else 2)  # a row is as long as the finer of both tokenizers makes it
     read, pieces = BUILTIN, BUILTIN // PIECE
     if path is not None and path.is_file():
+        refuse_other_files(path)
         nbytes, records = path.stat().st_size, path.suffix.lower() in LINES
         size = measured(path) if records else Size(nbytes // PIECE + 1, 0)
         read, pieces = OF_LINE * size.lines + OF_RECORD * size.longest, size.lines + nbytes // PIECE
