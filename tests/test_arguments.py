@@ -1,6 +1,7 @@
 """The Python API: arguments that cannot be what their names say are refused before anything runs; reprs are short."""
 
 from collections import UserDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -202,6 +203,7 @@ def test_a_delta_the_wrong_way_round(alignment, tmp_path):
     for known in (alignment, loaded):
         with pytest.raises(InputRefused, match=r"is the source that was aligned; give Delta.between\(base, tuned\)"):
             transport(known, Delta.between(TUNED.state, SOURCE.state), TARGET.state)
+    assert transport(replace(alignment, provenance=[]), Delta.between(SOURCE.state, TUNED.state), TARGET.state)
     other = tune(SOURCE, "everything")  # from one tune to another is a delta too
     assert transport(alignment, Delta.between(TUNED.state, other.state), TARGET.state)
 

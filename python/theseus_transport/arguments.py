@@ -57,9 +57,9 @@ def sample_of(base: Base) -> dict[str, str]:
     return {SAMPLE: _sampled(_rows(base))}
 
 
-def check_direction(provenance: Mapping[str, Any], delta: Delta, base: Base, tuned: Renamed) -> None:
+def check_direction(provenance: Any, delta: Delta, base: Base, tuned: Renamed) -> None:
     """Refuse a delta the wrong way round, where the alignment knows values of its source."""
-    known = provenance.get(SAMPLE)
+    known = provenance.get(SAMPLE) if isinstance(provenance, Mapping) else None  # a file may have been edited
     if known is None or delta.tuned is None or not tuned.slots.keys() >= base.slots.keys():
         return
     swapped = known == _sampled((name, tuned.rows(name, FIRST)) for name in sorted(base.slots))
