@@ -45,6 +45,6 @@ def command(folder: Path, call: list[object], change: Callable[[], None] = lambd
     """The command as it is called, in a process of its own, printing into files; ``change``: before it starts."""
     for descriptor, name in enumerate(("stdout", "stderr"), 1):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
-    change()
     sys.argv = ["theseus", *map(str, call)]
+    change()
     main()

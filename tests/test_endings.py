@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import killed_commands
+import killing
 import pytest
 from abused import TINY, arguments, command, written
 from calls import identical, invoke
 from theseus_transport.folder import new_folder
-from warm import started
+from warm import apart, started
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -107,3 +110,17 @@ def test_a_terminal_that_cannot_show_a_name(folder: Path, tmp_path: Path) -> Non
     process.join()
     shown = (tmp_path / "stdout").read_text()
     assert "damaged gr\\xf6\\xdfe is not in the manifest" in shown and process.exitcode == 3
+
+
+@pytest.fixture(scope="module")
+def killed_models(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("killed")
+    shutil.copytree(models, root, dirs_exist_ok=True)
+    apart(killing.build, root)
+    return root
+
+
+@pytest.mark.parametrize("name", ["transport", "overwrite", "match", "align", "apply", "plan", "verify"])
+def test_commands_killed_at_random_moments(name: str, killed_models: Path) -> None:
+    """A round of each; ``python tests/killed_commands.py --rounds 20`` runs more, and the other commands."""
+    assert sum(apart(killed_commands.drive, killed_models, name, 1, 0).values()) == 1

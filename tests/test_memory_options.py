@@ -119,9 +119,10 @@ def test_an_interrupted_command_goes_on_with_resume(root, tmp_path, interrupts, 
     assert told[0] == told[1]
 
 
-def test_a_whole_folder_needs_no_resume(root, tmp_path):
+@pytest.mark.parametrize("alpha, was", [("1", r"\[1.0\]"), ("match", r"\[\"match\"\]")])
+def test_a_whole_folder_needs_no_resume(root, tmp_path, alpha, was):
     """Said without an error, for a script that always resumes; a folder made otherwise is none to go on with."""
-    given = transport(root, tmp_path / "out", tuned="lora")
+    given = transport(root, tmp_path / "out", "--alpha", alpha, tuned="lora")
     invoke(*given, "--resume")  # nothing is there: it begins
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     said = call(*given, "--resume")
@@ -129,6 +130,6 @@ def test_a_whole_folder_needs_no_resume(root, tmp_path):
     whole = f"{tmp_path / 'out'} is whole already, made from the same inputs with the same options"
     assert said.stdout.strip() == whole
     assert json.loads(call(*given, "--resume", "--json").stdout) == {"done": whole}
-    said = r"out was made otherwise: alphas is \[2.0\], was \[1.0\]; name another folder, or --overwrite"
+    said = rf"out was made otherwise: alphas is \[2.0\], was {was}; name another folder, or --overwrite"
     refused(said, *given, "--resume", "--alpha", 2)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -61,7 +61,7 @@ class AlignSession:
     """The checked inputs of an :class:`AlignJob`; opening it refuses what cannot work, before anything heavy runs."""
 
     def __init__(self, job: AlignJob) -> None:
-        self.job, self.bases = job, Bases(job)
+        self.job, self.bases, self.done = job, Bases(job), False
         self.bytes_out = self.bases.bytes_of_maps
         check_room([job.out], 2 * self.bytes_out, job, inputs=self.bases.inputs)  # maps not made are left out by a copy
         self.plan = self.bases.fitted()
@@ -105,5 +105,6 @@ class AlignSession:
                 outcome = self.outcome(**told(alignment), warnings=warnings)
                 outcome.job["recipe"] = asdict(alignment.recipe)
                 work.finish()
+                self.done = True
             clock.stages(passage.seconds)
         return clock.finish(outcome, job.out, *self.bases.windows)

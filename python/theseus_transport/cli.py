@@ -159,7 +159,8 @@ def demo(
     with errors(as_json):
         with _progress() as progress:
             result = run_demo(DemoSettings(seeds=seeds), out, progress)
-        _show(result.as_dict(), render_table(result), as_json)
+        with _known_whole(out):
+            _show(result.as_dict(), render_table(result), as_json)
 
 
 @app.callback(invoke_without_command=True)
@@ -202,12 +203,24 @@ def _run(session: Any, dry_run: bool, as_json: bool) -> None:
     from .checks import return_freed_memory
 
     return_freed_memory()
-    if dry_run:
-        outcome = session.rehearse()
-    else:
-        with _progress() as progress:
-            outcome = session.run(progress)
-    _show(asdict(outcome), report(outcome), as_json)
+    with _known_whole(session.job.out, lambda: session.done):
+        if dry_run:
+            outcome = session.rehearse()
+        else:
+            with _progress() as progress:
+                outcome = session.run(progress)
+        _show(asdict(outcome), report(outcome), as_json)
+
+
+@contextmanager
+def _known_whole(out: Path, done: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """An interrupt that comes when all is done says so."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if error.args or not done():
+            raise
+        raise type(error)(f"interrupted; {out} is whole") from error
 
 
 def _verdict(faults: list[str], whole: str) -> Any:

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import multiprocessing
-import tempfile
+import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +27,7 @@ from .delta import Delta
 from .demo_data import SHIFTS, Split, generator_of, jitter, load_splits, pixels, shifted
 from .demo_models import accuracy, build, fit, random_like
 from .demo_report import as_dict, plot, render_table, write_json
+from .demo_work import workers, workshop
 from .errors import InputRefused
 from .transport import transport
 
@@ -229,7 +227,7 @@ def run_demo(settings: DemoSettings, out: Path, progress: Progress | None = None
         progress: told of every stage and step (pretraining, fine-tuning, moving), or None for silence.
 
     Raises:
-        InputRefused: scikit-learn or matplotlib is not installed.
+        InputRefused: scikit-learn or matplotlib is not installed, or ``out`` cannot be written.
     """
     for module in ("sklearn", "matplotlib"):
         if importlib.util.find_spec(module) is None:
@@ -239,51 +237,23 @@ def run_demo(settings: DemoSettings, out: Path, progress: Progress | None = None
     models = [(s, w) for w in sorted(settings.widths, reverse=True) for s in seeds]  # the slowest first
     tunes = [(s, w, shift, kind) for s, w in models for shift in settings.shifts for kind in UPDATES]
     moves = [(s, *d, shift) for s in seeds for d in directions for shift in settings.shifts]
-    with (
-        torch.random.fork_rng(),
-        tempfile.TemporaryDirectory() as folder,
-        _stages(settings, Path(folder), progress) as stage,
-    ):
-        pretrained = stage("pretraining", pretrain, models)
-        ceilings = stage("fine-tuning", tune, tunes)
-        moved = stage("moving", move, moves)
-    cells = [replace(c, ceiling=ceilings[c.seed, c.target, c.shift, c.update]) for key in moves for c in moved[key]]
-    result = DemoResult(settings, tuple(cells), pretrained, time.monotonic() - started)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(result, out / "demo.json")
-    plot(result, out / "demo.png")
+    with torch.random.fork_rng(), workshop(out) as folder:
+        with workers(settings.workers) as run:
+
+            def stage(label: str, job: Callable[..., T], keys: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], T]:
+                advance, results = progress(label, len(keys)) if progress else lambda: None, {}
+                for key, result in run(partial(job, settings, folder), keys):
+                    results[key] = result
+                    advance()
+                return results
+
+            pretrained = stage("pretraining", pretrain, models)
+            ceilings = stage("fine-tuning", tune, tunes)
+            moved = stage("moving", move, moves)
+        cells = [replace(c, ceiling=ceilings[c.seed, c.target, c.shift, c.update]) for key in moves for c in moved[key]]
+        result = DemoResult(settings, tuple(cells), pretrained, time.monotonic() - started)
+        made = write_json(result, folder / "demo.json"), plot(result, folder / "demo.png")
+        out.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            os.replace(path, out / path.name)
     return result
-
-
-@contextmanager
-def _stages(settings: DemoSettings, root: Path, progress: Progress | None) -> Iterator[Callable[..., dict[Any, Any]]]:
-    """A function that runs one job for many keys, in the pool where there is one, under one progress bar."""
-    spawn = multiprocessing.get_context("spawn")
-    pool = None
-    if settings.workers > 1:
-        pool = ProcessPoolExecutor(settings.workers, spawn, initializer=torch.set_num_threads, initargs=(1,))
-
-    def stage(label: str, job: Callable[..., T], keys: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], T]:
-        advance = progress(label, len(keys)) if progress else lambda: None
-        results = {}
-        for key, result in _results(pool, partial(job, settings, root), keys):
-            results[key] = result
-            advance()
-        return results
-
-    try:
-        yield stage
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-
-
-def _results(
-    pool: ProcessPoolExecutor | None, job: Callable[..., T], keys: Sequence[tuple[Any, ...]]
-) -> Iterator[tuple[Any, T]]:
-    """(key, result) in the order they come."""
-    if pool is None:
-        yield from ((key, job(*key)) for key in keys)
-        return
-    futures = {pool.submit(job, *key): key for key in keys}
-    yield from ((futures[future], future.result()) for future in as_completed(futures))

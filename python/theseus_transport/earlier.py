@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +40,7 @@ def tell_apart(
         AlreadyDone: by this run, all of them, and they are whole.
         InputRefused: otherwise; with what differs.
     """
+    key = json.loads(json.dumps(key))  # as the manifest has it
     made = {target: found for target in targets if (found := _made(target))}
     for target, (theirs, changed) in {t: (m, Record(m["key"], "").changes(key)) for t, m in made.items()}.items():
         if not changed and (run not in (None, theirs.get("run")) or differences(target)):

@@ -119,7 +119,7 @@ class Session:
 
     def __init__(self, job: Job, key: dict[str, Any] | None = None) -> None:
         """``key``: of what is written, where this is a part of another job."""
-        self.key, self.job, self.alphas = key, job, chosen(job.alpha)
+        self.key, self.job, self.alphas, self.done = key, job, chosen(job.alpha), False
         self.bases = Bases(job.alignment)
         source = self.bases.source
         self.tuned = Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
@@ -233,6 +233,7 @@ class Session:
                 provenance |= alignment.provenance
                 outcome = replace(outcome, coverage=[asdict(row) for row in self.coverage], **told(alignment))
                 work.finish()
+                self.done = True
             clock.stages(seconds)
             rounded = [text for out in outputs for text in out.rounding.warnings()]
             outcome.warnings = [*warnings, *dict.fromkeys(update.warnings), *rounded]
@@ -250,19 +251,21 @@ class Session:
             except AlreadyDone:
                 shutil.rmtree(maps, ignore_errors=True)  # a process was killed while it tidied up
                 raise
-        known: dict[str, Any] = {"resume": job.resume or there, "overwrite": job.overwrite or there}
-        with suppress(AlreadyDone):
-            AlignSession(replace(job.alignment, out=maps, **known)).run(progress)
+        first = replace(job.alignment, out=maps, resume=job.resume or there, overwrite=job.overwrite or there)
         try:
+            with suppress(AlreadyDone):
+                AlignSession(first).run(progress)
             outcome = Session(replace(job, maps=str(maps)), key).run(progress)
+            shutil.rmtree(maps)
+            self.done = True
         except (AlreadyDone, InputRefused, NumericalError):
             if not workplace_of(out).exists():  # else that goes on with these maps
-                shutil.rmtree(maps)
+                shutil.rmtree(maps, ignore_errors=True)
             raise
         except (KeyboardInterrupt, ResourceError) as error:
-            said = str(error) or "interrupted"
-            raise type(error)(f"{said}; the maps lie in {maps}: --resume goes on with them, or remove it") from error
-        shutil.rmtree(maps)
+            if not maps.exists():
+                raise
+            raise type(error)(f"{str(error) or 'interrupted'}; --resume goes on with {maps}, or remove it") from error
         return outcome
 
     def _key(self, data: Calibration | None, recipe: Recipe) -> dict[str, Any]:
