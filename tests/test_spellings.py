@@ -90,3 +90,14 @@ def test_a_layer_that_cannot_move_is_left_only_where_another_moves() -> None:
     for given, cure in ((beside, r"--leave 'adapter\*' leaves it behind"), (alone, "nothing of it can move")):
         with pytest.raises(InputRefused, match=rf"changes {layer}, which has no rule; {cure}"):
             transport(aligned(intermediate_size=44), Delta.from_lora(CONFIG, given, source), TARGET.state)
+
+
+@pytest.mark.parametrize("presumed", [False, True])
+def test_a_tensor_without_a_rule_is_left_only_where_another_moves(presumed: bool) -> None:
+    new = {"value.weight": torch.ones(1, 24).double()}
+    for tuned, cure in (
+        (TUNED, r"--leave 'value\*' leaves it behind"),
+        (SOURCE.state, "nothing else changed that could"),
+    ):
+        with pytest.raises(InputRefused, match=f"value.weight changed but has no rule; {cure}"):
+            moved({**tuned, **new}, presumed=presumed)

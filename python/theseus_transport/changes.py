@@ -79,3 +79,12 @@ def leaving(*names: str) -> str:
     layers = dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in names)
     asked = " ".join(f"--leave '{layer}*'" for layer in list(layers)[:NAMED])
     return f"{asked} leaves {'it' if len(names) == 1 else 'them'} behind"
+
+
+def leaving_alone(update: Update, name: str) -> str:
+    """The option that leaves a tensor's layer behind, where anything else moves."""
+    try:
+        first_change(update)
+    except InputRefused:
+        return "nothing else changed that could move"
+    return leaving(name)

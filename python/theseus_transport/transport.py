@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapter import MERGING, Adapter, Factors
 from .alignment import Alignment
 from .arguments import check_direction, check_kinds
-from .changes import changes, leaving
+from .changes import changes, leaving, leaving_alone
 from .checks import named_device
 from .delta import Delta
 from .ends import Ends
@@ -296,4 +296,4 @@ class _Planner:
             elif why:
                 self._row(name, "left", why)
             else:
-                raise InputRefused(f"{name} changed but has no rule; {leaving(name)}")
+                raise InputRefused(f"{name} changed but has no rule; {leaving_alone(self.update, name)}")

@@ -272,7 +272,7 @@ BUGS = [
     Bug("patterns match anywhere in a name", "tests/test_delta.py::test_products_are_pefts[near-misses]", ADAPTER,
         'regex.match(rf"(.*\\.)?({pattern})$", layer, timeout=PATIENCE)', "regex.search(pattern, layer)"),
     Bug("product of the factors unscaled", "tests/test_transport.py::test_factors_and_their_product_move_alike",
-        TRANSPORT, "@ f.a).mul_(f.scaling)}", "@ f.a)}"),
+        PIECES, "@ f.a).mul_(f.scaling)}", "@ f.a)}"),
     Bug("alpha in both factors", "tests/test_update.py::test_peft_loads_the_moved_adapter[plain]", OUTPUT,
         '1.0 if part == "a" else update.alpha', "update.alpha"),
     Bug("factors of fused parts in another order", "tests/test_moves.py::test_factors_of_a_fused_layer", PIECES,
@@ -360,10 +360,10 @@ BUGS = [
 
     # --- fates -------------------------------------------------------------------------------------------------------
     Bug("a changed tensor without a rule dropped", "tests/test_update.py::test_tuned_models_that_do_not_fit", TRANSPORT,
-        """raise InputRefused(f"{name} changed but has no rule; {leaving(name)}")""",
+        """raise InputRefused(f"{name} changed but has no rule; {leaving_alone(self.update, name)}")""",
         'self._row(name, "unchanged")'),
     Bug("alpha ignored", "tests/test_transport.py::test_transport_is_linear", UPDATE,
-        "into.copy_((piece * self.alpha).to(into.dtype))", "into.copy_(piece)"),
+        "into.copy_((piece * strength).to(into.dtype))", "into.copy_(piece)"),
     Bug("head of other classes moved", "tests/test_transport.py::test_every_tensor_has_one_fate", TRANSPORT,
         'if move.own.role == "head" and rows[0] != rows[1]:', "if False:"),
     Bug("zero gain of the target divided by", "tests/test_update.py::test_a_zero_gain_of_the_target_is_named", MOVES,
@@ -373,7 +373,7 @@ BUGS = [
 
     # --- moves on a device -------------------------------------------------------------------------------------------
     Bug("a job's moves on the CPU", "tests/test_moves_device.py::test_a_job_moves_on_its_device",
-        "theseus_transport/job.py", '"leave": self.job.leave, "device": self.job.device}', '"leave": self.job.leave}'),
+        "theseus_transport/job.py", "leave=job.leave, device=job.device, **how)", "leave=job.leave, **how)"),
     Bug("weights converted before they cross", f"{ELSEWHERE}[llama-full-coherent-torch.bfloat16]", MODELS,
         "return tensor.detach().to(device).to(torch.float64, copy=True)",
         "return tensor.detach().to(torch.float64, copy=True).to(device)"),
@@ -382,7 +382,7 @@ BUGS = [
     Bug("a gain's map made on the CPU", f"{ELSEWHERE}[llama-without-head-coherent-torch.float32]", MOVES,
         "torch.eye(width, dtype=torch.float64, device=device)", "torch.eye(width, dtype=torch.float64).to(device)"),
     Bug("an update leaves the device in float64", f"{ELSEWHERE}[llama-full-coherent-torch.float32]", UPDATE,
-        "(piece * self.alpha).to(into.dtype)", "piece * self.alpha"),
+        "(piece * strength).to(into.dtype)", "piece * strength"),
     Bug("T_out held while T_in is used", "tests/test_moves_device.py::test_the_device_holds_what_is_predicted", MOVES,
         "        half = self.read(change[0])\n", "        early = self.write\n        half = self.read(change[0])\n"),
 
