@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputRefused
+from .spaces import Role
 
 if TYPE_CHECKING:
     from .alignment import Alignment
 
 AGAIN = "align again"
+LARGEST = 2**63  # no number is; nor is NaN below it
 
 
 def check_restored(restored: Alignment, drawn: Alignment) -> None:
@@ -23,6 +24,7 @@ def check_restored(restored: Alignment, drawn: Alignment) -> None:
     Raises:
         InputRefused: names what does not fit, and what it would have to be.
     """
+    roles = {layer.name: layer.role for layer in restored.target.layers()}
     for kind in ("rules", "vectors"):
         known = getattr(drawn, kind)
         for into, rule in getattr(restored, kind).items():
@@ -33,12 +35,33 @@ def check_restored(restored: Alignment, drawn: Alignment) -> None:
                 raise InputRefused(f"{kind} let {named}, expected {known[into].source!r} ({known[into].kind}); {AGAIN}")
             if absent := {rule.input, rule.output} - restored.maps.keys():
                 raise InputRefused(f"{into!r} moves through the map {sorted(absent)[0]!r}, which is not there; {AGAIN}")
+            for name, fits in zip((rule.input, rule.output), _sizes(restored, into, roles.get(into)), strict=True):
+                if (size := restored.maps.size(name)) not in (None, fits):  # type: ignore[attr-defined]
+                    raise InputRefused(f"{into!r} moves through {name!r}, which maps {size}, expected {fits}; {AGAIN}")
             if not (_number(rule.scale_in) and _number(rule.scale_out) and rule.scale_in > 0 and rule.scale_out >= 0):
                 raise InputRefused(f"{into!r} has scales {rule.scale_in!r} and {rule.scale_out!r}; {AGAIN}")
     _check_heads(restored)
     for report in restored.reports:
         _check_plain("reports", vars(report), {"space": str}, "source", "target", "rank", "most", "gap", "tokens")
     _check_provenance(restored.provenance)
+
+
+def _sizes(restored: Alignment, into: str, role: Role | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Features (source, target) of the maps in front of and behind a layer, or twice those around a vector.
+
+    Args:
+        into: name in the target; role: of a layer.
+    """
+    sides, family = (restored.source, restored.target), restored.target.family
+    if role not in (None, "head"):
+        (out_s, in_s), (out_t, in_t) = (side.weights()[role] for side in sides)
+        return (in_s, in_t), (out_s, out_t)
+    norm, widths = into.rpartition(".")[0], (sides[0].width, sides[1].width)
+    for inner, count in ((family.query_norm, "heads"), (family.key_norm, "kv_heads")):
+        if role is None and inner and norm.endswith(f".{inner}"):  # heads share their norm
+            own, other = (getattr(side, count) * side.head_dim for side in sides)
+            widths = own, other
+    return widths, widths
 
 
 def check_blocks(blocks: Any, depths: tuple[int, int]) -> list[int | None]:
@@ -101,7 +124,7 @@ def _check_plain(what: str, row: Any, kinds: Mapping[str, type], *numbers: str) 
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def _index(value: Any, count: int) -> bool:

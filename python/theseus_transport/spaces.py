@@ -152,6 +152,12 @@ class Layout:
             found[name] = None if values[name] is None else _size(name, values[name])
         for name in ("image", "patch"):
             found[name] = None if values[name] is None else _pair(name, values[name])
+        for name, of in (("registers", int), ("tied", bool), ("scaled", bool)):
+            if type(found[name]) is not of or found[name] < 0:
+                raise InputRefused(f"{name} is {str(found[name])[:80]}, expected {of.__name__}")
+        text = FAMILIES[kind].modality == "text"
+        if wrong := [name for name in ("image", "patch", "channels") if (found[name] is None) != text]:
+            raise InputRefused(f"{wrong[0]} is {found[wrong[0]]}, which no {FAMILIES[kind].modality} model has")
         if found["depth"] > DEEPEST:
             raise InputRefused(f"depth is {found['depth']}, and no model has more than {DEEPEST} blocks")
         return cls(**found)

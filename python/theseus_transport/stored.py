@@ -71,14 +71,27 @@ class StoredMaps(Mapping[str, Map]):
         if stamp(found) != recorded:
             raise InputRefused(f"{self._file.folder / MAPS}: the map {name} is not what was written; align again")
         if isinstance(found, Heads):
-            shared, plain = self._heads
-            count = shared.get(name.rpartition(".")[2], plain)
+            count = self._count(name)
             if found.heads != count or not bool(((found.source_head >= 0) & (found.source_head < count)).all()):
                 raise InputRefused(
                     f"{self._file.folder / MAPS}: the map {name} reads heads {found.source_head.tolist()[:8]} of "
                     f"{found.heads}, the source has {count}; align again"
                 )
         return found
+
+    def size(self, name: str) -> tuple[int, int] | None:
+        """Features of source and target that a map is between, from its header; None for the identity."""
+        of = {part: self._file.shapes[f"{name}/{part}"] for part in parts(self._stamps[name].kind)}
+        if "blocks" in of:
+            count, own, into = of["blocks"]
+            return self._count(name) * own, count * into
+        sides = of.get("matrix") or (*of.get("left", ())[:1], *of.get("right", ())[1:])
+        return (sides[0], sides[1]) if sides else None
+
+    def _count(self, name: str) -> int:
+        """Heads of the source that a map by heads reads."""
+        shared, plain = self._heads
+        return shared.get(name.rpartition(".")[2], plain)
 
     def __getitem__(self, name: str) -> Map:
         return self._read(name)
