@@ -112,6 +112,12 @@ class Amounts:
         return max(most + 2 * max(self.crosses), 3 * (polar_bytes(*widths, method=method, device=True) + self._square))
 
     @property
+    def made(self) -> int:
+        """Making the maps of a block, of its moments; those of heads come first, what they alone need goes then."""
+        beside = sum(self.grams) if self.sizes.recipe.whiten_power else 0
+        return sum(self.crosses) + max(sum(self.grams), beside + self.polar) + self.kept + self.z
+
+    @property
     def maps(self) -> int:
         """The maps of a block, what lies outside all blocks, and z's."""
         return self.sizes.maps + self.z

@@ -143,15 +143,16 @@ class Coherent(Planner):
 
     def _block(self, b: int) -> None:
         fed = [(own, layer) for own, layer in self.pairs.layers(b) if self.needs([layer], ()) <= self.seen]
+        for own, layer in fed:
+            self.plan.rules[layer.name] = self._rule(own, layer, b)
+        if f"{b}.context" in self.moments:
+            head_maps(self, b)
+            self.grams.pop(f"{b}.context", None)  # not beside the widest map
         if f"{b}.middle" in self.moments:
             middle = self.moments[f"{b}.middle"]
             energies = (middle.source_energy, middle.target_energy)
             polar = self.polar(middle.cross, energies=energies)
             self.plan.add(f"{b}.middle", polar, middle.count)
-        for own, layer in fed:
-            self.plan.rules[layer.name] = self._rule(own, layer, b)
-        if f"{b}.context" in self.moments:
-            head_maps(self, b)
         for own_norm, norm, name in self.pairs.unread(b):
             self._norm_vectors(own_norm, norm, name)
         if self.recipe.scale == "regression":

@@ -86,23 +86,22 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
         return Plan(choice, host, device if gpu else {})
     moments = sum(a.crosses) + sum(a.grams)
     run = a.converted + a.inside + a.waiting + a.kept + a.product
-    made = moments + a.polar + a.kept + a.z
     pair = sizes.cast + a.inside  # of whole blocks: a pass before, where depths differ
     base = RUNTIME + a.hidden + sizes.extent.nbytes + a.stored + sizes.tune
     if gpu:
         base += 2 * RING * BUFFER
         host = {"pairing": base, "forward": base}
-        host |= {"maps": base + a.kept + (0 if a.maps_on_device else made - a.kept)}
+        host |= {"maps": base + a.kept + (0 if a.maps_on_device else a.made - a.kept)}
         host |= {"moves": base + a.kept + (0 if a.maps_on_device else a.maps) + a.move // 2}
     else:
         base += a.masks
         host = {"pairing": base + pair, "forward": base + run + moments + a.z}
-        host |= {"maps": base + made, "moves": base + a.kept + a.maps + a.move}
+        host |= {"maps": base + a.made, "moves": base + a.kept + a.maps + a.move}
     there = a.masks + a.stored
     device = {
         "pairing": there + pair,
         "forward": there + run + moments // choice.tiles + (a.z if a.maps_on_device else 0),
-        "maps": there + made if a.maps_on_device else 0,
+        "maps": there + a.made if a.maps_on_device else 0,
         "moves": there + (a.maps if a.maps_on_device else a.largest_map) + a.largest_weight + a.move,
         "tables": a.tables,
     }
