@@ -5,6 +5,7 @@ import theseus_transport as tt
 import tiny
 import torch
 from ended import EXACT, HEAD, IDS, adapter, build, fates, llama, logits, move, saved, with_adapter
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from theseus_transport.verify import verify
 from transformers import (
@@ -101,3 +102,19 @@ def test_a_new_head_in_python(classes):
     assert (logits(target, PIXELS) - logits(tune, PIXELS)).norm() < EXACT * logits(tune, PIXELS).norm()
     with pytest.raises(tt.InputRefused, match=r"has no classifier.weight of the target's shape; give one of the tuned"):
         update.add_to(ViTForImageClassification.from_pretrained(classes / "encoder", num_labels=2))
+
+
+@pytest.mark.parametrize("target", ["encoder", "encoder-wide"])
+def test_the_head_of_an_adapter_over_a_bare_encoder(classes, tmp_path, target):
+    """Layers are named as the class with the head names them, not as the bare target."""
+    auto = AutoModelForImageClassification
+    options = {"modules_to_save": ["classifier"], "load": {"num_labels": 3}}
+    given = adapter(tmp_path / "given", classes / "encoder", auto, **options)
+    move(classes, tmp_path / "out", "encoder", given, target, "pixels.safetensors")
+    models = [
+        PeftModel.from_pretrained(auto.from_pretrained(classes / base, num_labels=3), tuned)
+        for base, tuned in ((target, tmp_path / "out"), ("encoder", given))
+    ]
+    assert saved(tmp_path / "out") == ["classifier.bias", "classifier.weight"] and verify(tmp_path / "out") == []
+    moved, tune = (logits(model, PIXELS) for model in models)
+    assert torch.isfinite(moved).all() and (target != "encoder" or (moved - tune).norm() < EXACT * tune.norm())

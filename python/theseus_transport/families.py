@@ -53,7 +53,7 @@ STARCODER2 = Family(
     expand=("mlp.c_fc",),
     contract="mlp.c_proj",
     embeddings=(Embedding("token", "embed_tokens.weight", 1),),
-    heads={"vocabulary": "lm_head"},
+    heads={"vocabulary": "lm_head", "classes": "score"},
     tied=True,
 )
 
