@@ -46,7 +46,6 @@ from .vocabularies import check_rows, one_tokenizer
 from .writer import planned_bytes
 
 log = logging.getLogger(__name__)
-
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -281,16 +280,14 @@ class Session:
             said += self.alignment.provenance.get("warnings", [])
         check_rows(self.coverage, self.bases.source, self.bases.target, self.tuned)
         warn_of_settings(self.bases.source, self.tuned)
-        if doubt := doubt_of_base(self.tuned, self.bases.source, self.bases.layouts[0]):
-            log.warning(doubt)
-        said += self.behaviour.warnings
+        doubt = doubt_of_base(self.tuned, self.bases.source, self.bases.layouts[0])
+        said += [*([doubt] if doubt else []), *self.behaviour.warnings]
 
     def _opened(self) -> Alignment:
         maps, whole = str(self.job.maps), self.job.verify_inputs
-        if whole and (damaged := differences(maps)):
+        if damaged := differences(maps) if whole else []:
             raise InputRefused(f"{maps} is damaged: {'; '.join(damaged)}; align again")
-        alignment = Alignment.load(maps)
-        self.bases.check_identity(alignment, maps, whole=whole)
+        self.bases.check_identity(alignment := Alignment.load(maps), maps, whole=whole)
         return alignment
 
     def _written(self, place: Path, alpha: float) -> Written:
