@@ -149,9 +149,11 @@ class Records(Sequence[str]):
             example = read_example(json.loads(line))
             example.text().encode()  # JSON can spell halves of characters
             return example
-        except (ValueError, RecursionError) as error:  # no JSON and no utf-8 are ValueErrors too
+        except json.JSONDecodeError as error:  # whose own words count lines within this one
+            self._refuse(at, ValueError(f"{error.msg} at character {error.pos + 1}"))
+        except (ValueError, RecursionError) as error:  # no utf-8 is a ValueError too
             self._refuse(at, error)
-            return None
+        return None
 
     def _refuse(self, at: int, error: Exception) -> None:
         if not self._skip_bad:
