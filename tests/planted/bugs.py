@@ -69,6 +69,7 @@ MOMENTS, MOVES, OPENED, OUTPUT, OWN, PAIRING, PAPER, PIECES, PROCRUSTES = (
     for name in ("moments", "moves", "opened", "output", "integrations/own", "pairing", "paper", "pieces", "procrustes")
 )
 BATCHES, POLAR = "theseus_transport/batches.py", "theseus_transport/polar.py"
+MERGED = "theseus_transport/merged.py"
 CERTIFICATE = "theseus_transport/certificate.py"
 RECIPES, REGRESSION, TOKENS, TRANSPORT, UPDATE, VECTORS, VISION, WHITENING = (
     f"theseus_transport/{name}.py"
@@ -271,6 +272,12 @@ BUGS = [
         '_by_pattern(self.config.get("rank_pattern"), layer, self.config["r"])', 'self.config["r"]'),
     Bug("patterns match anywhere in a name", "tests/test_delta.py::test_products_are_pefts[near-misses]", ADAPTER,
         'regex.match(rf"(.*\\.)?({pattern})$", layer, timeout=PATIENCE)', "regex.search(pattern, layer)"),
+    Bug("trained magnitudes ignored", "tests/test_merged.py::test_merged_is_what_peft_runs[dora]", MERGED,
+        'if "lora_magnitude_vector" not in parts:', "if True:"),
+    Bug("tokens trained at other rows", "tests/test_merged.py::test_merged_is_what_peft_runs[tokens]", MERGED,
+        "index[inside] - rows.start] = trained[inside]", "index[inside] - rows.start] = trained[inside].flip(0)"),
+    Bug("names of wrappers kept", "tests/test_spellings.py::test_a_full_tune_under_any_spelling_is_the_tune[module.]",
+        FAMILY, "unwrapped(name).removeprefix(", "name.removeprefix("),
     Bug("product of the factors unscaled", "tests/test_transport.py::test_factors_and_their_product_move_alike",
         PIECES, "@ f.a).mul_(f.scaling)}", "@ f.a)}"),
     Bug("alpha in both factors", "tests/test_update.py::test_peft_loads_the_moved_adapter[plain]", OUTPUT,
