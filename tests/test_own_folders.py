@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 import torch
-from theseus_transport.errors import InputRefused
+from theseus_transport.errors import InputRefused, ResourceError
 from theseus_transport.folder import make_private, refuse_foreign
 from theseus_transport.hidden import Hidden, own_folder, temporary
 from theseus_transport.job import Job, Session
@@ -106,3 +107,22 @@ def test_maps_beside_the_output_are_not_followed(models: Path, tmp_path: Path, v
     with pytest.raises(InputRefused, match="is in the way"):
         Session(job_of(models, tmp_path / "out", alpha="match")).run()
     assert kept(victim)
+
+
+def test_an_offload_folder_is_looked_at_before_the_work(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may not lie in what is read, nor in what is written and gets its name by a rename; and it has to have room."""
+    out = tmp_path / "out"
+    for place in (models / "causal/source", models / "lora/new", out, out / "deep", tmp_path / ".out.theseus/x"):
+        with pytest.raises(InputRefused, match=f"--offload-folder {place} lies in .*; name a folder outside of it"):
+            Session(job_of(models, out, offload_folder=place))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputRefused, match="file may not be written; name another"):
+        Session(job_of(models, out, offload_folder=tmp_path / "file"))
+    usage, small = shutil.disk_usage(tmp_path), tmp_path / "small"
+    small.mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=99) if path == small else usage)
+    with pytest.raises(ResourceError, match=r"is to hold \d+ bytes of hidden states, .* has 99 free; free some, or"):
+        Session(job_of(models, out, offload_folder=small))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "small"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -109,16 +109,23 @@ class Bases:
         return effort.seconds(self.device) | move_seconds(move, self.device)
 
     def fitted(
-        self, *, tuned: Checkpoint | Merged | None = None, aligned: bool = False, keys: frozenset[str] | None = None
+        self,
+        *,
+        tuned: Checkpoint | Merged | None = None,
+        aligned: bool = False,
+        keys: frozenset[str] | None = None,
+        inputs: Sequence[Path] = (),
     ) -> Plan:
         """How the run fits the memory it may take.
 
         Args:
             tuned: a full tune that is moved; aligned: the maps are there already.
             keys: of the alignment's rules and vectors that are wanted; None: all.
+            inputs: more of them, in which no file of hidden states may lie.
 
         Raises:
             ResourceError: it does not fit.
+            InputRefused: as :func:`check_offload`.
         """
         job, free = self.job, available_memory()
         self.needed = needed(self._planner(), keys)
@@ -133,18 +140,18 @@ class Bases:
             aligned=aligned,
             wanted=None if keys is None else held_in_memory(self._planner(), keys),
         )
-        budget = job.max_ram, job.max_memory
+        budget, begun = (job.max_ram, job.max_memory), unfinished(job.out) if job.resume else None
         self.plan = fitted(
             sizes,
             job.batch_size,
             offload=job.offload_folder is not None,
             budget=budget,
-            like=begun.key.get("carried out") if job.resume and (begun := unfinished(job.out)) else None,
+            like=begun.key.get("carried out") if begun else None,
             free=(free and free + resident_memory(), free_device_memory(self.device)),
         )
         if self._hidden and not aligned:
             stored = Amounts(sizes, replace(self.plan.choice, resident=True)).hidden
-            check_offload(self._hidden, stored, job.out, inputs=[*self.inputs, *([tuned.folder] if tuned else [])])
+            check_offload(self._hidden, stored, job.out, inputs=[*self.inputs, *inputs])
         return self.plan
 
     def _extent(self) -> Extent:

@@ -145,9 +145,9 @@ class Session:
         maps = self.bases.bytes_of_maps if self.maps_first else 0
         twice = 2 if self.kind == "delta" else 1  # what did not change is left out by a copy, at the end
         check_room(self.places, max(2 * maps, maps + twice * self.bytes_out), job.alignment, inputs=self.inputs)
-        full = None if self.delta.tuned is None else self.window.checkpoint
+        full, aligned = None if self.delta.tuned is None else self.window.checkpoint, self.alignment is not None
         keys = None if self.maps_first else frozenset[str]().union(*(tensor.needs for tensor in tensors))
-        self.plan = self.bases.fitted(tuned=full, aligned=self.alignment is not None, keys=keys)
+        self.plan = self.bases.fitted(tuned=full, aligned=aligned, keys=keys, inputs=self.inputs)
         flops = move_flops(draft)
         self.seconds = move_seconds(flops, self.bases.device) if self.alignment else self.bases.seconds(move=flops)
 
