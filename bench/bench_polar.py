@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 from ceilings import ceilings
-from theseus_transport import polar, procrustes
-from theseus_transport.predict import polar_flops
+from theseus_transport.budget.time import polar_flops
+from theseus_transport.linalg import polar, procrustes
 from timing import DEVICE, in_turns, ratio
 from torch import Tensor
 

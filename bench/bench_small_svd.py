@@ -8,8 +8,8 @@ Torch takes most sizes one by one, which would take minutes: it is timed on FEW 
 
 import pytest
 import torch
-from theseus_transport.polar import polar_factor
-from theseus_transport.procrustes import certify
+from theseus_transport.linalg.certificate import certify
+from theseus_transport.linalg.polar import polar_factor
 from timing import DEVICE, in_turns, ratio
 
 import theseus_ext

@@ -35,7 +35,7 @@ SAMPLES, LENGTH = 48, 192
 BUDGET = "3GiB"
 OVER, REREAD, FLAT = 1.1, 1.02, 1.05  # of predicted peak, of bytes of weights, of the peak with fewer blocks
 SLOWER = 1.15  # of the time whole models take
-COMMAND = "from theseus_transport.cli import main; main()"
+COMMAND = "from theseus_transport.cli.main import main; main()"
 WHOLE = "import bench_stream, sys; bench_stream.whole(*sys.argv[1:])"
 
 

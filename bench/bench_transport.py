@@ -14,12 +14,12 @@ from typing import Any
 import baseline
 import pytest
 import torch
-from theseus_transport.adapter import Factors
-from theseus_transport.maps import Dense
-from theseus_transport.models import Base
-from theseus_transport.moves import Carried, Move, move_bytes
-from theseus_transport.recipes import Rule
-from theseus_transport.spaces import Layout
+from theseus_transport.models.base import Base
+from theseus_transport.models.geometry import Geometry
+from theseus_transport.recipes.maps import Dense
+from theseus_transport.recipes.recipe import Rule
+from theseus_transport.updates.adapter import Factors
+from theseus_transport.updates.layer_moves import Carried, Move, move_bytes
 from timing import DEVICE, in_turns, ratio
 from torch import Tensor
 
@@ -63,9 +63,9 @@ MODEST = tuple(Case(*sizes, rank) for rank in (0, 8, 16) for sizes in (VIT, QWEN
 FULL = tuple(Case(*sizes, rank) for rank in (0, 8, 16) for sizes in (SQUARE, LARGE))
 
 
-def layout(shape: Shape) -> Layout:
+def geometry(shape: Shape) -> Geometry:
     sizes = dict(hidden_size=shape[0], intermediate_size=shape[1], num_attention_heads=8, vocab_size=8)
-    return Layout.of(dict(model_type="llama", num_hidden_layers=1, **sizes))
+    return Geometry.of(dict(model_type="llama", num_hidden_layers=1, **sizes))
 
 
 def made(case: Case) -> tuple[Move, Tensor, Tensor, Tensor, Tensor]:
@@ -80,12 +80,12 @@ def made(case: Case) -> tuple[Move, Tensor, Tensor, Tensor, Tensor]:
     t_out, t_in = (random(s, t, size=s**-0.5) for s, t in zip(case.source, case.target, strict=True))
     place = {"device": torch.device(DEVICE)}
     sides = [
-        Base.of({f"{LAYER}.weight": weight}, layout(shape), **place)
+        Base.of({f"{LAYER}.weight": weight}, geometry(shape), **place)
         for weight, shape in ((base, case.source), (target, case.target))
     ]
     rule = Rule(LAYER, "in", "out", fold=False)
     alignment: Any = SimpleNamespace(rules={LAYER: rule}, maps={"in": Dense(t_in), "out": Dense(t_out)})
-    own, into = (next(la for la in side.layout.layers() if la.name == LAYER) for side in sides)
+    own, into = (next(la for la in side.geometry.layers() if la.name == LAYER) for side in sides)
     return Move(own, into, alignment, *sides, Carried()), base, tuned, t_out, t_in
 
 

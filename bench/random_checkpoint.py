@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from theseus_transport.writer import Planned, planned_bytes, write_checkpoint
+from theseus_transport.files.writer import Planned, planned_bytes, write_checkpoint
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,7 +30,7 @@ PIECE = 1 << 22  # values drawn at once
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ModelSizes:
     """Sizes of a decoder, each field named and meant as in its config.json; `rest` is what else that says."""
 
     model_type: str
@@ -61,17 +61,17 @@ def _qwen(positions: int) -> dict[str, Any]:
 
 # values of config.json in the public repositories Qwen/Qwen2.5-* and meta-llama/Llama-3.*
 GEOMETRIES = {
-    "qwen2.5-0.5b": Geometry("qwen2", 896, 4864, 24, 14, 2, 151936, rest=_qwen(32768)),
-    "qwen2.5-1.5b": Geometry("qwen2", 1536, 8960, 28, 12, 2, 151936, rest=_qwen(131072)),
-    "llama-3.2-1b": Geometry("llama", 2048, 8192, 16, 32, 8, 128256, rest=_llama(32.0)),
-    "llama-3.2-3b": Geometry("llama", 3072, 8192, 28, 24, 8, 128256, rest=_llama(32.0)),
-    "llama-3.1-8b": Geometry("llama", 4096, 14336, 32, 32, 8, 128256, tie_word_embeddings=False, rest=_llama(8.0)),
+    "qwen2.5-0.5b": ModelSizes("qwen2", 896, 4864, 24, 14, 2, 151936, rest=_qwen(32768)),
+    "qwen2.5-1.5b": ModelSizes("qwen2", 1536, 8960, 28, 12, 2, 151936, rest=_qwen(131072)),
+    "llama-3.2-1b": ModelSizes("llama", 2048, 8192, 16, 32, 8, 128256, rest=_llama(32.0)),
+    "llama-3.2-3b": ModelSizes("llama", 3072, 8192, 28, 24, 8, 128256, rest=_llama(32.0)),
+    "llama-3.1-8b": ModelSizes("llama", 4096, 14336, 32, 32, 8, 128256, tie_word_embeddings=False, rest=_llama(8.0)),
 }
 
 
 def write_random(
     folder: str | Path,
-    geometry: Geometry,
+    geometry: ModelSizes,
     *,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
@@ -99,7 +99,7 @@ def write_random(
 
 def write_adapter(
     folder: str | Path,
-    geometry: Geometry,
+    geometry: ModelSizes,
     rank: int,
     *,
     dtype: torch.dtype = torch.float32,
@@ -136,13 +136,13 @@ def write_adapter(
     return planned_bytes(plan)
 
 
-def parameters(geometry: Geometry) -> dict[str, tuple[int, ...]]:
+def parameters(geometry: ModelSizes) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by name, blocks first; a tied head is none of its own."""
     found = {name: tuple(parameter.shape) for name, parameter in _model(geometry).named_parameters()}
     return dict(sorted(found.items(), key=lambda item: ".layers." not in item[0]))
 
 
-def _model(geometry: Geometry) -> torch.nn.Module:
+def _model(geometry: ModelSizes) -> torch.nn.Module:
     with torch.device("meta"):
         model: torch.nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**geometry.config()))
     return model

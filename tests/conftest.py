@@ -45,15 +45,15 @@ def gpu() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def little_is_timed() -> None:
     """The rate of this machine, which every job measures."""
-    if predict := sys.modules.get("theseus_transport.predict"):  # kernels are tested without it
-        import warm
+    if predict := sys.modules.get("theseus_transport.budget.time"):  # kernels are tested without it
+        from helpers import forked
 
-        predict.TRIAL = warm.TRIAL
+        predict.TRIAL = forked.TRIAL
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All of ``tiny``, written once for tests that change nothing of it."""
-    import tiny
+    from helpers import tiny_models
 
-    return tiny.build(tmp_path_factory.mktemp("models"))
+    return tiny_models.build(tmp_path_factory.mktemp("models"))

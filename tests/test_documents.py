@@ -6,15 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "python/theseus_transport"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-
-
-def test_contributing_names_every_module_once() -> None:
-    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where things are\n")[2].partition("\n## ")[0]
-    named = re.findall(r"^\* `([\w/]+)` \S", section, re.M)
-    there = [str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py")]
-    assert sorted(named) == sorted(there)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

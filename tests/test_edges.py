@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
+from alignment.test_alignment import aligned
 from exact.models import LLAMA, LLAMA_TIED, base, batches, tune
+from linalg.test_procrustes import draw, known
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from test_alignment import aligned
-from test_delta import PLAIN, Watched, factors
-from test_procrustes import draw, known
-from test_update import SOURCE, TARGET, TUNED, moved
 from theseus_transport import Alignment, Delta, InputRefused, Recipe, align, transport
-from theseus_transport.adapter import Adapter
-from theseus_transport.families import LLAMA as LLAMA_FAMILY
-from theseus_transport.procrustes import procrustes
+from theseus_transport.linalg.procrustes import procrustes
+from theseus_transport.models.text_families import LLAMA as LLAMA_FAMILY
+from theseus_transport.updates.adapter import Adapter
+from updates.test_delta import PLAIN, Watched, factors
+from updates.test_update import SOURCE, TARGET, TUNED, moved
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 6), (6, 8)], ids=str)

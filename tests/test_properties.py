@@ -6,14 +6,14 @@ from functools import cache
 
 import pytest
 import theseus_transport as tt
-import tiny
 import torch
+from helpers import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from theseus_transport.maps import Dense, Factored, Heads, Identity, Map, from_tensors
-from theseus_transport.moments import CrossMoment
-from theseus_transport.procrustes import procrustes
-from theseus_transport.tokens import RowMixing, from_dense
+from theseus_transport.activations.moments import CrossMoment
+from theseus_transport.activations.row_mixing import RowMixing, from_dense
+from theseus_transport.linalg.procrustes import procrustes
+from theseus_transport.recipes.maps import Dense, Factored, Heads, Identity, Map, from_tensors
 from torch import Tensor, nn
 
 LAWS = settings(max_examples=20, deadline=None, derandomize=True, database=None)
@@ -164,10 +164,10 @@ def test_polar_follows_rotations_scale_and_transposition(seed: int, own: int, ot
 def pair(name: str) -> tuple[nn.Module, nn.Module, tt.Alignment]:
     """(source, target, alignment) of tiny models in float64."""
     torch.manual_seed(0)
-    make = {"llama": tiny.llama, "vit": tiny.vit}[name]
-    source, target = (make(side).double() for side in tiny.SIZES)
+    make = {"llama": tiny_models.llama, "vit": tiny_models.vit}[name]
+    source, target = (make(side).double() for side in tiny_models.SIZES)
     if name == "llama":
-        batches = [{"input_ids": torch.randint(0, tiny.VOCABULARY, (8, 16))} for _ in range(2)]
+        batches = [{"input_ids": torch.randint(0, tiny_models.VOCABULARY, (8, 16))} for _ in range(2)]
     else:
         batches = [{"pixel_values": torch.randn(40, 3, 8, 8, dtype=torch.float64)}]
     return source, target, tt.align(source, target, batches)

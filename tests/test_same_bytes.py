@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from abused import Geometry, job_of, written
-from calls import identical
+from helpers.command import identical
+from helpers.forked import apart
+from helpers.large_pairs import ModelSizes, job_of, written
 from theseus_transport import Recipe
-from theseus_transport.job import Session
-from warm import apart
+from theseus_transport.jobs.transport_job import Session
 
 # Wide enough for BLAS and LAPACK to use several threads, heads of a width that aligns nothing.
-PAIR = Geometry("llama", 136, 300, 1, 4, 2, 300), Geometry("llama", 210, 500, 1, 5, 5, 300)
+PAIR = ModelSizes("llama", 136, 300, 1, 4, 2, 300), ModelSizes("llama", 210, 500, 1, 5, 5, 300)
 RECIPES = {"completed": Recipe(null="completed"), "paper": Recipe("paper", whiten_power=0.25)}
 
 

@@ -1,21 +1,22 @@
 """Theseus: move a fine-tune or a LoRA adapter to another model, without training (arXiv 2602.12952).
 
 From here, :func:`align` and :func:`transport` take running models, whole. The command ``theseus`` moves between folders
-block by block, for models of any size; in Python that is :class:`theseus_transport.job.Job` and its ``Session``.
+block by block, for models of any size; in Python that is ``theseus_transport.jobs.transport_job``'s ``Session``.
 """
 
-from .alignment import Alignment, align
-from .delta import Delta
+from .alignment.align import align
+from .alignment.alignment import Alignment
 from .errors import InputRefused, NumericalError, ResourceError, TheseusError
-from .families import register
-from .family import Embedding, Family
-from .recipes import Recipe
-from .transport import transport
-from .update import Update
-
-__version__ = "0.1.0"
+from .models.families import register
+from .models.family import Embedding, Family
+from .recipes.recipe import Recipe
+from .updates.delta import Delta
+from .updates.transport import transport
+from .updates.update import Update
+from .version import __version__
 
 __all__ = [
+    "__version__",
     "Alignment",
     "Delta",
     "Embedding",

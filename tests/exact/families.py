@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 import transformers as hf
-from theseus_transport.families import FAMILIES
+from theseus_transport.models.families import FAMILIES
 from torch import Tensor
 from transformers.models.dinov2 import modeling_dinov2
 

@@ -3,8 +3,7 @@
 import pytest
 import theseus_transport as tt
 import torch
-from theseus_transport.maps import Dense
-from theseus_transport.quality import cosine
+from theseus_transport.recipes.maps import Dense, cosine
 
 from . import pairs as p
 from .controls import moved_error

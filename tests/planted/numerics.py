@@ -1,7 +1,9 @@
 """Bugs to plant in what heads share and in how numbers are kept, as in `bugs`: (name, test, file, old, new)."""
 
-SHARES = "tests/test_shares.py::test_"
-HEADS, IMAGES, PRECISION = (f"theseus_transport/{name}.py" for name in ("heads", "images", "precision"))
+SHARES = "tests/recipes/test_shares.py::test_"
+HEADS, IMAGES, PRECISION = (
+    f"theseus_transport/{name}.py" for name in ("recipes/coherent_heads", "calibration/images", "precision")
+)
 
 # fmt: off
 NUMBER_BUGS = [
@@ -18,14 +20,14 @@ NUMBER_BUGS = [
     ("values of heads that do not fit moved", f"{SHARES}heads_of_the_targets_own_stay_as_they_are", HEADS,
      "blocks(polar, scale * fit_kv)", "blocks(polar, scale)"),
     ("models of 16 bits run as they are",
-     "tests/test_precision.py::test_an_alignment_is_that_of_the_same_checkpoints_in_float32[llama-2-torch.bfloat16]",
-     PRECISION, "if tensor.dtype in SHORT and not tensor.is_meta:", "if False:"),
+     "tests/updates/test_precision.py::test_an_alignment_is_that_of_the_same_checkpoints_in_float32[llama-2-torch.bfloat16]",
+     "theseus_transport/models/precision.py", "if tensor.dtype in SHORT and not tensor.is_meta:", "if False:"),
     ("rotary tables as a cast left them",
-     "tests/test_precision.py::test_an_alignment_is_that_of_the_same_checkpoints_in_float32[llama-2-torch.bfloat16]",
-     PRECISION, "exact.float() if known else", "exact.float() if False else"),
+     "tests/updates/test_precision.py::test_an_alignment_is_that_of_the_same_checkpoints_in_float32[llama-2-torch.bfloat16]",
+     "theseus_transport/models/precision.py", "exact.float() if known else", "exact.float() if False else"),
     ("a sum rounded twice",
-     "tests/test_precision.py::test_adding_rounds_once_and_says_what_that_loses[torch.bfloat16]",
-     PRECISION, "wide + by).to(into.dtype)", "wide + by.to(into.dtype)).to(into.dtype)"),
-    ("16 bits clipped at 255", "tests/test_images.py::test_numbers_of_any_depth_are_scaled[I;16]", IMAGES,
+     "tests/updates/test_precision.py::test_adding_rounds_once_and_says_what_that_loses[torch.bfloat16]",
+     "theseus_transport/models/precision.py", "wide + by).to(into.dtype)", "wide + by.to(into.dtype)).to(into.dtype)"),
+    ("16 bits clipped at 255", "tests/calibration/test_images.py::test_numbers_of_any_depth_are_scaled[I;16]", IMAGES,
      'if picture.mode[0] in "IF" else', "if False else"),
 ]

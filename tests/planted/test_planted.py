@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from bugs import BUGS, Bug
+from helpers.forked import apart
 from run import ROOT, original, plant
-from warm import apart
 
 SAMPLE = ["certificate accepts T = 0", "T_in and T_out swapped where both are square"]
 UNNOTICED = Bug("unnoticed", BUGS[0].test, BUGS[0].file, BUGS[0].old, BUGS[0].old + "    # says nothing new\n")

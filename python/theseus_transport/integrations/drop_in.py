@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..alignment import align
-from ..delta import Delta
+from ..alignment.align import align
 from ..errors import InputRefused
-from ..opened import open_attention
-from ..precision import in_float32
-from ..recipes import Recipe
-from ..transport import transport
+from ..models.open_attention import open_attention
+from ..models.precision import in_float32
+from ..recipes.recipe import Recipe
+from ..updates.delta import Delta
+from ..updates.transport import transport
 from .feed import batches, encode
 from .own import OwnMaps, place
 from .taps import Refused, Taps

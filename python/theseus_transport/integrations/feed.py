@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..precision import widened
+from ..models.precision import widened
 from .taps import Refused
 
 INPUTS = ("pixel_values", "images", "image", "inputs", "x")

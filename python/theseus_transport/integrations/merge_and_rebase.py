@@ -17,7 +17,6 @@ except ImportError as error:
         f"merge-and-rebase cannot be imported ({error}); install it (its name is merge_and_rebase), or use "
         "theseus_transport.integrations.drop_in.DropIn, which needs no registry"
     ) from error
-
 method = DropIn()
 registry.register(method)
 

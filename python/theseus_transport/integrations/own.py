@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..maps import Dense, Factored, Map
-from ..moments import CrossMoment, Grams
-from ..paper import comparable
-from ..procrustes import procrustes
-from ..recipes import Recipe
+from ..activations.moments import CrossMoment, Grams
+from ..linalg.procrustes import procrustes
+from ..recipes.maps import Dense, Factored, Map
+from ..recipes.paper import comparable
+from ..recipes.recipe import Recipe
 from .taps import Tap, Taps
 
 log = logging.getLogger(__name__)

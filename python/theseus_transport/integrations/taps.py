@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import tokens
+from ..activations import row_mixing as tokens
+from ..activations.moments import CrossMoment, Grams
+from ..activations.row_mixing import RowMixing
 from ..errors import InputRefused
-from ..moments import CrossMoment, Grams
-from ..tokens import RowMixing
 
 
 class Refused(InputRefused, ValueError):

@@ -1,0 +1,156 @@
+"""Which parts of two models correspond: the spaces that are compared, and the layers and vectors that pair up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..models.geometry import Geometry, Layer, Space
+
+Blocks = Sequence["int | None"]  # for every target block the source block that feeds it
+Place = int | None  # a target block; None is what lies outside all blocks
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two spaces, one of each model, whose tokens correspond."""
+
+    source: Space
+    target: Space
+
+
+def moment_links(source: Geometry, target: Geometry, blocks: Blocks) -> dict[str, Link]:
+    """The spaces whose cross-moments are wanted, by name, in the order a forward pass of the target meets them.
+
+    Of every paired target block b: ``b.attention``, ``b.context``, ``b.mlp``, ``b.middle``; ``b.after`` where what
+    follows the two blocks is no such pair itself; ``embedding`` where what follows the embeddings is not
+    ``0.attention``; ``final``.
+    """
+    found: dict[str, Link] = {}
+    if blocks[0] != 0 or source.family.embedding_norm or target.family.embedding_norm:
+        found["embedding"] = Link(source.first(), target.first())
+    for b, own in enumerate(blocks):
+        if own is None:
+            continue
+        for part in ("attention", "context", "mlp", "middle"):
+            found[f"{b}.{part}"] = Link(source.space(own, part), target.space(b, part))
+        if after_name(source, target, blocks, b) == f"{b}.after":
+            found[f"{b}.after"] = Link(source.after(own), target.after(b))
+    found["final"] = Link(source.final(), target.final())
+    return found
+
+
+def after_name(source: Geometry, target: Geometry, blocks: Blocks, b: int) -> str:
+    """The name of the link between what follows target block ``b`` and what follows its source block."""
+    own, last = blocks[b], b + 1 == target.depth
+    assert own is not None
+    if last and own + 1 == source.depth:
+        return "final"
+    return f"{b + 1}.attention" if not last and blocks[b + 1] == own + 1 else f"{b}.after"
+
+
+def block_of(name: str) -> int | None:
+    """The target block of a link; None outside all blocks."""
+    block = name.split(".")[0]
+    return int(block) if block.isdigit() else None
+
+
+def energy_links(source: Geometry, target: Geometry, blocks: Blocks) -> dict[str, Link]:
+    """The outputs whose energies set the scales: by target layer, and ``embedding.output``, ``embedding.norm``."""
+    found = {"embedding.output": Link(source.embedded(), target.embedded())}
+    if source.family.embedding_norm and target.family.embedding_norm:
+        found["embedding.norm"] = Link(source.first(), target.first())
+    for layer in target.layers():
+        if layer.role != "head" and (own := blocks[layer.block]) is not None:
+            found[layer.name] = Link(_written(source, layer, own), target.written(layer))
+    return found
+
+
+def arrivals(source: Geometry, target: Geometry, blocks: Blocks) -> list[tuple[Place, list[str]]]:
+    """Names of :func:`moment_links` and :func:`energy_links` as a run block by block meets them, each once.
+
+    First ``None`` with what precedes the first block; every paired target block with what it and its successor show;
+    at the end ``None`` with what is left.
+    """
+    moments, outputs = moment_links(source, target, blocks), energy_links(source, target, blocks)
+    start = ["embedding", *(["0.attention"] if blocks[0] == 0 else []), "embedding.output", "embedding.norm"]
+    steps: list[tuple[Place, list[str]]] = [(None, start)]
+    for b in (b for b, own in enumerate(blocks) if own is not None):
+        parts = [f"{b}.{part}" for part in ("attention", "context", "mlp", "middle")]
+        layers = [layer.name for layer in target.layers() if layer.block == b and layer.name in outputs]
+        steps.append((b, [*parts, after_name(source, target, blocks, b), *layers]))
+    left = dict.fromkeys([*moments, *outputs])
+    met = [
+        (place, [name for name in names if left.pop(name, 0) is None]) for place, names in [*steps, (None, ["final"])]
+    ]
+    assert not left
+    return met
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What of two models corresponds, place by place: in a target block ``b``, or outside all blocks (None).
+
+    Attributes:
+        source, target: the two geometries.
+        blocks: for every target block the source block that feeds it, or None.
+    """
+
+    source: Geometry
+    target: Geometry
+    blocks: Blocks
+
+    @property
+    def places(self) -> list[Place]:
+        """The target's paired blocks in order, then None."""
+        return [*(b for b, own in enumerate(self.blocks) if own is not None), None]
+
+    def layers(self, place: Place) -> Iterator[tuple[Layer, Layer]]:
+        """(source, target) of every linear layer that is fed; outside blocks these are the heads."""
+        block = None if place is None else self.blocks[place]
+        for layer in self.target.layers():
+            inside = layer.block == (self.target.depth if place is None else place)
+            if inside and (own := self.source.counterpart(layer, block)):
+                yield own, layer
+
+    def embeddings(self) -> Iterator[tuple[str, str]]:
+        """(source, target) canonical names of the embeddings both families have."""
+        for e in self.target.family.embeddings:
+            if own := self.source.family.embedding(e.slot):
+                yield own.name, e.name
+
+    def norms(self, place: Place) -> Iterator[tuple[str, str, str]]:
+        """(source, target, link) of the norms of the residual: canonical names, and the link that compares outputs."""
+        source, target = self.source, self.target
+        if place is not None and (own := self.blocks[place]) is not None:
+            for part in ("attention", "mlp"):
+                names = (getattr(la.family, f"{part}_norm") for la in (source, target))
+                yield source.block(own, next(names)), target.block(place, next(names)), f"{place}.{part}"
+        if place is None:
+            yield from self._outer_norms()
+
+    def unread(self, place: Place) -> Iterator[tuple[str, str, str]]:
+        """(source, target, map) of norms whose output is more, or other, than what linear layers read.
+
+        The final norm, of which no head may move; the norm whose output is the residual; the norms inside heads.
+        """
+        source, target = self.source, self.target
+        if place is None:
+            yield from self._outer_norms()
+        elif (own := self.blocks[place]) is not None:
+            for role in ("query", "key"):
+                names = [getattr(la.family, f"{role}_norm") for la in (source, target)]
+                if all(names):
+                    yield source.block(own, names[0]), target.block(place, names[1]), f"{place}.{role}"
+
+    def _outer_norms(self) -> Iterator[tuple[str, str, str]]:
+        source, target = self.source.family, self.target.family
+        if source.embedding_norm and target.embedding_norm:
+            yield source.embedding_norm, target.embedding_norm, "embedding"
+        yield source.final_norm, target.final_norm, "final"
+
+
+def _written(source: Geometry, layer: Layer, block: int) -> Space:
+    own = source.counterpart(layer, block)
+    assert own is not None  # check_pair
+    return source.written(own)

@@ -1,0 +1,1 @@
+"""All maps between two bases: made, saved, loaded, judged."""

@@ -1,0 +1,93 @@
+"""Aligning two running models: evidence from batches, maps by a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..activations.capture import capture
+from ..activations.inputs import checked_batches
+from ..activations.links import moment_links
+from ..errors import InputRefused
+from ..linalg.procrustes import FLOOR, FLOOR_DOUBLE, Null
+from ..machine import find_device
+from ..models.arguments import check_models, sample_of
+from ..models.base import Base
+from ..models.forward import Batch
+from ..models.precision import in_float32
+from ..recipes.coherent import Coherent, together
+from ..recipes.paper import Paper
+from ..recipes.recipe import Recipe
+from ..recipes.solver import Solver
+from .alignment import Alignment, check_pair, outline
+from .block_pairing import by_position, pair_blocks
+
+SOLVERS: dict[str, type[Solver]] = {"coherent": Coherent, "paper": Paper}
+
+
+def align(
+    source: nn.Module,
+    target: nn.Module,
+    batches: Iterable[Batch | tuple[Batch, Batch]],
+    *,
+    recipe: str | Recipe = "coherent",
+    null: Null | None = None,
+    floor: float | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[], object] | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Alignment:
+    """Align two base models on a few unlabelled batches.
+
+    Args:
+        source, target: models of transformers, or of a registered family, with or without their heads. Those in 16
+            bits run in float32, as the command runs them, and are as they were afterwards.
+        batches: keyword arguments of the forward pass (``input_ids`` and ``attention_mask``, or ``pixel_values``), the
+            same for both models or a pair (source, target).
+        recipe: ``coherent``, ``paper``, or a :class:`Recipe`; ``null`` and ``floor`` override its fields. The default
+            floor is 1e-6, and 1e-12 where both models are in float64.
+        device: where to run, or None to leave the models where they are.
+        progress: called after every batch.
+
+    Raises:
+        InputRefused: families, depths or batches do not fit each other.
+        NumericalError: activations are not finite, or a map fails its certificate.
+
+    Source: arXiv 2602.12952, section 3 (with the corrections this project documents in its README).
+    """
+    options = {k: v for k, v in (("null", null), ("floor", floor)) if v is not None}
+    chosen = Recipe.named(recipe, **options)
+    check_models(source=source, target=target)
+    double = all(p.dtype == torch.float64 for model in (source, target) for p in model.parameters())
+    if floor is None and chosen.floor == FLOOR and double:
+        chosen = replace(chosen, floor=FLOOR_DOUBLE)
+    bases = Base.of(source), Base.of(target)
+    geometries = (bases[0].geometry, bases[1].geometry)
+    check_pair(*geometries, chosen)
+    pairs = checked_batches(batches, geometries)
+    if device is not None:
+        source.to(place := find_device(device)), target.to(place)
+    with in_float32(source, target):
+        same = geometries[0].depth == geometries[1].depth
+        blocks = by_position(*geometries) if same else pair_blocks(source, target, geometries, pairs)
+        grams = chosen.grams(*geometries, moment_links(*geometries, blocks))
+        with capture(
+            source, target, geometries, energies=chosen.name == "coherent", grams=grams, blocks=blocks
+        ) as seen:
+            for pair in pairs:
+                seen.run(*pair)
+                if progress:
+                    progress()
+    tokens = next(iter(seen.moments.values())).count
+    if not tokens:
+        raise InputRefused("the calibration holds no token that is not masked, or (by offsets) none both models have")
+    completed = chosen.name == "coherent" and chosen.null == "completed"
+    toward = together(*bases, seen.links, seen.moments) if completed else None
+    solver = SOLVERS[chosen.name](*bases, blocks, chosen, toward=toward)
+    made = solver.whole(seen.moments, seen.energies, seen.grams)
+    known = {**sample_of(bases[0]), **(provenance or {})}
+    return outline(*geometries, chosen, blocks).filled(made, tokens=tokens, provenance=known)

@@ -1,0 +1,78 @@
+"""Is an alignment any good? Each map on rows it has not seen, beside the same rows shifted against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..activations.links import Link
+from ..models.base import Base
+from ..recipes.maps import Map, cosine
+from ..recipes.recipe import Recipe
+
+log = logging.getLogger(__name__)
+Rows = tuple[Tensor, Tensor]
+CHUNK = 512  # rows taken to float64 at a time
+CHANCE = 0.1  # share of what is left between chance and 1 below which a map says next to nothing
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One space: tr(T^T C) / sqrt(E_S E_T) on held-out rows, and on the same rows shifted; 1 is a perfect match."""
+
+    space: str
+    held: float
+    shifted: float
+
+    @property
+    def near_chance(self) -> bool:
+        return not self.held - self.shifted > CHANCE * (1 - self.shifted)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "near_chance": self.near_chance}
+
+
+def quality(t: Map, rows: Rows, samples: int) -> tuple[float, float]:
+    """(held, shifted) of one map: how well ``x_S @ T`` matches ``x_T``, and the rows of another sample.
+
+    Args:
+        rows: [rows, dS] and [rows, dT] the map was not made from, of so many samples one after the other; the shift is
+            a sample, or half of the rows where there is one sample.
+    """
+    own, other = rows
+    step = len(own) // samples if samples > 1 else (len(own) + 1) // 2
+    return matched(t, own, other), matched(t, own, other.roll(-step, 0))
+
+
+def matched(t: Map, source: Tensor, target: Tensor) -> float:
+    """:func:`cosine` of ``x_S @ T`` and ``x_T``, from rows [rows, dS] and [rows, dT]."""
+    own, other = (sum(part.double().square().sum(0) for part in x.split(CHUNK)) for x in (source, target))
+    pairs = list(zip(source.split(CHUNK), target.split(CHUNK), strict=True))
+    return cosine(t, lambda t: sum(float((t(x.double()) * y.double()).sum()) for x, y in pairs), (own, other))
+
+
+def warn(rows: Sequence[Quality]) -> None:
+    """Say which maps are near chance."""
+    if poor := [row for row in rows if row.near_chance]:
+        first = poor[0]
+        log.warning(
+            "%d of %d maps are near chance on held-out data, first %s (%.2f, shifted rows %.2f): give more "
+            "calibration, or the two bases have little in common",
+            len(poor), len(rows), first.space, first.held, first.shifted,
+        )  # fmt: skip
+
+
+def as_mapped(rows: Rows, link: Link, bases: tuple[Base, Base], recipe: Recipe) -> Rows:
+    """Rows as the maps map them: centred if the recipe does, or without the norm's gain and bias if it folds them."""
+    if recipe.center:
+        return rows[0] - rows[0].mean(0), rows[1] - rows[1].mean(0)
+    if recipe.name == "paper" or not (link.source.norm and link.target.norm):
+        return rows
+    norms = (base.norm(space.norm, space.width) for base, space in zip(bases, (link.source, link.target), strict=True))
+    own, other = ((x - shift.to(x)) / gain.to(x) for x, (gain, shift) in zip(rows, norms, strict=True))
+    return own, other

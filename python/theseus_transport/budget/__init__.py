@@ -1,0 +1,1 @@
+"""Memory and time a run will take, and the choices that make it fit."""

@@ -1,0 +1,41 @@
+"""What of an alignment a job needs, from geometry and recipe alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ..activations.links import Link
+from ..recipes.solver import Solver
+
+TOKENS = 4  # for every feature of the widest space
+
+
+def needed(solver: Solver, keys: Collection[str] | None) -> frozenset[str]:
+    """Links and layers of the target that rules and vectors of these keys need; None: all.
+
+    Where depths differ no pairing is known yet: then of every block what any block needs.
+    """
+    if keys is None:
+        return frozenset(solver.every)
+    source, target = solver.pairs.source, solver.pairs.target
+    if source.depth != target.depth:
+        layers = target.layers()
+        slots = {layer.slot for layer in layers if layer.name in keys}
+        keys = {*keys, *(layer.name for layer in layers if layer.slot in slots)}
+    return frozenset(solver.needed(keys))
+
+
+def held_in_memory(solver: Solver, keys: Collection[str]) -> frozenset[str]:
+    """What memory depends on: what is needed, and all that few token types may add."""
+    behind_norms = {name for name, link in solver.links.items() if link.target.norm}
+    return needed(solver, keys) | behind_norms | frozenset(keys)
+
+
+def tokens_for(solver: Solver, names: Collection[str]) -> int:
+    """Tokens to align on, where nothing else is asked for: by the widest space that is mapped."""
+    mapped = [link for name, link in solver.links.items() if name in names] or [solver.links["final"]]
+    return TOKENS * max(map(_width, mapped))
+
+
+def _width(link: Link) -> int:
+    return max(link.source.width, link.target.width)

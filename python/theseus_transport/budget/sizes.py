@@ -1,0 +1,138 @@
+"""What memory depends on: both models, the tune, the calibration, the recipe; all known before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+
+from ..activations.links import block_of, moment_links
+from ..alignment.alignment import outline
+from ..alignment.block_pairing import by_position
+from ..calibration.extent import Extent
+from ..files.checkpoint import Checkpoint
+from ..models.geometry import Geometry, by_block
+from ..recipes.planned_maps import planned_maps
+from ..recipes.recipe import Recipe
+from ..streaming.half_blocks import HALVES, Half, of_half
+from ..updates.merged import Merged
+
+Widths = tuple[int, int]  # of source and target
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What memory depends on, and what follows from it: in bytes where not said otherwise.
+
+    Attributes:
+        tuned: a full tune of the source, or None.
+        extent: of the calibration.
+        aligned: the maps are there already.
+        wanted: links and layers of the target that something moves through; None: all.
+    """
+
+    checkpoints: tuple[Checkpoint, Checkpoint]
+    geometries: tuple[Geometry, Geometry]
+    recipe: Recipe
+    tuned: Checkpoint | Merged | None
+    extent: Extent
+    device: torch.device
+    aligned: bool = False
+    wanted: frozenset[str] | None = None
+
+    @property
+    def elementwise(self) -> list[int]:
+        """Of a number in each model's forward pass."""
+        return [c.compute_dtype.itemsize for c in self.checkpoints]
+
+    @cached_property
+    def stored(self) -> list[int]:
+        """The largest block of each model, as stored."""
+        return [_largest(c, la, None) for c, la in zip(self.checkpoints, self.geometries, strict=True)]
+
+    @cached_property
+    def cast(self) -> int:
+        """What of the largest blocks of both models is converted before it runs, once it is."""
+        return sum(_largest(*side, None, cast=True) for side in zip(self.checkpoints, self.geometries, strict=True))
+
+    @cached_property
+    def cast_half(self) -> int:
+        """The same where halves of blocks run one after the other."""
+        sides = zip(self.checkpoints, self.geometries, strict=True)
+        return sum(max(_largest(*side, half, cast=True) for half in HALVES) for side in sides)
+
+    @cached_property
+    def tune(self) -> int:
+        """The largest block of a full tune."""
+        return _largest(self.tuned, self.geometries[0], None) if self.tuned else 0
+
+    @cached_property
+    def table(self) -> int:
+        """The largest matrix in float64: what moves row tile by row tile is no larger."""
+        return 8 * max(prod(shape) for checkpoint in self.checkpoints for shape in checkpoint.shapes.values())
+
+    @property
+    def spaces(self) -> list[Widths]:
+        """Of the spaces that a pair of blocks compares, and of what follows."""
+        return list(self._links.values())
+
+    @cached_property
+    def grams(self) -> list[int]:
+        """Widths of what is compared with itself as well."""
+        sides = self.recipe.grams(*self.geometries, self._links)
+        return [self._links[name][side] for name, own in sides.items() for side in own]
+
+    @cached_property
+    def _links(self) -> dict[str, Widths]:
+        found: dict[int | None, dict[str, Widths]] = {}
+        links = moment_links(*self.geometries, by_position(*self.geometries))
+        widths = {name: (link.source.width, link.target.width) for name, link in links.items()}
+        for name in filter(self._uses, widths):
+            found.setdefault(block_of(name), {})[name] = widths[name]
+        inside = [spaces for b, spaces in found.items() if b is not None]
+        areas = [sum(own * other for own, other in spaces.values()) for spaces in inside]
+        return {**(inside[areas.index(max(areas))] if inside else {}), "final": widths["final"]}
+
+    @cached_property
+    def maps(self) -> int:
+        """The maps of a block and those outside all blocks, in float64."""
+        draft = outline(*self.geometries, self.recipe)
+        blocks = {layer.name: layer.block for layer in self.geometries[1].layers()}
+        found: dict[int | None, int] = {}
+        for part, shape, dtype in planned_maps(draft.pairs, self.recipe):
+            name = part.rpartition("/")[0]
+            if self._uses(name):
+                b = blocks.get(name, block_of(name))
+                found[b] = found.get(b, 0) + dtype.itemsize * prod(shape)
+        outside = found.pop(None, 0)
+        return outside + max(found.values(), default=0)
+
+    @property
+    def matrices(self) -> list[tuple[Widths, Widths]]:
+        """[out, in] of source and target, of the weights of a block."""
+        source, target = (geometry.weights() for geometry in self.geometries)
+        return [(source[role], target[role]) for role in source]
+
+    def _uses(self, name: str) -> bool:
+        """Whether a link or a layer is wanted; heads' maps go by their block's context."""
+        if self.wanted is None:
+            return True
+        part = name.rpartition(".")[2]
+        if part in ("query", "key", "value"):
+            name = f"{name.removesuffix(part)}context"
+        return name.removesuffix(".completed") in self.wanted
+
+
+def _largest(checkpoint: Checkpoint | Merged, geometry: Geometry, half: Half | None, *, cast: bool = False) -> int:
+    """Bytes of a model's largest block, or of one half; ``cast``: of what is converted before it runs, once it is."""
+    runs = checkpoint.compute_dtype
+
+    def bytes_of(name: str) -> int:
+        dtype = checkpoint.dtypes[name]
+        size = dtype.itemsize if not cast else 0 if dtype == runs else runs.itemsize
+        return size * prod(checkpoint.shapes[name])
+
+    blocks = by_block(geometry, checkpoint).values()
+    return max((sum(map(bytes_of, of_half(geometry, names, half))) for names in blocks), default=0)

@@ -1,0 +1,167 @@
+"""The time a job will take, from its flops and this machine's own rate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ..activations.links import Blocks, Link, moment_links
+from ..alignment.block_pairing import by_position
+from ..calibration.extent import Extent
+from ..files.checkpoint import Checkpoint
+from ..machine import rate
+from ..models.base import canonical_shapes
+from ..models.geometry import Geometry
+from ..recipes.coherent import READS
+from ..recipes.recipe import Recipe
+from ..streaming.schedule import schedule
+from ..updates.computed import ComputedUpdate
+from .choice import Choice
+
+Sides = Sequence[Checkpoint]
+Geometries = tuple[Geometry, Geometry]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What aligning two bases takes.
+
+    Attributes:
+        blocks: for every target block the source block that feeds it, as far as it is known.
+        needed: links and layers of the target that something moves through.
+        tokens: pairs of tokens that are aligned on; held: that are held out.
+        rows: tokens of each model's forward passes, held out ones and padding included.
+        passes: over what is needed; whole: over all of both models.
+    """
+
+    sides: Sides
+    geometries: Geometries
+    recipe: Recipe
+    blocks: Blocks
+    needed: Collection[str]
+    tokens: int
+    rows: tuple[int, int]
+    held: int = 0
+    passes: int = 1
+    whole: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        sides: Sides,
+        geometries: Geometries,
+        recipe: Recipe,
+        needed: Collection[str],
+        extent: Extent,
+        tokens: int,
+        choice: Choice,
+    ) -> Effort:
+        """On calibration of this extent, of which ``tokens`` are wanted, carried out as ``choice`` says."""
+        lengths, fit = extent.lengths, extent.expected - extent.held
+        other_depths = geometries[0].depth != geometries[1].depth
+        return cls(
+            sides=sides,
+            geometries=geometries,
+            recipe=recipe,
+            blocks=by_position(*geometries),
+            needed=needed,
+            tokens=min(tokens, fit * min(lengths)),
+            rows=(extent.expected * lengths[0], extent.expected * lengths[1]),
+            held=extent.held * lengths[1],
+            passes=choice.tiles,
+            whole=other_depths + (recipe.null == "completed"),
+        )
+
+    def seconds(self, device: torch.device) -> dict[str, float]:
+        """By stage; reading, writing and starting up are not in them."""
+        single, double = rate(torch.float32, device), rate(torch.float64, device)
+        visits = schedule(*self.geometries, self.blocks, self.needed)
+        links = {name: link for visit in visits for name, link in visit.moments.items()}
+        flops = 0
+        for k, side in enumerate(zip(self.sides, self.geometries, self.rows, strict=True)):
+            run = {b for visit in visits if (b := visit.blocks[k]) is not None}
+            flops += self.passes * forward(*side, run) + self.whole * forward(*side)
+        crosses, grams = sum(prod(_widths(link)) for link in links.values()), self.recipe.grams(*self.geometries, links)
+        own = sum(_widths(links[name])[k] ** 2 for name, sides in grams.items() for k in sides)
+        found = {
+            "forward": flops / single,
+            "cross-moments": 2 * self.tokens * (crosses + own) / single,
+            "decompositions": decompositions(self.geometries, self.recipe, links) / double,
+        }
+        if self.held:  # rows as they pair and as they are shifted
+            mapped = sum(prod(_widths(link)) // self._parts(name) for name, link in links.items())
+            found["held-out quality"] = 2 * 2 * self.held * mapped / double
+        return found
+
+    def _parts(self, name: str) -> int:
+        """Into how many blocks along its diagonal a map falls."""
+        return self.geometries[1].heads if name.endswith(".context") and self.recipe.name == "coherent" else 1
+
+
+def forward(checkpoint: Checkpoint, geometry: Geometry, tokens: int, blocks: Collection[int] | None = None) -> int:
+    """Flops of the linear layers of these blocks, or of all; attention scores are far below them."""
+    inside = re.compile(rf"{re.escape(geometry.family.blocks)}\.(\d+)\.")
+    shapes = canonical_shapes(geometry, checkpoint).items()
+    found = ((int(match[1]), shape) for name, shape in shapes if (match := inside.match(name)))
+    return 2 * tokens * sum(prod(shape) for b, shape in found if len(shape) == 2 and (blocks is None or b in blocks))
+
+
+def decompositions(geometries: Geometries, recipe: Recipe, links: Collection[str] | None = None) -> int:
+    """Flops of the polar factors of these links or all: spaces, heads, and in ``paper`` what layers read there give."""
+    source, target = geometries
+    every = moment_links(*geometries, by_position(*geometries))
+    sizes = []
+    for name, link in every.items():
+        if links is not None and name not in links:
+            continue
+        if recipe.name == "coherent" and name.endswith(".context"):
+            sizes += [(source.head_dim, target.head_dim)] * (2 * target.kv_heads)  # those of v, and of q and k
+        if recipe.name == "paper" or recipe.heads == "dense" or not name.endswith(".context"):
+            sizes.append(_widths(link))
+    own, into = source.weights(), target.weights()
+    for layer in target.layers() if recipe.name == "paper" else ():
+        if layer.role in into and (links is None or f"{layer.block}.{READS.get(layer.role, 'attention')}" in links):
+            (out_s, in_s), (out_t, in_t) = own[layer.role], into[layer.role]
+            expands = out_s > in_s + 1 and out_t > in_t + 1  # then the small factor is decomposed
+            sizes.append((in_s + 1, in_t + 1) if expands else (out_s, out_t))
+    return sum(polar_flops(*size) for size in sizes)
+
+
+def polar_flops(rows: int, columns: int) -> int:
+    """24 m k^2 + 9 k^3 for [m, k], k the smaller: the iteration of the design, and about what gesdd takes as time."""
+    m, k = max(rows, columns), min(rows, columns)
+    return 24 * m * k**2 + 9 * k**3
+
+
+def move_flops(update: ComputedUpdate) -> int:
+    """Flops of T_out^T dW T_in over an update: dense, or through the factors of a LoRA."""
+    adapter, family, target_family = update.delta.adapter, update.source_family, update.family
+    tables = {e.name for e in target_family.embeddings} | {f"{head}.weight" for head in target_family.heads.values()}
+    layers = adapter.layers() if adapter else {}
+    ranks = {part: adapter.rank(la) for la in layers for part in family.parts(family.canonical(la))} if adapter else {}
+    flops = 0
+    for name, into in update.moved.items():
+        if name not in update.source:  # a bias of the target alone
+            continue
+        source, target = update.source.shape(name), update.target.shape(into)
+        if len(target) == len(source) == 2:
+            (out_s, in_s), (out_t, in_t) = source, target
+            rank = ranks.get(name.removesuffix(".weight"))
+            if into in tables and not rank:  # rows are the same on both sides
+                flops += 2 * out_s * in_s * in_t
+                continue
+            flops += 2 * rank * (in_s * in_t + out_s * out_t) if rank else 2 * out_s * in_t * (in_s + out_t)
+    return flops
+
+
+def move_seconds(flops: int, device: torch.device) -> dict[str, float]:
+    """Updates move in float64 on the job's device."""
+    return {"move": flops / rate(torch.float64, device)} if flops else {}
+
+
+def _widths(link: Link) -> tuple[int, int]:
+    return link.source.width, link.target.width

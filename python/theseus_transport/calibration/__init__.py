@@ -1,0 +1,1 @@
+"""The text, images and tensors both models are run on."""

@@ -1,0 +1,291 @@
+"""Calibration data: batches for both models, from tensors, text, images, or the text Python itself ships."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from ..activations.inputs import SideInfo, check_ids, check_tensors
+from ..activations.pairing_tokens import Tensors
+from ..errors import InputRefused
+from ..files.checkpoint import Checkpoint, check_finite
+from ..files.companions import has_tokenizer
+from .documents import LINES, PROGRAMS, Records, TextFile, builtin_pieces, refuse_other_files
+from .images import Preprocessor, find_images, read_images
+from .text import Tokenizer, rows_of_text
+
+log = logging.getLogger(__name__)
+KEYS = ("input_ids", "attention_mask", "pixel_values", "offsets")
+TEXTS = (".txt", ".md", *LINES, *PROGRAMS)  # to be found in a folder
+LENGTH = 512  # tokens of a row of text
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches, the tokens (vision: patches) that pair, and where they came from; `held` is a batch kept aside, if any.
+
+    Each batch is (source_kwargs, target_kwargs), the same object where both models read the same. Rows pair: row i of
+    both sides is the same text or image, and token i pairs with token i, unless both sides hold `offsets`
+    [n, tokens, 2]: the first and last character of each token (end exclusive) from the row's first; (0, 0) marks
+    special tokens and padding.
+    """
+
+    batches: list[tuple[Tensors, Tensors]]
+    tokens: int
+    description: str
+    fingerprint: str  # BLAKE2b of every tensor
+    held: tuple[Tensors, Tensors] | None = None
+
+
+def load_calibration(
+    reference: str | Path,
+    source: SideInfo,
+    target: SideInfo,
+    *,
+    tokens_wanted: int,
+    batch_size: int,
+    sequence_length: int = LENGTH,
+    seed: int = 0,
+    hold_out: bool = False,
+    skip_bad: bool = False,
+    chats: Path | None = None,
+) -> Calibration:
+    """Batches for both models from a `.safetensors` of ready tensors, text, a folder of images, or "builtin".
+
+    A tensor file holds `input_ids` [n, tokens] with optional `attention_mask` [n, tokens], or `pixel_values`
+    [n, c, h, w]; names may carry `source.` and `target.` where the sides differ, then `offsets` [n, tokens, 2] may join
+    (see Calibration). Text (utf-8, or `.jsonl` of records, as :mod:`formats` says) is tokenized by each model's own
+    tokenizer and packed into rows of `sequence_length`; images are preprocessed as each preprocessor_config.json says.
+    Of more data than `tokens_wanted` a sample drawn with `seed` is used, in its order; of less, all, with a warning.
+    With `hold_out` some more rows are drawn and held out, as :func:`drawn_rows` says. `skip_bad` leaves out images
+    and lines that cannot be read, and counts them, rather than refusing them. Chats are told by the chat template of
+    the tokenizer in the folder `chats`, else by the source's, else by the target's.
+
+    Raises InputRefused, with values and the cure, for data that do not fit the models.
+    """
+    if source.kind != target.kind:
+        raise InputRefused(
+            f"{source.name} is a {source.kind} model, {target.name} a {target.kind} model: no common data"
+        )
+    path, builtin = Path(os.path.expanduser(reference)), str(reference) == "builtin"
+    if not builtin and not (path.is_file() or path.is_dir()):  # nor is a pipe or a device
+        raise InputRefused(
+            f"calibration {str(reference)!r} is no file; give a .safetensors, a text file, a folder of images "
+            "or 'builtin'"
+        )
+    most = batch_size if hold_out else 0  # rows held out
+    infos, form = (source, target), ""  # form: in which the data were read
+    if path.suffix == ".safetensors" and not builtin:
+        sides = _ready_tensors(path, source, target)
+    elif path.is_dir() and not builtin:
+        sides, form = _pictures(path, infos, tokens_wanted, most, seed, skip_bad)
+    elif source.kind == "vision":
+        raise InputRefused(
+            f"{source.name} reads images, which {str(reference)!r} does not hold; "
+            "give --calibration a folder of images, or a .safetensors with pixel_values [n, c, h, w]"
+        )
+    else:
+        length = min([sequence_length, *(side.max_positions for side in infos if side.max_positions)])
+        own = Tokenizer(source.folder, source.name, source.vocab_size)
+        same = Path(source.folder).resolve() == Path(target.folder).resolve()
+        tokenizers = (own, own if same else Tokenizer(target.folder, target.name, target.vocab_size))
+        groups: Sequence[Sequence[str]]
+        if builtin:
+            groups = builtin_pieces()
+        else:
+            file = _text_file(path, tokenizers, chats, skip_bad)
+            groups = [file]
+        tokens = max(tokens_wanted, length * with_held(-(-tokens_wanted // length), most))
+        sides = rows_of_text(groups, tokenizers, tokens=tokens, length=length, seed=seed)
+        form = "" if builtin else f" ({file.words})"
+        for side, info in zip(sides, infos, strict=True):
+            check_ids(f"the tokenizer of {info.name}", side["input_ids"], info)
+    if not path.is_dir() or builtin:  # images were drawn before they were read
+        sides = _rows(sides, drawn_rows(_counts(sides, infos), tokens_wanted, most, seed))
+    origin = f"text of Python {platform.python_version()}" if builtin else path.name
+    counts = _counts(sides, infos)
+    held = held_of(len(counts), most)
+    rows = len(counts) - held
+    tokens = int(counts[:rows].sum())
+    if tokens < tokens_wanted:
+        log.warning("calibration %s has %d tokens, %d were wanted: maps of wide layers may be poor", origin, tokens,
+                    tokens_wanted)  # fmt: skip
+    aside = f", {held} rows held out" if held else ""
+    return Calibration(
+        batches=batches_of(*_rows(sides, slice(rows)), batch_size=batch_size),
+        tokens=tokens,
+        description=f"{origin}{form}: {rows} rows, {tokens} tokens, seed {seed}{aside}",
+        fingerprint=_fingerprint(sides),
+        held=_rows(sides, slice(rows, None)) if aside else None,
+    )
+
+
+def held_of(rows: int, most: int) -> int:
+    """Rows held out of so many: a third at most, and no more than ``most``."""
+    return min(most, rows // 3)
+
+
+def with_held(rows: int, most: int) -> int:
+    """So many rows, and beside them those that are :func:`held_of` all."""
+    return rows + min(most, rows // 2)
+
+
+def drawn_rows(counts: torch.Tensor, wanted: int, most: int, seed: int) -> torch.Tensor:
+    """Rows at random: as many as hold `wanted` tokens, in their order; then, in theirs, those to be held out.
+
+    Args:
+        counts: tokens per row [n]. most: rows that may be held out.
+    """
+    drawn = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
+    drawn = drawn[: with_held(int((counts[drawn].cumsum(0) < wanted).sum()) + 1, most)]
+    fit = len(drawn) - held_of(len(drawn), most)
+    return torch.cat([drawn[:fit].sort().values, drawn[fit:].sort().values])
+
+
+def _text_file(path: Path, tokenizers: Sequence[Tokenizer], chats: Path | None, skip_bad: bool) -> TextFile | Records:
+    refuse_other_files(path)
+    if path.suffix.lower() not in LINES:
+        return TextFile(path)
+    tune = [Tokenizer(chats, f"TUNED {chats.name}", None)] if chats and has_tokenizer(chats) else []
+    template = next((each.chat for each in (*tune, *tokenizers) if each.chat), None)
+    return Records(path, template, skip_bad=skip_bad)
+
+
+def _ready_tensors(path: Path, source: SideInfo, target: SideInfo) -> tuple[Tensors, Tensors]:
+    file = Checkpoint.open(path)
+    split = [name.rpartition(".") for name in file]
+    wrong = [name for name, (side, _, key) in zip(file, split, strict=True) if key not in KEYS or side not in
+             ("", "source", "target")]  # fmt: skip
+    if wrong:
+        raise InputRefused(f"{path}: {wrong[0]!r} is not known; names are {', '.join(KEYS)}, or source.… and target.…")
+    prefixes = {side for side, _, _ in split}
+    if prefixes not in ({""}, {"source", "target"}):
+        raise InputRefused(f"{path} holds {', '.join(file)}; give both source.… and target.…, or plain names only")
+    if prefixes == {""}:
+        shared = dict(file)
+        _check_side(path, "", shared, source)
+        _check_side(path, "", shared, target)
+        return shared, shared
+    sides = []
+    for prefix, info in (("source.", source), ("target.", target)):
+        sides.append({name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)})
+        _check_side(path, prefix, sides[-1], info)
+    rows = [len(next(iter(side.values()))) for side in sides]
+    if rows[0] != rows[1]:
+        raise InputRefused(
+            f"{path}: {rows[0]} source rows and {rows[1]} target rows; row i must be the same text or image"
+        )
+    if ("offsets" in sides[0]) != ("offsets" in sides[1]):
+        raise InputRefused(f"{path}: offsets on one side only; give source.offsets and target.offsets")
+    if source.kind == "text" and "offsets" not in sides[0]:
+        masks = [side["attention_mask"] for side in sides]
+        if masks[0].shape != masks[1].shape or not torch.equal(masks[0], masks[1]):
+            raise InputRefused(
+                f"{path}: source tokens {list(masks[0].shape)} and target tokens {list(masks[1].shape)} differ in "
+                "shape or mask, so they cannot pair one to one; add source.offsets and target.offsets [n, tokens, 2]"
+            )
+    return sides[0], sides[1]
+
+
+def images_wanted(infos: Sequence[SideInfo], tokens: int, most: int) -> int:
+    """As many as hold so many tokens, and those to be held out."""
+    return with_held(-(-tokens // min(info.tokens_per_image for info in infos)), most)
+
+
+def in_random_order(paths: Sequence[Path], seed: int) -> list[Path]:
+    return [paths[i] for i in torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()]
+
+
+def _pictures(
+    folder: Path, infos: tuple[SideInfo, SideInfo], tokens: int, most: int, seed: int, skip_bad: bool
+) -> tuple[tuple[Tensors, Tensors], str]:
+    """Pixels of both sides for as many images, drawn with `seed`, as hold `tokens`, and those to be held out.
+
+    And in words how many of the images these are.
+    """
+    if (kind := infos[0].kind) != "vision":
+        files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in TEXTS)
+        inside = "".join(f", as {path}" for path in islice(files, 1))
+        raise InputRefused(f"calibration {folder} is a folder, {infos[0].name} is a {kind} model; give a file{inside}")
+    paths = find_images(folder)
+    wanted = images_wanted(infos, tokens, most)
+    preprocessors = []
+    for info in infos:
+        size = info.image_size if isinstance(info.image_size, tuple) else (info.image_size or 0,) * 2
+        preprocessors.append(Preprocessor.of(info.folder, info.name, size, info.channels or 3))
+    same = preprocessors[0] == preprocessors[1]
+    kinds = preprocessors[: 1 if same else 2]
+    found, bad = read_images(in_random_order(paths, seed), kinds, wanted=wanted, skip_bad=skip_bad)
+    sides = [{"pixel_values": pixels} for pixels in found]
+    skipped = f", {bad} skipped" if bad else ""
+    return (sides[0], sides[-1]), f" ({len(found[0])} of {len(paths)} images{skipped})"
+
+
+def _check_side(path: Path, prefix: str, side: Tensors, info: SideInfo) -> None:
+    """Validate one side in place (integers become int64); every refusal names values and the model."""
+    main = "pixel_values" if info.kind == "vision" else "input_ids"
+    allowed = {main} if info.kind == "vision" else {main, "attention_mask"} | ({"offsets"} if prefix else set())
+    if main not in side or not set(side) <= allowed:
+        raise InputRefused(
+            f"{path} holds {', '.join(prefix + key for key in side)}; {info.name} is a {info.kind} model and needs "
+            f"{prefix}{main}" + ("" if len(allowed) == 1 else f", with {prefix}attention_mask if wanted")
+        )
+    check_tensors(f"{path}: {prefix}", side, info)
+    if info.kind == "vision":
+        check_finite(f"{path}: {prefix}pixel_values", side[main])
+        return
+    side |= {key: tensor.long() for key, tensor in side.items()}
+    if not side.setdefault("attention_mask", torch.ones_like(side[main])).any(dim=1).all():
+        raise InputRefused(f"{path}: {prefix}attention_mask must hold a 1 in every row")
+
+
+def _counts(sides: tuple[Tensors, Tensors], infos: tuple[SideInfo, SideInfo]) -> torch.Tensor:
+    """Tokens per row [n]: on the side that has fewer."""
+    per_side = [
+        torch.full((len(side["pixel_values"]),), info.tokens_per_image)
+        if info.kind == "vision"
+        else side["attention_mask"].sum(dim=1)
+        for side, info in zip(sides, infos, strict=True)
+    ]
+    return torch.minimum(*per_side)
+
+
+def _rows(sides: tuple[Tensors, Tensors], kept: slice | torch.Tensor) -> tuple[Tensors, Tensors]:
+    """Some rows of both sides, one dict where both read the same."""
+    cut = {key: value[kept] for key, value in sides[0].items()}
+    return cut, cut if sides[1] is sides[0] else {key: value[kept] for key, value in sides[1].items()}
+
+
+def _fingerprint(sides: tuple[Tensors, Tensors]) -> str:
+    running = hashlib.blake2b(digest_size=32)
+    for label, side in zip(("source", "target"), sides, strict=True):
+        for key in sorted(side):
+            running.update(f"{label}.{key} {side[key].dtype} {list(side[key].shape)}".encode())
+            running.update(side[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return running.hexdigest()
+
+
+def batches_of(source: Tensors, target: Tensors | None = None, *, batch_size: int) -> list[tuple[Tensors, Tensors]]:
+    """Cut tensors of equal leading dimension into pairs of at most `batch_size` rows.
+
+    Without a target (or with the same object) both sides of each pair are one dict.
+    """
+    if batch_size < 1:
+        raise InputRefused(f"batch size is {batch_size}, expected at least 1")
+
+    def cut(side: Tensors, start: int) -> Tensors:
+        return {k: v[start : start + batch_size] for k, v in side.items()}
+
+    pairs = []
+    for start in range(0, len(next(iter(source.values()))), batch_size):
+        own = cut(source, start)
+        pairs.append((own, own if target is None or target is source else cut(target, start)))
+    return pairs

@@ -1,0 +1,5 @@
+"""The command: options, screens, errors."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""From files to files: inputs checked, runs begun, resumed and recorded."""

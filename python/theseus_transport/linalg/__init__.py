@@ -1,0 +1,1 @@
+"""Orthogonal Procrustes in float64: the map of a cross-moment, and its certificate."""

@@ -1,0 +1,1 @@
+"""From cross-moments to maps and scales: `coherent` and `paper`."""

@@ -1,0 +1,266 @@
+"""The ``coherent`` recipe: one map per space, shared by all that read or write it, scaled by energies.
+
+Exact where the two bases are re-parametrisations of each other: rotated or widened residual, permuted or duplicated
+heads and neurons, new gains, per-head scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..activations.links import Blocks, Link, after_name, block_of, energy_links
+from ..activations.moments import CrossMoment
+from ..linalg.polar import remote
+from ..models.base import Base
+from ..models.geometry import Layer, Role
+from . import maps
+from .coherent_heads import QKV, head_maps, scale_of
+from .recipe import Recipe, Rule
+from .regression import fit_input, fit_output
+from .solver import Solver
+
+READS = {"output": "context", "expand": "mlp", "contract": "middle"}  # part a layer reads; others the attention's
+
+
+class Coherent(Solver):
+    """The recipe at work."""
+
+    def __init__(
+        self, source: Base, target: Base, blocks: Blocks, recipe: Recipe, *, toward: Tensor | None = None
+    ) -> None:
+        super().__init__(source, target, blocks, recipe, toward=toward)
+        ratio = target.geometry.width / source.geometry.width
+        self._whitened = math.sqrt(ratio) if recipe.scale != "none" else 1.0  # energy of z is its width
+        self._layer_norm = target.geometry.family.norm == "layer"
+        self._behind = "embedding" if "embedding" in self.links else "0.attention"
+        self._first = "0.attention" if blocks[0] == 0 else self._behind
+
+    def needs(self, layers: Iterable[Layer], vectors: Iterable[str]) -> set[str]:
+        fed = (la for la in layers if la.role == "head" or self.pairs.blocks[la.block] is not None)
+        found = [*(self._layer_needs(la) for la in fed), *(self._vector_needs.get(name, set()) for name in vectors)]
+        return set().union(*found)
+
+    @property
+    def every(self) -> set[str]:
+        return {*self.links, *energy_links(self.pairs.source, self.pairs.target, self.pairs.blocks)}
+
+    def _layer_needs(self, layer: Layer) -> set[str]:
+        b = layer.block
+        match layer.role:
+            case "head":
+                return {"final"}
+            case "output":
+                return {f"{b}.context", f"{b}.mlp", layer.name}
+            case "expand":
+                return {f"{b}.mlp", f"{b}.middle", layer.name}
+            case "contract":
+                return {
+                    f"{b}.middle",
+                    after_name(self.pairs.source, self.pairs.target, self.pairs.blocks, b),
+                    layer.name,
+                }
+        reads = self._completable(self._first) if b == 0 and self._first == "0.attention" else {f"{b}.attention"}
+        return reads | self._head_needs(b, layer.role)
+
+    def _head_needs(self, b: int, role: Role) -> set[str]:
+        """Of the outputs of q, k and v; q and k share a map, made from both."""
+        shared = role != "value"
+        made_of = [la.name for _, la in self.pairs.layers(b) if la.role in (QKV[:2] if shared else ("value",))]
+        return {f"{b}.context", *([f"{b}.attention"] if shared else []), *made_of}
+
+    @cached_property
+    def _vector_needs(self) -> dict[str, set[str]]:
+        written = self._completable(self._behind) | {"embedding.output"}
+        found = {into: written for _, into in self.pairs.embeddings()}
+        for place in self.pairs.places:
+            for _, into, name in self.pairs.unread(place):
+                if place is not None:
+                    needed = self._head_needs(place, "query")
+                else:
+                    needed = {"final"} if name == "final" else self._completable(self._first) | {"embedding.norm"}
+                found |= {f"{into}.weight": needed, f"{into}.bias": needed}
+        return found
+
+    def _completable(self, name: str) -> set[str]:
+        """What tells whether a first map is completed: the ranks of both."""
+        return self._starts() if self.recipe.completion == "deeper" else {name}
+
+    def _starts(self) -> set[str]:
+        return {self._first, self._behind}
+
+    @property
+    def wants_together(self) -> bool:
+        full = min(la.width for la in (self.pairs.source, self.pairs.target)) - self._layer_norm
+        return self.together is not None and any(rank < full for rank in self._ranks().values())
+
+    def _ranks(self) -> dict[str, int]:
+        """Of the first maps that were made."""
+        return {r.space: r.rank for r in self.ruleset.reports if r.space in self._starts()}
+
+    def _held(self, name: str) -> bool:
+        if name in self._starts() and self.together is not None:
+            return True
+        if (b := block_of(name)) is None:
+            return name == "final" and self.recipe.scale == "regression"
+        return b >= self.ahead and not name.endswith(".after")
+
+    def _arrived(self, names: Sequence[str]) -> None:
+        behind_norms = [name for name in names if self.links[name].target.norm]
+        if self.recipe.null == "completed" and self.toward is None and behind_norms:
+            raise ValueError("null=completed completes toward the sum over depth; give toward=together(...)")
+        together = self.toward is None and any(remote(self.moments[name].cross) for name in behind_norms)
+        for some in [behind_norms] if together else [[name] for name in behind_norms]:
+            zs = [self._z(name) for name in some]
+            for name, z, polar in zip(some, zs, self.polars([z.cross for z in zs], toward=self.toward), strict=True):
+                self.ruleset.add(name, polar, z.count)
+                self._add_together(name, z.cross)
+
+    def _add_together(self, name: str, cross: Tensor) -> None:
+        """To the sum over depth, while the first map may have to be completed toward it."""
+        if self.recipe.completion == "deeper" and (name in self._starts() or self.together is not None):
+            self.together = cross if self.together is None else self.together + cross
+            if self._ranks().keys() == self._starts() and not self.wants_together:
+                self.together = None  # the first maps are whole
+
+    def _z(self, name: str) -> CrossMoment:
+        return normalised(self.source, self.target, self.links[name], self.moments[name])
+
+    def _written(self, name: str) -> float:
+        """Scale of an output that writes the residual."""
+        energy = self.energies[name]
+        own = energy.centred if self._layer_norm else (float(energy.source.sum()), float(energy.target.sum()))
+        return scale_of(*own, self.recipe)
+
+    def _completed(self, name: str) -> str:
+        """The name of a first map as it is used, whether it is made already or only at the end."""
+        return f"{name}.completed" if self.wants_together else name
+
+    def _block(self, b: int) -> None:
+        fed = [(own, layer) for own, layer in self.pairs.layers(b) if self.needs([layer], ()) <= self.seen]
+        for own, layer in fed:
+            self.ruleset.rules[layer.name] = self._rule(own, layer, b)
+        if f"{b}.context" in self.moments:
+            head_maps(self, b)
+            self.grams.pop(f"{b}.context", None)  # not beside the widest map
+        if f"{b}.middle" in self.moments:
+            middle = self.moments[f"{b}.middle"]
+            energies = (middle.source_energy, middle.target_energy)
+            polar = self.polar(middle.cross, energies=energies)
+            self.ruleset.add(f"{b}.middle", polar, middle.count)
+        for own_norm, norm, name in self.pairs.unread(b):
+            self._norm_vectors(own_norm, norm, name)
+        if self.recipe.scale == "regression":
+            for own, layer in fed:
+                self._fit(own, layer)
+
+    def _rule(self, own: Layer, layer: Layer, b: int) -> Rule:
+        match layer.role:
+            case "query" | "key" | "value":
+                first = b == 0 and self._first == "0.attention"
+                reads = self._completed(self._first) if first else f"{b}.attention"
+                return Rule(own.name, reads, f"{b}.{layer.role}", self._whitened)
+            case "output":
+                return Rule(own.name, f"{b}.context", f"{b}.mlp", 1.0, self._written(layer.name))
+        middle, seen = self.moments[f"{b}.middle"], self.energies[layer.name]
+        energies = (middle.source_energy, middle.target_energy)
+        if layer.role == "expand":
+            alive = [x > self.recipe.floor**2 * x.max() for x in energies]
+            scale = scale_of(float(seen.source[alive[0]].sum()), float(seen.target[alive[1]].sum()), self.recipe)
+            return Rule(own.name, f"{b}.mlp", f"{b}.middle", self._whitened, scale)
+        inner = scale_of(float(energies[0].sum()), float(energies[1].sum()), self.recipe)
+        after = after_name(self.pairs.source, self.pairs.target, self.pairs.blocks, b)
+        return Rule(own.name, f"{b}.middle", after, inner, self._written(layer.name))
+
+    def _fit(self, own: Layer, layer: Layer) -> None:
+        """Scales by regression in place of those by energies; at an input whose map is still to come, at the end."""
+        rule, link = self.ruleset.rules[layer.name], f"{layer.block}.{READS.get(layer.role, 'attention')}"
+        if rule.input in self.ruleset.maps:
+            read = self._z(link) if self.links[link].target.norm else self.moments[link]
+            rule = fit_input(rule, self.ruleset.maps[rule.input], read)
+        sides, seen = ((self.source, own), (self.target, layer)), self.energies[layer.name]
+        self.ruleset.rules[layer.name] = fit_output(
+            rule, self.ruleset.maps[rule.output], self.moments[link], sides, seen
+        )
+
+    def _finish(self) -> None:
+        recipe, source, target = self.recipe, self.pairs.source, self.pairs.target
+        first, behind = self._completed(self._first), self._completed(self._behind)
+        if self.wants_together:  # few token types: lean on deeper spaces where the first says nothing
+            self._complete()
+        self.together = None
+        for own, layer in self.pairs.layers(None):
+            if recipe.head == "move" and "final" in self.seen:
+                rule = Rule(own.name, "final", "identity", self._whitened)
+                if recipe.scale == "regression":
+                    rule = fit_input(rule, self.ruleset.maps["final"], self._z("final"))
+                self.ruleset.rules[layer.name] = rule
+        token = target.family.embedding("token")
+        if token and target.tied and self._layer_norm and behind in self.ruleset.maps:
+            # a head reads the mean too: mean goes to mean
+            polar_map = self.ruleset.maps[behind](torch.eye(source.width, dtype=torch.float64))
+            self.ruleset.put("token", maps.Dense(polar_map + 1 / math.sqrt(source.width * target.width)))
+        for name, into in self.pairs.embeddings() if recipe.embeddings == "move" else ():
+            if self.needs((), [into]) <= self.seen:
+                output = "token" if token and into == token.name and "token" in self.ruleset.maps else behind
+                self.ruleset.vectors[into] = Rule(name, "identity", output, 1.0, self._written("embedding.output"))
+        for own_norm, norm, name in self.pairs.unread(None):
+            self._norm_vectors(own_norm, norm, first if name == "embedding" else name, residual=name == "embedding")
+
+    def _complete(self) -> None:
+        """Complete the first maps, and fit the inputs that waited for them."""
+        behind_norms = {name for name, link in self.links.items() if link.target.norm}
+        if missing := behind_norms - self.seen:
+            raise ValueError(f"the first map is completed from all spaces behind norms, {min(missing)} did not arrive")
+        for name in sorted(self._starts()):
+            z = self._z(name)
+            polar = self.polar(z.cross, null="completed", toward=self.together)
+            self.ruleset.add(f"{name}.completed", polar, z.count)
+            for layer, rule in self.ruleset.rules.items():
+                if self.recipe.scale == "regression" and rule.input == f"{name}.completed":
+                    self.ruleset.rules[layer] = fit_input(rule, self.ruleset.maps[rule.input], z)
+
+    def _norm_vectors(self, own: str, into: str, output: str, *, residual: bool = False) -> None:
+        """Gain and bias that no linear layer can take up: of the final norm (where no head moves), of a norm whose
+        output is the residual itself, and of norms inside the heads."""
+        if not self.needs((), [f"{into}.weight"]) <= self.seen:
+            return
+        self.ruleset.vectors[f"{into}.weight"] = Rule(f"{own}.weight", "identity", output, kind="gain")
+        self.ruleset.vectors[f"{into}.bias"] = (
+            Rule(f"{own}.bias", "identity", output, 1.0, self._written("embedding.norm"))
+            if residual
+            else Rule(f"{own}.bias", "identity", output, 1.0, self._whitened, kind="shift")
+        )
+
+
+def normalised(source: Base, target: Base, link: Link, moment: CrossMoment) -> CrossMoment:
+    """The moment of z, behind the norms' gains and biases; under LayerNorm with its exact null direction removed.
+
+    Raises:
+        InputRefused: a gain is zero.
+    """
+    own = source.norm(link.source.norm, link.source.width)
+    z = moment.unfold(own, target.norm(link.target.norm, link.target.width), link.target.norm)
+    if target.geometry.family.norm == "layer":  # every row of z sums to 0
+        cross = z.cross - z.cross.mean(0)
+        z = replace(z, cross=cross - cross.mean(1, keepdim=True))
+    return z
+
+
+def together(
+    source: Base,
+    target: Base,
+    links: Mapping[str, Link],
+    moments: Mapping[str, CrossMoment],
+    so_far: Tensor | None = None,
+) -> Tensor | None:
+    """The sum of z's crosses [dS, dT] over depth, in the order of ``links``; portions may follow one another."""
+    for name in (n for n, link in links.items() if n in moments and link.target.norm):
+        cross = normalised(source, target, links[name], moments[name]).cross
+        so_far = cross if so_far is None else so_far + cross
+    return so_far

@@ -1,0 +1,115 @@
+"""The ``paper`` recipe: every layer's own input and output, no scales, as in arXiv 2602.12952."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from ..activations.links import block_of
+from ..activations.moments import CrossMoment, Grams
+from ..linalg.procrustes import Polar, procrustes
+from ..linalg.whitening import whiten
+from ..models.geometry import Layer
+from . import maps
+from .maps import Map
+from .recipe import Recipe, Rule
+from .solver import Solver
+
+READS = {"output": "context", "expand": "mlp", "contract": "middle"}  # part a layer reads; others the attention's
+
+
+class Paper(Solver):
+    """The recipe at work; the maps of a block come from its own links only."""
+
+    def needs(self, layers: Iterable[Layer], vectors: Iterable[str]) -> set[str]:
+        fed = (la for la in layers if la.role == "head" or self.pairs.blocks[la.block] is not None)
+        return {_read(la) for la in fed} | {self._norms[n] for n in vectors if n in self._norms}
+
+    @cached_property
+    def _norms(self) -> dict[str, str]:
+        """The link of every norm's own vectors."""
+        every = [norm for place in self.pairs.places for norm in self.pairs.norms(place)]
+        return {f"{into}.{part}": name for _, into, name in every for part in ("weight", "bias")}
+
+    def _held(self, name: str) -> bool:
+        b = block_of(name)
+        return b is not None and b >= self.ahead and not name.endswith(".after")
+
+    def _arrived(self, names: Sequence[str]) -> None:
+        for name in names:
+            cross = comparable(self.moments[name], self.grams.get(name), self.recipe)
+            self.ruleset.add(name, self.polar(cross), self.moments[name].count)
+
+    def _block(self, b: int) -> None:
+        for own, layer in self.pairs.layers(b):
+            if (space := _read(layer)) not in self.moments:
+                continue
+            moment, weights = self.moments[space], (self.source.augmented(own.name), self.target.augmented(layer.name))
+            grams = self.grams.get(space)
+            polar, built = output_map(moment, *weights, recipe=self.recipe, grams=grams, polar=self.polar)
+            self.ruleset.add(layer.name, polar, moment.count, built)
+            self.ruleset.rules[layer.name] = Rule(own.name, space, layer.name, fold=False)
+        self._norm_vectors(b)
+
+    def _finish(self) -> None:
+        for own, layer in self.pairs.layers(None):
+            if self.recipe.head == "move" and "final" in self.seen:
+                self.ruleset.rules[layer.name] = Rule(own.name, "final", "identity", fold=False)
+        self._norm_vectors(None)
+
+    def _norm_vectors(self, place: int | None) -> None:
+        for own, norm, name in self.pairs.norms(place):
+            for part in ("weight", "bias") if name in self.seen else ():
+                self.ruleset.vectors[f"{norm}.{part}"] = Rule(f"{own}.{part}", "identity", name, fold=False)
+
+
+def _read(layer: Layer) -> str:
+    return "final" if layer.role == "head" else f"{layer.block}.{READS.get(layer.role, 'attention')}"
+
+
+def comparable(moment: CrossMoment, grams: Grams | None, recipe: Recipe) -> Tensor:
+    """What a map is the polar factor of, [dS, dT]: the cross-moment, centred and whitened where the recipe says so.
+
+    Args:
+        moment: uncentred; grams: of both sides, where the recipe whitens.
+    """
+    if recipe.center:
+        moment, grams = moment.centred(), grams and {side: gram.centred() for side, gram in grams.items()}
+    if grams is None:
+        return moment.cross
+    return whiten(moment.cross, (grams[0].cross, grams[1].cross), power=recipe.whiten_power, eps=recipe.whiten_eps)
+
+
+def output_map(
+    moment: CrossMoment,
+    source: Tensor,
+    target: Tensor,
+    *,
+    recipe: Recipe,
+    grams: Grams | None = None,
+    polar: Callable[[Tensor], Polar] | None = None,
+) -> tuple[Polar, Map]:
+    """Map between two layers' outputs, from the moment of their inputs.
+
+    Where both layers expand (out > in + 1), ``[W b] = Q R`` and T = Q_S polar(R_S M R_T^T) Q_T^T: the cross has rank at
+    most in + 1, so the small polar factor holds all the data determines.
+
+    Args:
+        moment: of the layers' inputs, uncentred (the recipe says whether to centre); grams: likewise, of both sides.
+        source: augmented weight [W b] [out_S, in_S + 1]; target: likewise.
+        polar: makes the polar factor; by default :func:`procrustes` as the recipe says.
+
+    Returns:
+        The polar factor that was computed (the small one where factored), and the map.
+    """
+    s, t = source.to(moment.cross), target.to(moment.cross)
+    expands = all(w.shape[0] > w.shape[1] for w in (s, t)) and recipe.null != "svd"
+    if expands:
+        (q_s, s), (q_t, t) = torch.linalg.qr(s), torch.linalg.qr(t)
+    own = grams and {0: grams[0].derive(s, s), 1: grams[1].derive(t, t)}
+    polar = polar or partial(procrustes, null=recipe.null, floor=recipe.floor)
+    made = polar(comparable(moment.derive(s, t), own, recipe))
+    return made, maps.Factored(q_s @ made.map, q_t.T.contiguous()) if expands else maps.Dense(made.map)

@@ -1,0 +1,278 @@
+"""One pass over both models: what is seen goes to the solver, its maps to where they are wanted, block by block."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..activations.capture import Capture
+from ..activations.links import Blocks, moment_links
+from ..alignment.quality import Quality, as_mapped, quality, warn
+from ..calibration.calibration import Calibration
+from ..errors import InputRefused, NumericalError
+from ..files.journal import Work
+from ..files.result_folder import refuse_foreign
+from ..models.base import Base
+from ..models.forward import samples_of
+from ..models.geometry import Geometry
+from ..recipes.coherent import together
+from ..recipes.recipe import Ruleset
+from ..recipes.solver import Solver
+from .hidden_states import own_folder, temporary
+from .loop import Loop
+from .schedule import Visit, schedule
+from .window import Window
+
+Steps = Callable[[int], Callable[[], object]]  # number of steps -> call after every step
+
+
+class Sink(Protocol):
+    """Where the maps of a pass go."""
+
+    def needs(self, solver: Solver) -> set[str]:
+        """The links that are wanted."""
+
+    def expect(self, visit: Visit) -> None:
+        """A visit begins: what will be wanted at its end may be read meanwhile."""
+
+    def take(self, plan: Ruleset, visit: Visit | None) -> None:
+        """Use what maps and rules there are, up to this visit's blocks; None: all are there."""
+
+    def wanted(self) -> set[str]:
+        """Maps that are still to be used."""
+
+    def held(self) -> tuple[set[str], set[str]]:
+        """Stored tensors of source and target that are still to be used, of blocks that were visited."""
+
+    def state(self) -> dict[str, Any]:
+        """As JSON, for :meth:`restore` in another process."""
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Passage:
+    """What one pass needs.
+
+    Attributes:
+        windows, layouts: of source and target.
+        work: commits every visit; a pass that was interrupted goes on behind the last one.
+        ahead: read the next blocks while these run.
+        decompose: where maps are made of moments, if not on ``device``.
+        tiles: of columns in which moments are added up, each by a pass of its own through the blocks.
+        halves: attention and MLP of a block run one after the other.
+        resident: keep hidden states in memory; folder: for their files, of this run alone, by default the work's.
+        rows, visits: how well maps fit, and what was visited, once the pass is over; seconds: by stage.
+    """
+
+    windows: tuple[Window, Window]
+    geometries: tuple[Geometry, Geometry]
+    data: Calibration
+    solver: Solver
+    sink: Sink
+    work: Work
+    device: torch.device
+    decompose: torch.device | None = None
+    ahead: bool = True
+    resident: bool = True
+    tiles: int = 1
+    halves: bool = False
+    folder: Path | None = None
+    rows: list[Quality] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, steps: Steps) -> list[Quality]:
+        """Visit all blocks; returns how well maps fit the batch that was held out, if one was."""
+        try:
+            rows = self._run(steps)
+        except BaseException as error:
+            if isinstance(error, (InputRefused, NumericalError)) or not self.work.step:  # nothing will go on from it
+                shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        finally:
+            for window in self.windows:
+                window.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return rows
+
+    def _run(self, steps: Steps) -> list[Quality]:
+        batches = [*self.data.batches, *([self.data.held] if self.data.held else [])]
+        if self.work.state:
+            self._restore(self.work.state)
+        visits, loop = self._visits(), None
+        done = steps(len(visits) * len(batches))
+        for _ in range(min(self.work.step, len(visits)) * len(batches)):
+            done()
+        while self.work.step < len(visits):
+            loop = loop or self._loop(batches)
+            self._visit(loop, visits, done)
+            visits = self._visits()
+        self.visits = visits
+        with self._timed("maps"):
+            self.solver.finish()
+        with self._timed("moves and writing"):
+            self.sink.take(self.solver.ruleset, None)
+        self.seconds["of these waiting for reads"] = sum(window.seconds_waiting for window in self.windows)
+        warn(self.rows)
+        return self.rows
+
+    @property
+    def skipped(self) -> str:
+        """What nothing that moves needed, in words; empty where all was visited."""
+        visits, links = self.visits, self.solver.links
+        compared = {name for visit in visits for name in visit.moments}
+        read = {visit.target for visit in visits} - {None}
+        if compared == links.keys():
+            return ""
+        depth, spaces = self.geometries[1].depth, len(links)
+        unmapped = f"{spaces - len(compared)} of {spaces} spaces not mapped"
+        return f"{depth - len(read)} of {depth} blocks were not run, {unmapped}"
+
+    @property
+    def _folder(self) -> Path:
+        """Where hidden states are kept: of this run alone; a run goes on where it began."""
+        if self.work.state:
+            return self._recorded(Path(self.work.state["folder"]))
+        if self.folder is None:
+            return self.work.folder / "hidden"
+        return self.folder
+
+    def _recorded(self, folder: Path) -> Path:
+        """The folder that a journal names, if such a run has one of this name: all in it will be removed.
+
+        Raises:
+            InputRefused: it is another, or not of this user.
+        """
+        own = folder == self.work.folder / "hidden" or folder.name == own_folder(folder.parent, self.work.home).name
+        if not own:
+            raise InputRefused(f"{self.work.folder} keeps its files in {folder}, which is not its own; remove it")
+        if os.path.lexists(folder):
+            refuse_foreign(folder)
+        return folder
+
+    def _visits(self) -> list[Visit]:
+        """The schedule; once the first map turns out to lack directions, deeper spaces are wanted as well."""
+        wanted = self.sink.needs(self.solver)
+        if self.solver.wants_together:
+            wanted |= {name for name, link in self.solver.links.items() if link.target.norm}
+        return schedule(*self.geometries, self.solver.pairs.blocks, wanted)
+
+    def _loop(self, batches: Sequence[Any]) -> Loop:
+        held = len(self.data.batches) if self.data.held else None
+        grams = self.solver.recipe.grams(*self.geometries, self.solver.links)
+        options: dict[str, Any] = {"held": held, "grams": grams, "device": self.device}
+        options |= {"resident": self.resident, "tiles": self.tiles, "halves": self.halves}
+        loop = Loop(self.windows, self.geometries, batches, **options, folder=self._folder)
+        if self.work.step:
+            with self._damage_refused():
+                loop.resume(self.work.state["hidden"])
+        return loop
+
+    def _visit(self, loop: Loop, visits: Sequence[Visit], done: Callable[[], object]) -> None:
+        k, solver = self.work.step, self.solver
+        visit = visits[k]
+        self.sink.expect(visit)
+        for side, b in zip(loop.sides, visit.blocks, strict=True):
+            side.window.hold(side.names(b))
+        if self.ahead and k + 1 < len(visits):
+            for side, b in zip(loop.sides, visits[k + 1].blocks, strict=True):
+                side.window.prefetch(side.names(b))
+        with self._timed("forward and moments"):
+            seen = loop.visit(visit, first=k == 0, done=done)
+        with self._timed("maps"):
+            if self.decompose is not None:
+                seen.to(self.decompose)
+            solver.add(seen.moments, seen.energies, seen.grams)
+            seen.moments, seen.energies, seen.grams = {}, {}, {}  # the solver alone holds them, and frees them
+            if None not in visit.blocks:
+                assert visit.target is not None
+                solver.block(visit.target)
+        with self._timed("held-out quality"):
+            self._measure(seen)
+            del seen
+        with self._timed("moves and writing"):
+            self.sink.take(solver.ruleset, visit)
+            for name in solver.ruleset.maps.keys() - self.sink.wanted() - solver.keep - {"identity"}:
+                del solver.ruleset.maps[name]
+            for window, kept in zip(self.windows, self.sink.held(), strict=True):
+                window.release(keep=kept)
+        with self._timed("commits"):
+            self._commit(loop)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+
+    def _measure(self, seen: Capture) -> None:
+        if seen.kept is None or self.data.held is None:
+            return
+        samples, bases = samples_of(self.data.held[0]), (self.solver.source, self.solver.target)
+        for name in (n for n in seen.links if n in seen.kept):
+            if (t := self.solver.ruleset.maps.get(name)) is not None:
+                mapped = as_mapped(seen.kept[name], seen.links[name], bases, self.solver.recipe)
+                self.rows.append(Quality(name, *quality(t, mapped, samples)))
+
+    def _commit(self, loop: Loop) -> None:
+        state, tensors = self.solver.state()
+        rows = [(r.space, r.held, r.shifted) for r in self.rows]
+        files = loop.files()
+        record = {"solver": state, "sink": self.sink.state(), "hidden": loop.record(), "quality": rows}
+        self.work.commit({"folder": str(self._folder), **record}, tensors, files)
+        loop.committed()
+
+    @contextmanager
+    def _damage_refused(self) -> Iterator[None]:
+        """A state that is not what :meth:`_commit` writes is refused."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise InputRefused(f"the unfinished run in {self.work.folder} is damaged ({said}); remove it") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        with self._damage_refused():
+            self.solver.restore(state["solver"], self.work.tensors, device=self.decompose or self.device)
+            self.sink.restore(state["sink"])
+            self.rows = [Quality(*row) for row in state["quality"]]
+
+
+def all_together(
+    bases: tuple[Base, Base],
+    windows: tuple[Window, Window],
+    blocks: Blocks,
+    data: Calibration,
+    device: torch.device,
+    *,
+    folder: Path | None = None,
+    halves: bool = False,
+) -> Tensor | None:
+    """The sum of z's crosses over depth, for maps completed toward it: a pass by itself, before any map is made.
+
+    Args:
+        folder: for files of hidden states; None: they stay in memory. halves: as of :class:`Passage`.
+    """
+    geometries, found = (bases[0].geometry, bases[1].geometry), None
+    links = moment_links(*geometries, blocks)
+    behind_norms = {name for name, link in links.items() if link.target.norm}
+    visits = schedule(*geometries, blocks, behind_norms)
+    with temporary(folder) as place:
+        how: dict[str, Any] = {"held": None, "grams": {}, "device": device, "halves": halves}
+        loop = Loop(windows, geometries, data.batches, **how, folder=place or Path(), resident=place is None)
+        for k, visit in enumerate(visits):
+            seen = loop.visit(visit, first=k == 0)
+            found = together(*bases, links, seen.moments, found)
+            for window in windows:
+                window.release()
+    return found

@@ -1,0 +1,104 @@
+"""What the block loop visits, in order: which blocks run, and what is seen meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..activations.links import Blocks, Link, after_name, arrivals, energy_links, moment_links
+from ..models.geometry import Geometry, Space
+
+Links = dict[str, Link]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One stretch of the loop: at most one block of each model; what is seen is worked up before the next.
+
+    Attributes:
+        source, target: the blocks that run, or None.
+        moments, outputs: the links whose cross-moments and energies are added up.
+        norms: of each side those that run on the result, because a link compares what they read or give.
+    """
+
+    source: int | None = None
+    target: int | None = None
+    moments: Links = field(default_factory=dict)
+    outputs: Links = field(default_factory=dict)
+    norms: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+
+    @property
+    def links(self) -> Links:
+        """All that is seen."""
+        return self.moments | self.outputs
+
+    def halved(self, layers: Collection[str]) -> tuple[Visit, Visit]:
+        """What is seen up to the end of attention, and what behind it.
+
+        Args:
+            layers: those of the target's attention.
+        """
+        spaces = f"{self.target}.attention", f"{self.target}.context"
+        first, second = (
+            replace(
+                self,
+                moments={n: link for n, link in self.moments.items() if (n in spaces) is inside},
+                outputs={n: link for n, link in self.outputs.items() if (n in layers) is inside},
+            )
+            for inside in (True, False)
+        )
+        return replace(first, norms=(frozenset(), frozenset())), second
+
+    @property
+    def blocks(self) -> tuple[int | None, int | None]:
+        return self.source, self.target
+
+
+def schedule(source: Geometry, target: Geometry, blocks: Blocks, wanted: Collection[str]) -> list[Visit]:
+    """The embeddings, a visit for every pair of blocks and every block by itself, the end.
+
+    What comes after the last ``wanted`` link is left out.
+
+    Args:
+        blocks: for every target block the source block that feeds it, or None.
+        wanted: names of links.
+    """
+    moments = {n: _unpooled(link) for n, link in moment_links(source, target, blocks).items() if n in wanted}
+    outputs = {n: link for n, link in energy_links(source, target, blocks).items() if n in wanted}
+    (_, first), *inside, (_, last) = arrivals(source, target, blocks)
+    met = dict(inside)
+
+    def seen(names: Sequence[str]) -> tuple[Links, Links]:
+        own, other = ({n: links[n] for n in names if n in links} for links in (moments, outputs))
+        return own, other
+
+    start, end = Visit(None, None, *seen(first)), Visit(None, None, *seen(last))
+    run_ahead = {source.family.embedding_norm, target.family.embedding_norm}  # with the embeddings
+    visits, at = [replace(start, norms=_norms(start.links.values(), run_ahead))], 0
+    for b, own in enumerate(blocks):
+        if own is None:
+            visits.append(Visit(target=b))
+            continue
+        (spaces, layers), after = seen(met[b]), after_name(source, target, blocks, b)
+        follow = _norms([spaces[after]] if after in spaces else [])
+        visits += [Visit(source=j) for j in range(at, own)] + [Visit(own, b, spaces, layers, follow)]
+        at = own + 1
+    visits += [Visit(source=j) for j in range(at, source.depth)] + [replace(end, norms=_norms(end.links.values()))]
+    while len(visits) > 1 and not visits[-1].links:
+        visits.pop()
+    return visits
+
+
+def _norms(links: Collection[Link], but: Collection[str | None] = ()) -> tuple[frozenset[str], frozenset[str]]:
+    sides = zip(*((link.source.module, link.target.module) for link in links), strict=True)
+    source, target = (frozenset(side) - {*but} for side in sides) if links else (frozenset(), frozenset())
+    return source, target
+
+
+def _unpooled(link: Link) -> Link:
+    """Between blocks the final norm runs over all tokens by itself, also where the model pools first."""
+    return Link(*(_plain(space) for space in (link.source, link.target)))
+
+
+def _plain(space: Space) -> Space:
+    return replace(space, module=space.norm, side="output") if space.side == "normed" and space.norm else space

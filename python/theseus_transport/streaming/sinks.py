@@ -1,0 +1,221 @@
+"""Where the maps of a pass go: through an update into what is written, or into an alignment's own file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..alignment.alignment import Alignment
+from ..alignment.stored_maps import Stamp, stamp
+from ..files.journal import Work
+from ..files.writer import Planned
+from ..models.geometry import Geometry, by_block
+from ..recipes.maps import Map
+from ..recipes.planned_maps import planned_maps
+from ..recipes.recipe import Rule, Ruleset
+from ..recipes.solver import Solver
+from ..updates.computed import ComputedUpdate
+from ..updates.output import Kind, Written
+from .schedule import Visit
+from .window import Window
+
+Step = Callable[[], object]
+
+
+class UpdateSink:
+    """Writes every tensor of a moved update as soon as its maps are there, and frees what it was made from.
+
+    Attributes:
+        update: what is written; alignment: its maps, rules and vectors fill up as a pass goes.
+    """
+
+    def __init__(
+        self,
+        alignment: Alignment,
+        update: ComputedUpdate,
+        outputs: Sequence[Written],
+        tensors: Sequence[Planned],
+        work: Work,
+        tuned: Window,
+        *,
+        kind: Kind,
+        progress: Step,
+    ) -> None:
+        """
+        Args:
+            alignment: of dicts that may be written to; moves look rules and maps up in it when they are computed.
+            tensors: all that is planned for the first of the outputs.
+            progress: called after every tensor.
+        """
+        self.update, self.alignment, self._outputs, self._work = update, alignment, outputs, work
+        self._needs = frozenset[str]().union(*(t.needs for t in tensors))
+        self._tuned, self._kind, self._progress = tuned, kind, progress
+        adapted = update.delta.adapted
+        self._tuned_names = by_block(update.source.geometry, tuned if adapted is None else adapted.changed)
+        self._block = {t.name: self._block_of(t) for t in tensors}
+        self._visited: set[int] = set()
+        self._made: dict[str, Rule] = {**alignment.rules, **alignment.vectors}
+        for _ in tensors[len(work.pending) :]:
+            progress()
+
+    def needs(self, solver: Solver) -> set[str]:
+        return solver.needed(self._needs)
+
+    def expect(self, visit: Visit) -> None:
+        if visit.source is not None:
+            self._tuned.prefetch(self._tuned_names.get(visit.source, []))
+
+    def take(self, plan: Ruleset, visit: Visit | None) -> None:
+        self._made = {**plan.rules, **plan.vectors}
+        live: tuple[Any, ...] = self.alignment.rules, self.alignment.vectors, self.alignment.maps
+        live[2].clear()
+        for into, found in zip(live, (plan.rules, plan.vectors, plan.maps), strict=True):
+            into.update(found)
+        self.step(visit)
+        live[2].clear()  # the solver holds what is still needed
+
+    def step(self, visit: Visit | None) -> None:
+        """Write what can be of the blocks visited so far; None: everything."""
+        if visit is None:
+            self.update.compare(set(self.update.presumed))
+        else:
+            if visit.target is not None:
+                self._visited.add(visit.target)
+            self._compare(visit.source)
+        pending = set(self._work.pending)
+        for name in (n for n, b in self._block.items() if n in pending and (visit is None or b in self._visited)):
+            if self._outputs_drop(name):
+                self._work.drop([name])
+            elif visit is None or self._ready(name):
+                self._work.write(name)
+            else:
+                continue
+            self._progress()
+        self.update.forget()
+        self._tuned.release(keep=self._sources())
+
+    def wanted(self) -> set[str]:
+        keys = {key for name in self._work.pending for key in self.update.needs(name)}
+        rules = [self._made[key] for key in keys & self._made.keys()]
+        return {name for rule in rules for name in (rule.input, rule.output)}
+
+    def held(self) -> tuple[set[str], set[str]]:
+        origin = getattr(self.update.target.tensors, "origin", str)  # the names the windows know
+        return {self.update.source.slots[n].stored for n in self._late()}, set(map(origin, self._waiting()))
+
+    def state(self) -> dict[str, Any]:
+        rounding = [out.rounding.sums for out in self._outputs]
+        return {"update": self.update.state(), "rounding": rounding, "visited": sorted(self._visited)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.update.restore(state["update"])
+        for out, sums in zip(self._outputs, state["rounding"], strict=True):
+            out.rounding.sums.update(sums)
+        self._visited = set(state["visited"])
+
+    def _compare(self, block: int | None) -> None:
+        """Which tensors of a source block the tune changed, while base and tune are in memory."""
+        if block is not None and self.update.delta.tuned is not None:
+            self._tuned.hold(self._tuned_names.get(block, []))
+            start = f"{self.update.source.geometry.family.blocks}.{block}."
+            self.update.compare({name for name in self.update.presumed if name.startswith(start)})
+
+    def _ready(self, name: str) -> bool:
+        found, maps = [self._made.get(key) for key in self.update.needs(name)], self.alignment.maps
+        return all(rule is not None and rule.input in maps and rule.output in maps for rule in found)
+
+    def _outputs_drop(self, name: str) -> bool:
+        """Whether a planned tensor turned out to have no place: of a ``delta``, one that did not change."""
+        return self._kind == "delta" and name not in self.update
+
+    def _waiting(self) -> list[str]:
+        """What is written late, of blocks that were visited."""
+        return [name for name in self._work.pending if self._block[name] in self._visited]
+
+    def _late(self) -> set[str]:
+        """Canonical names of the source that it needs."""
+        return {n for name in self._waiting() for n in self.update.sources(name) if n in self.update.source}
+
+    def _sources(self) -> set[str]:
+        slots = self.update.tuned.slots
+        return {slots[name].stored for name in self._late() if name in slots}
+
+    def _block_of(self, tensor: Planned) -> int | None:
+        """The target block whose visit makes a tensor; None: the end."""
+        family = self.alignment.target.family
+        names = [*tensor.needs, family.canonical(tensor.name)]
+        found = [m[1] for n in names if (m := re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", n))]
+        return max(map(int, found)) if found else None
+
+
+class MapSink:
+    """Writes every map of an alignment as soon as it is made.
+
+    Attributes:
+        tensors: what is planned.
+        stamps: of every map that was made, by name.
+        work: to write to; to be set before anything is taken.
+    """
+
+    work: Work
+
+    def __init__(self, draft: Alignment) -> None:
+        """For all maps the alignment of this outline may have."""
+        maps = planned_maps(draft.pairs, draft.recipe)
+        self.tensors = [Planned(*planned, partial(self._made, planned[0])) for planned in maps]
+        self.stamps: dict[str, Stamp] = {}
+        self._draft, self._maps = draft, dict[str, Map]()
+
+    def _made(self, name: str, rows: slice | None) -> Tensor:
+        of, _, part = name.rpartition("/")
+        return self._maps[of].tensors()[part]
+
+    def needs(self, solver: Solver) -> set[str]:
+        return solver.every
+
+    def expect(self, visit: Visit) -> None:
+        pass
+
+    def take(self, plan: Ruleset, visit: Visit | None) -> None:
+        self._maps = plan.maps
+        for name, made in plan.maps.items():
+            if name not in self.stamps:
+                self.stamps[name] = stamp(made)
+            for part in made.tensors():
+                self.work.write(f"{name}/{part}")
+        if visit is None:
+            self.work.drop(self.work.pending)
+
+    def wanted(self) -> set[str]:
+        return set()
+
+    def held(self) -> tuple[set[str], set[str]]:
+        return set(), set()
+
+    def state(self) -> dict[str, Any]:
+        return {"stamps": self.stamps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.stamps = {name: Stamp(*stamped) for name, stamped in state["stamps"].items()}
+
+
+def apply(sink: UpdateSink, windows: Sequence[Window], geometries: Sequence[Geometry], work: Work) -> None:
+    """Write all of an update whose maps are there, block by block."""
+    blocks, full = sink.alignment.blocks, sink.update.delta.tuned is not None
+    stored = [by_block(geometry, window) if full else {} for geometry, window in zip(geometries, windows, strict=True)]
+    visits = [Visit(source=own, target=b) for b, own in enumerate(blocks)]
+    visits += [Visit(source=own) for own in sorted(set(range(geometries[0].depth)) - set(blocks))]
+    if work.state:
+        sink.restore(work.state["sink"])
+    for visit in visits[work.step :]:
+        for window, names, b in zip(windows, stored, visit.blocks, strict=True):
+            window.hold([] if b is None else names.get(b, []))
+        sink.step(visit)
+        for window, kept in zip(windows, sink.held(), strict=True):
+            window.release(keep=kept)
+        work.commit({"sink": sink.state()}, {})
+    sink.step(None)

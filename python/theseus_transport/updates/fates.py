@@ -1,0 +1,52 @@
+"""What is decided of a tensor: its fate, and how the target's comes to its update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .adapter import Factors
+
+Fate = Literal["transported", "folded", "unchanged", "left"]
+
+
+@dataclass(frozen=True)
+class TensorFate:
+    """The fate of one tensor (or adapted layer) of the update, by its name in the source, and why."""
+
+    tensor: str
+    fate: Fate
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class MovedFactors:
+    """A moved LoRA of one layer of the target: rank, [out, in], dtype of A and B, computation, the rules it needs."""
+
+    rank: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    scaling: float
+    compute: Callable[[], Factors]
+    needs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class Computation:
+    """How tensors of the target get their update.
+
+    Attributes:
+        compute: canonical name -> update in float64 on the device, of all rows (None) or of one tile's.
+        needs: key of the alignment's rules or vectors that has to be there.
+        sources: canonical names of the source; while none of them changed, nothing moves.
+        tiles: the rows to compute at a time, where rows are independent and the matrix is large.
+    """
+
+    compute: Callable[[slice | None], dict[str, Tensor]]
+    needs: str
+    sources: frozenset[str]
+    tiles: tuple[slice, ...] = ()
