@@ -11,7 +11,7 @@ from exact.models import LLAMA, LLAMA_HEADLESS, VIT, base, batches
 from theseus_transport import InputRefused
 from theseus_transport.activations import row_mixing as tokens
 from theseus_transport.activations.capture import Capture, capture
-from theseus_transport.activations.links import energy_links, moment_links
+from theseus_transport.activations.links import Pairs
 from theseus_transport.activations.moments import CrossMoment, Energy
 from theseus_transport.models.geometry import Geometry
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def geometries(models: Models) -> tuple[Geometry, Geometry]:
 def both(models: Models) -> dict[str, tuple[int, ...]]:
     """All links, each with both sides."""
     own, other = geometries(models)
-    return dict.fromkeys(moment_links(own, other, range(other.depth)), (0, 1))
+    return dict.fromkeys(Pairs(own, other, range(other.depth)).moments, (0, 1))
 
 
 def seen(models: Models, *pairs: tuple[Mapping[str, Any], Mapping[str, Any]], energies: bool = True) -> Capture:
@@ -58,8 +58,8 @@ def activations(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]
     def keep(name: str, side: str) -> Callable:
         return lambda _, args, result: found.__setitem__(name, args[0] if side == "input" else result)
 
-    blocks = range(geometry.depth)
-    links = {**moment_links(geometry, geometry, blocks), **energy_links(geometry, geometry, blocks)}
+    pairs = Pairs(geometry, geometry, range(geometry.depth))
+    links = {**pairs.moments, **pairs.energies}
     spaces = {name: link.target for name, link in links.items()}
     handles = [backbone.get_submodule(s.module).register_forward_hook(keep(n, s.side)) for n, s in spaces.items()]
     with torch.no_grad():

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 from exact.models import LLAMA, VIT, base
-from theseus_transport.activations.links import moment_links
+from theseus_transport.activations.links import Pairs
 from theseus_transport.alignment.block_pairing import increasing, similarities
 from theseus_transport.models.geometry import Geometry
 from torch import Tensor
@@ -51,7 +51,7 @@ def test_likeness_ignores_turns_and_sizes(tokens: int) -> None:
 
 def links(source: int, target: int, blocks: list[int | None]) -> dict[str, tuple[str, str]]:
     geometries = [Geometry.of(base(LLAMA, num_hidden_layers=depth).build()) for depth in (source, target)]
-    found = moment_links(*geometries, blocks)
+    found = Pairs(*geometries, blocks).moments
     assert all(link.source.width and link.target.width for link in found.values())
     return {name: (link.source.module, link.target.module) for name, link in found.items()}
 
@@ -84,5 +84,5 @@ def test_neighbours_share_the_space_between_them() -> None:
 
 def test_images_begin_at_the_first_norm() -> None:
     geometries = [Geometry.of(base(VIT, num_hidden_layers=depth).build()) for depth in (1, 2)]
-    found = moment_links(*geometries, [None, 0])
+    found = Pairs(*geometries, [None, 0]).moments
     assert found["embedding"].source.module == "layers.0.layernorm_before"

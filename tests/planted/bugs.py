@@ -157,7 +157,7 @@ BUGS = [
     Bug("queries and keys mapped like values", llama("turned-in-heads"), HEADS,
         "    t_shared = procrustes(shared,", "    t_shared = procrustes(paired,"),
     Bug("a block's last layer writes the block's own space", llama("rank-poor-vocabulary"), COHERENT,
-        "after = after_name(self.pairs.source, self.pairs.target, self.pairs.blocks, b)", 'after = f"{b}.attention"'),
+        "after = self.pairs.after(b)", 'after = f"{b}.attention"'),
     Bug("heads paired by index", llama("permuted"), PAIRING,
         "    score = similarity(context, heads)\n", "    score = torch.eye(*heads, dtype=torch.float64)\n"),
     Bug("groups of heads paired by index", llama("permuted"), PAIRING,
@@ -180,7 +180,7 @@ BUGS = [
     Bug("space behind a block taken from the block before", llama("shallower"), LINKS,
         "Link(source.after(own), target.after(b))", "Link(source.after(max(own - 1, 0)), target.after(b))"),
     Bug("what follows a block taken for a neighbour's", "tests/alignment/test_block_pairing.py::test_what_follows_a_block_is_compared"
-        "_with_what_follows_its_source", LINKS, "and blocks[b + 1] == own + 1 else", "else"),
+        "_with_what_follows_its_source", LINKS, "and self.blocks[b + 1] == own + 1 else", "else"),
     Bug("register tokens of one side counted", family("dino-registers-added", "linear"), BATCHES,
         "tokens.select(kept[1].repeat(samples))", "tokens.select(kept[1].repeat(samples).roll(1))"),
 

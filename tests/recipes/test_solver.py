@@ -1,7 +1,7 @@
 """Solvers: block by block, interrupted anywhere or with part of the evidence, they plan what a whole run plans."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from exact.models import Spec, base, batches
 from safetensors.torch import load_file, save_file
 from theseus_transport import Alignment, Recipe, align
 from theseus_transport.activations.capture import Capture, capture
-from theseus_transport.activations.links import Place, arrivals, energy_links, moment_links
+from theseus_transport.activations.links import Pairs, Place
 from theseus_transport.alignment.align import SOLVERS
 from theseus_transport.alignment.alignment import outline
 from theseus_transport.files.checkpoint import Checkpoint
@@ -57,7 +57,7 @@ class Case:
 
     def seen(self, recipe: Recipe) -> Capture:
         models = self.source.build(), self.target.build()
-        grams = recipe.grams(*self.geometries, moment_links(*self.geometries, self.blocks))
+        grams = recipe.grams(*self.geometries, Pairs(*self.geometries, self.blocks).moments)
         with capture(
             *models, self.geometries, energies=recipe.name == "coherent", grams=grams, blocks=self.blocks
         ) as found:
@@ -110,8 +110,8 @@ def whole(name: str, recipe: str) -> Ruleset:
     return opened(name, recipe).whole(dict(seen.moments), dict(seen.energies), dict(seen.grams))
 
 
-def portions(name: str) -> list[tuple[Place, list[str]]]:
-    return arrivals(*CASES[name].geometries, CASES[name].blocks)
+def portions(name: str) -> Sequence[tuple[Place, Sequence[str]]]:
+    return Pairs(*CASES[name].geometries, CASES[name].blocks).arrivals
 
 
 def give(solver: Solver, seen: Capture, names: Iterable[str]) -> None:
@@ -308,11 +308,10 @@ def test_the_sum_over_depth_may_be_made_in_portions() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_link_arrives_once_and_moments_in_the_order_of_a_pass(name: str) -> None:
-    case = CASES[name]
-    moments, outputs = (links(*case.geometries, case.blocks) for links in (moment_links, energy_links))
+    pairs = Pairs(*CASES[name].geometries, CASES[name].blocks)
     found = [link for _, names in portions(name) for link in names]
-    assert sorted(found) == sorted([*moments, *outputs])
-    assert [link for link in found if link in moments] == list(moments)
+    assert sorted(found) == sorted([*pairs.moments, *pairs.energies])
+    assert [link for link in found if link in pairs.moments] == list(pairs.moments)
 
 
 def test_what_a_block_shows() -> None:

@@ -5,7 +5,7 @@ import shutil
 import torch
 from helpers.large_pairs import TINY, job_of, written
 from safetensors.torch import save_file
-from theseus_transport.activations.links import energy_links, moment_links
+from theseus_transport.activations.links import Pairs
 from theseus_transport.alignment.alignment import Alignment
 from theseus_transport.calibration.calibration import batches_of
 from theseus_transport.files.checkpoint import Checkpoint
@@ -22,11 +22,10 @@ SIZES = 1, 3, 12
 def moments(folders, data, batch_size, hidden):
     opened = [Checkpoint.open(folder) for folder in folders]
     geometries = tuple(Geometry.of(checkpoint.config) for checkpoint in opened)
-    blocks, found = range(TINY[1].num_hidden_layers), {}
-    wanted = {*moment_links(*geometries, blocks), *energy_links(*geometries, blocks)}
+    pairs, found = Pairs(*geometries, range(TINY[1].num_hidden_layers)), {}
     how = {"held": None, "grams": {}, "device": torch.device("cpu"), "folder": hidden, "resident": True}
     loop = Loop([Window(c) for c in opened], geometries, batches_of({"input_ids": data}, batch_size=batch_size), **how)
-    for k, visit in enumerate(schedule(*geometries, blocks, wanted)):
+    for k, visit in enumerate(schedule(pairs, {*pairs.moments, *pairs.energies})):
         found |= loop.visit(visit, first=k == 0).moments
     return found
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny_models
 from test_loop import PAIRS, calibration
-from theseus_transport.activations.links import energy_links, moment_links
+from theseus_transport.activations.links import Pairs
 from theseus_transport.files.checkpoint import Checkpoint
 from theseus_transport.models.geometry import Geometry, by_block
 from theseus_transport.streaming.half_blocks import HALVES, of_half
@@ -29,14 +29,14 @@ def test_halves_show_what_whole_blocks_do(name, tmp_path):
     how = {"held": 2, "device": torch.device("cpu"), "folder": tmp_path / "hidden"}
     cases = [([None, 0, 1], False, 1), *([([0, 1, None], True, 1), ([0, None, 1], True, 2)] if name == "llama" else [])]
     for blocks, resident, tiles in cases:
-        wanted = {*moment_links(*geometries, blocks), *energy_links(*geometries, blocks)}
-        grams = {name: (0, 1) if ".context" not in name else (1,) for name in moment_links(*geometries, blocks)}
+        pairs = Pairs(*geometries, blocks)
+        grams = {name: (0, 1) if ".context" not in name else (1,) for name in pairs.moments}
         seen, states = {}, {}
         for halves in (False, True):
             windows = [Window(checkpoint) for checkpoint in checkpoints]
             how |= {"resident": resident, "tiles": tiles, "grams": grams, "halves": halves}
             loop, found = Loop(windows, geometries, batches, **how), seen.setdefault(halves, {})
-            for k, visit in enumerate(schedule(*geometries, blocks, wanted)):
+            for k, visit in enumerate(schedule(pairs, {*pairs.moments, *pairs.energies})):
                 got = loop.visit(visit, first=k == 0)
                 assert (
                     list(got.links) == [*visit.moments, *visit.outputs] or halves and set(got.links) == {*visit.links}

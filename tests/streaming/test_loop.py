@@ -6,7 +6,7 @@ import torch
 from helpers import tiny_models
 from helpers.whole_models import load_model
 from theseus_transport.activations.capture import capture
-from theseus_transport.activations.links import energy_links, moment_links
+from theseus_transport.activations.links import Pairs
 from theseus_transport.files.checkpoint import Checkpoint
 from theseus_transport.models.geometry import Geometry
 from theseus_transport.streaming.hidden_states import Hidden
@@ -108,12 +108,12 @@ def test_the_loop_sees_what_whole_models_show(name, tmp_path):
         with capture(*whole, geometries, blocks=blocks) as seen:
             for batch in batches:
                 seen.run(*batch)
-        wanted = {*moment_links(*geometries, blocks), *energy_links(*geometries, blocks)}
+        pairs = Pairs(*geometries, blocks)
         windows, resident = [Window(checkpoint) for checkpoint in opened], blocks[0] is None
         how = {"held": None, "grams": {}, "device": torch.device("cpu"), "folder": tmp_path / "hidden"}
         loop = Loop(windows, geometries, batches, **how, resident=resident)
         moments, energies = {}, {}
-        for k, visit in enumerate(schedule(*geometries, blocks, wanted)):
+        for k, visit in enumerate(schedule(pairs, {*pairs.moments, *pairs.energies})):
             found = loop.visit(visit, first=k == 0)
             moments |= found.moments
             energies |= found.energies
@@ -163,8 +163,8 @@ def test_tiles_of_columns_are_the_moments(tiles, tmp_path):
         tiny_models.randomised(model).save_pretrained(tmp_path / str(side))
     opened = [Checkpoint.open(tmp_path / str(side)) for side in range(2)]
     geometries = tuple(Geometry.of(checkpoint.config) for checkpoint in opened)
-    batches, blocks = [(batch, batch) for batch in calibration("text")], [0, 1, None]
-    visits = schedule(*geometries, blocks, {*moment_links(*geometries, blocks), *energy_links(*geometries, blocks)})
+    batches, pairs = [(batch, batch) for batch in calibration("text")], Pairs(*geometries, [0, 1, None])
+    visits = schedule(pairs, {*pairs.moments, *pairs.energies})
     found = []
     for n in (1, tiles):
         grams = {"0.context": (1,), "1.attention": (0, 1)}

@@ -16,7 +16,7 @@ from ..models.family import Slot
 from ..models.forward import Batch, backbone, run_model
 from ..models.geometry import Geometry, Space
 from ..models.open_attention import open_attention
-from .links import Blocks, Link, energy_links, moment_links
+from .links import Blocks, Link, Pairs
 from .moments import CrossMoment, Energy, Grams, add_energies, update_together
 from .pairing_tokens import Mixings, mixings
 
@@ -240,8 +240,8 @@ def capture(
     with ExitStack() as stack:
         for model in {id(m): m for m in (source, target)}.values():
             stack.enter_context(open_attention(model))
-        paired = range(geometries[1].depth) if blocks is None else blocks
-        moments, outputs = moment_links(*geometries, paired), energy_links(*geometries, paired) if energies else {}
+        pairs = Pairs(*geometries, range(geometries[1].depth) if blocks is None else blocks)
+        moments, outputs = pairs.moments, pairs.energies if energies else {}
         inside = backbone(source, geometries[0]), backbone(target, geometries[1])
         device = next(inside[1].parameters()).device
         seen = Capture(inside, geometries, moments=moments, outputs=outputs, grams=grams, device=device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..models.geometry import Geometry, Layer, Space
 
 Blocks = Sequence["int | None"]  # for every target block the source block that feeds it
+PARTS = "attention", "context", "mlp", "middle"  # the spaces of a block, in the order of a forward pass
 Place = int | None  # a target block; None is what lies outside all blocks
 
 
@@ -19,72 +21,10 @@ class Link:
     target: Space
 
 
-def moment_links(source: Geometry, target: Geometry, blocks: Blocks) -> dict[str, Link]:
-    """The spaces whose cross-moments are wanted, by name, in the order a forward pass of the target meets them.
-
-    Of every paired target block b: ``b.attention``, ``b.context``, ``b.mlp``, ``b.middle``; ``b.after`` where what
-    follows the two blocks is no such pair itself; ``embedding`` where what follows the embeddings is not
-    ``0.attention``; ``final``.
-    """
-    found: dict[str, Link] = {}
-    if blocks[0] != 0 or source.family.embedding_norm or target.family.embedding_norm:
-        found["embedding"] = Link(source.first(), target.first())
-    for b, own in enumerate(blocks):
-        if own is None:
-            continue
-        for part in ("attention", "context", "mlp", "middle"):
-            found[f"{b}.{part}"] = Link(source.space(own, part), target.space(b, part))
-        if after_name(source, target, blocks, b) == f"{b}.after":
-            found[f"{b}.after"] = Link(source.after(own), target.after(b))
-    found["final"] = Link(source.final(), target.final())
-    return found
-
-
-def after_name(source: Geometry, target: Geometry, blocks: Blocks, b: int) -> str:
-    """The name of the link between what follows target block ``b`` and what follows its source block."""
-    own, last = blocks[b], b + 1 == target.depth
-    assert own is not None
-    if last and own + 1 == source.depth:
-        return "final"
-    return f"{b + 1}.attention" if not last and blocks[b + 1] == own + 1 else f"{b}.after"
-
-
 def block_of(name: str) -> int | None:
     """The target block of a link; None outside all blocks."""
     block = name.split(".")[0]
     return int(block) if block.isdigit() else None
-
-
-def energy_links(source: Geometry, target: Geometry, blocks: Blocks) -> dict[str, Link]:
-    """The outputs whose energies set the scales: by target layer, and ``embedding.output``, ``embedding.norm``."""
-    found = {"embedding.output": Link(source.embedded(), target.embedded())}
-    if source.family.embedding_norm and target.family.embedding_norm:
-        found["embedding.norm"] = Link(source.first(), target.first())
-    for layer in target.layers():
-        if layer.role != "head" and (own := blocks[layer.block]) is not None:
-            found[layer.name] = Link(_written(source, layer, own), target.written(layer))
-    return found
-
-
-def arrivals(source: Geometry, target: Geometry, blocks: Blocks) -> list[tuple[Place, list[str]]]:
-    """Names of :func:`moment_links` and :func:`energy_links` as a run block by block meets them, each once.
-
-    First ``None`` with what precedes the first block; every paired target block with what it and its successor show;
-    at the end ``None`` with what is left.
-    """
-    moments, outputs = moment_links(source, target, blocks), energy_links(source, target, blocks)
-    start = ["embedding", *(["0.attention"] if blocks[0] == 0 else []), "embedding.output", "embedding.norm"]
-    steps: list[tuple[Place, list[str]]] = [(None, start)]
-    for b in (b for b, own in enumerate(blocks) if own is not None):
-        parts = [f"{b}.{part}" for part in ("attention", "context", "mlp", "middle")]
-        layers = [layer.name for layer in target.layers() if layer.block == b and layer.name in outputs]
-        steps.append((b, [*parts, after_name(source, target, blocks, b), *layers]))
-    left = dict.fromkeys([*moments, *outputs])
-    met = [
-        (place, [name for name in names if left.pop(name, 0) is None]) for place, names in [*steps, (None, ["final"])]
-    ]
-    assert not left
-    return met
 
 
 @dataclass(frozen=True)
@@ -104,6 +44,71 @@ class Pairs:
     def places(self) -> list[Place]:
         """The target's paired blocks in order, then None."""
         return [*(b for b, own in enumerate(self.blocks) if own is not None), None]
+
+    @cached_property
+    def moments(self) -> Mapping[str, Link]:
+        """The spaces whose cross-moments are wanted, by name, in the order a forward pass of the target meets them.
+
+        Of every paired target block b: ``b.attention``, ``b.context``, ``b.mlp``, ``b.middle``; ``b.after`` where what
+        follows the two blocks is no such pair itself; ``embedding`` where what follows the embeddings is not
+        ``0.attention``; ``final``.
+        """
+        source, target = self.source, self.target
+        found: dict[str, Link] = {}
+        if self.blocks[0] != 0 or source.family.embedding_norm or target.family.embedding_norm:
+            found["embedding"] = Link(source.first(), target.first())
+        for b, own in enumerate(self.blocks):
+            if own is None:
+                continue
+            for part in PARTS:
+                found[f"{b}.{part}"] = Link(source.space(own, part), target.space(b, part))
+            if self.after(b) == f"{b}.after":
+                found[f"{b}.after"] = Link(source.after(own), target.after(b))
+        found["final"] = Link(source.final(), target.final())
+        return found
+
+    @cached_property
+    def energies(self) -> Mapping[str, Link]:
+        """The outputs whose energies set the scales: by target layer, and ``embedding.output``, ``embedding.norm``."""
+        source, target = self.source, self.target
+        found = {"embedding.output": Link(source.embedded(), target.embedded())}
+        if source.family.embedding_norm and target.family.embedding_norm:
+            found["embedding.norm"] = Link(source.first(), target.first())
+        for layer in target.layers():
+            if layer.role != "head" and (block := self.blocks[layer.block]) is not None:
+                own = source.counterpart(layer, block)
+                assert own is not None  # check_pair
+                found[layer.name] = Link(source.written(own), target.written(layer))
+        return found
+
+    @cached_property
+    def arrivals(self) -> Sequence[tuple[Place, Sequence[str]]]:
+        """Names of :attr:`moments` and :attr:`energies` as a run block by block meets them, each once.
+
+        First ``None`` with what precedes the first block; every paired target block with what it and its successor
+        show; at the end ``None`` with what is left.
+        """
+        start = ["embedding", *(["0.attention"] if self.blocks[0] == 0 else []), "embedding.output", "embedding.norm"]
+        steps: list[tuple[Place, list[str]]] = [(None, start)]
+        for b in (b for b in self.places if b is not None):
+            spaces = [f"{b}.{part}" for part in PARTS]
+            layers = [la.name for la in self.target.layers() if la.block == b and la.name in self.energies]
+            steps.append((b, [*spaces, self.after(b), *layers]))
+        left = dict.fromkeys([*self.moments, *self.energies])
+        met = [
+            (place, [name for name in names if left.pop(name, 0) is None])
+            for place, names in [*steps, (None, ["final"])]
+        ]
+        assert not left
+        return met
+
+    def after(self, b: int) -> str:
+        """The name of the link between what follows target block ``b`` and what follows its source block."""
+        own, last = self.blocks[b], b + 1 == self.target.depth
+        assert own is not None
+        if last and own + 1 == self.source.depth:
+            return "final"
+        return f"{b + 1}.attention" if not last and self.blocks[b + 1] == own + 1 else f"{b}.after"
 
     def layers(self, place: Place) -> Iterator[tuple[Layer, Layer]]:
         """(source, target) of every linear layer that is fed; outside blocks these are the heads."""
@@ -148,9 +153,3 @@ class Pairs:
         if source.embedding_norm and target.embedding_norm:
             yield source.embedding_norm, target.embedding_norm, "embedding"
         yield source.final_norm, target.final_norm, "final"
-
-
-def _written(source: Geometry, layer: Layer, block: int) -> Space:
-    own = source.counterpart(layer, block)
-    assert own is not None  # check_pair
-    return source.written(own)

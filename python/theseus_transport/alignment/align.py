@@ -11,7 +11,7 @@ from torch import nn
 
 from ..activations.capture import capture
 from ..activations.inputs import checked_batches
-from ..activations.links import moment_links
+from ..activations.links import Pairs
 from ..errors import InputRefused
 from ..linalg.procrustes import FLOOR, FLOOR_DOUBLE, Null
 from ..machine import find_device
@@ -74,7 +74,7 @@ def align(
     with in_float32(source, target):
         same = geometries[0].depth == geometries[1].depth
         blocks = by_position(*geometries) if same else pair_blocks(source, target, geometries, pairs)
-        grams = chosen.grams(*geometries, moment_links(*geometries, blocks))
+        grams = chosen.grams(*geometries, Pairs(*geometries, blocks).moments)
         with capture(
             source, target, geometries, energies=chosen.name == "coherent", grams=grams, blocks=blocks
         ) as seen:

@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from ..activations.links import block_of, moment_links
+from ..activations.links import Pairs, block_of
 from ..alignment.alignment import outline
 from ..alignment.block_pairing import by_position
 from ..calibration.extent import Extent
@@ -87,7 +87,7 @@ class Sizes:
     @cached_property
     def _links(self) -> dict[str, Widths]:
         found: dict[int | None, dict[str, Widths]] = {}
-        links = moment_links(*self.geometries, by_position(*self.geometries))
+        links = Pairs(*self.geometries, by_position(*self.geometries)).moments
         widths = {name: (link.source.width, link.target.width) for name, link in links.items()}
         for name in filter(self._uses, widths):
             found.setdefault(block_of(name), {})[name] = widths[name]

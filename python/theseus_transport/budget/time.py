@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from ..activations.links import Blocks, Link, moment_links
+from ..activations.links import Blocks, Link, Pairs
 from ..alignment.block_pairing import by_position
 from ..calibration.extent import Extent
 from ..files.checkpoint import Checkpoint
@@ -79,7 +79,7 @@ class Effort:
     def seconds(self, device: torch.device) -> dict[str, float]:
         """By stage; reading, writing and starting up are not in them."""
         single, double = rate(torch.float32, device), rate(torch.float64, device)
-        visits = schedule(*self.geometries, self.blocks, self.needed)
+        visits = schedule(Pairs(*self.geometries, self.blocks), self.needed)
         links = {name: link for visit in visits for name, link in visit.moments.items()}
         flops = 0
         for k, side in enumerate(zip(self.sides, self.geometries, self.rows, strict=True)):
@@ -113,7 +113,7 @@ def forward(checkpoint: Checkpoint, geometry: Geometry, tokens: int, blocks: Col
 def decompositions(geometries: Geometries, recipe: Recipe, links: Collection[str] | None = None) -> int:
     """Flops of the polar factors of these links or all: spaces, heads, and in ``paper`` what layers read there give."""
     source, target = geometries
-    every = moment_links(*geometries, by_position(*geometries))
+    every = Pairs(*geometries, by_position(*geometries)).moments
     sizes = []
     for name, link in every.items():
         if links is not None and name not in links:

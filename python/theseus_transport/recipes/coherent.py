@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..activations.links import Blocks, Link, after_name, block_of, energy_links
+from ..activations.links import Blocks, Link, block_of
 from ..activations.moments import CrossMoment
 from ..linalg.polar import remote
 from ..models.base import Base
@@ -48,7 +48,7 @@ class Coherent(Solver):
 
     @property
     def every(self) -> set[str]:
-        return {*self.links, *energy_links(self.pairs.source, self.pairs.target, self.pairs.blocks)}
+        return {*self.links, *self.pairs.energies}
 
     def _layer_needs(self, layer: Layer) -> set[str]:
         b = layer.block
@@ -60,11 +60,7 @@ class Coherent(Solver):
             case "expand":
                 return {f"{b}.mlp", f"{b}.middle", layer.name}
             case "contract":
-                return {
-                    f"{b}.middle",
-                    after_name(self.pairs.source, self.pairs.target, self.pairs.blocks, b),
-                    layer.name,
-                }
+                return {f"{b}.middle", self.pairs.after(b), layer.name}
         reads = self._completable(self._first) if b == 0 and self._first == "0.attention" else {f"{b}.attention"}
         return reads | self._head_needs(b, layer.role)
 
@@ -174,7 +170,7 @@ class Coherent(Solver):
             scale = scale_of(float(seen.source[alive[0]].sum()), float(seen.target[alive[1]].sum()), self.recipe)
             return Rule(own.name, f"{b}.mlp", f"{b}.middle", self._whitened, scale)
         inner = scale_of(float(energies[0].sum()), float(energies[1].sum()), self.recipe)
-        after = after_name(self.pairs.source, self.pairs.target, self.pairs.blocks, b)
+        after = self.pairs.after(b)
         return Rule(own.name, f"{b}.middle", after, inner, self._written(layer.name))
 
     def _fit(self, own: Layer, layer: Layer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..activations.links import Pairs, moment_links
+from ..activations.links import Pairs
 from .recipe import Recipe
 
 PlannedMap = tuple[str, tuple[int, ...], torch.dtype]
@@ -15,8 +15,7 @@ def planned_maps(pairs: Pairs, recipe: Recipe) -> list[PlannedMap]:
 
     Completed maps are among them wherever the recipe could complete one; few token types decide whether it does.
     """
-    links = moment_links(pairs.source, pairs.target, pairs.blocks)
-    sizes: dict[str, tuple[int, ...]] = {n: (link.source.width, link.target.width) for n, link in links.items()}
+    sizes: dict[str, tuple[int, ...]] = {n: (link.source.width, link.target.width) for n, link in pairs.moments.items()}
     if recipe.name == "paper":
         dense = [(f"{name}/matrix", size) for name, size in sizes.items()]
         return _doubles(dense + [part for b in pairs.places if b is not None for part in _outputs(pairs, b, recipe)])

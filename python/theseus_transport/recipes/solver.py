@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..activations.links import Blocks, Pairs, arrivals, block_of, moment_links
+from ..activations.links import Blocks, Pairs, block_of
 from ..activations.moments import CrossMoment, Energy, Grams
 from ..errors import InputRefused, NumericalError
 from ..linalg.procrustes import ITERATE_FROM, Method, Polar, procrustes
@@ -25,7 +25,7 @@ PARTS = [f.name for f in fields(CrossMoment) if f.name != "count"]
 
 
 class Solver(ABC):
-    """A recipe at work: maps and rules as evidence arrives, block by block, in the order of :func:`links.arrivals`.
+    """A recipe at work: maps and rules as evidence arrives, block by block, in the order of :attr:`Pairs.arrivals`.
 
     For every portion :meth:`add` what was seen; then :meth:`block`, where it is a block's; at the end :meth:`finish`.
     What never arrives yields no rule. A moment is held while something needs it.
@@ -48,7 +48,7 @@ class Solver(ABC):
         """
         self.source, self.target, self.recipe, self.toward = source, target, recipe, toward
         self.pairs = Pairs(source.geometry, target.geometry, blocks)
-        self.links = moment_links(source.geometry, target.geometry, blocks)
+        self.links = self.pairs.moments
         self.ruleset = Ruleset()
         self.moments: dict[str, CrossMoment] = {}
         self.energies: dict[str, Energy] = {}
@@ -144,7 +144,7 @@ class Solver(ABC):
 
     def whole(self, moments: dict[str, CrossMoment], energies: dict[str, Energy], grams: dict[str, Grams]) -> Ruleset:
         """The plan from all evidence, given as block after block would bring it; the three are emptied meanwhile."""
-        for place, names in arrivals(self.pairs.source, self.pairs.target, self.pairs.blocks):
+        for place, names in self.pairs.arrivals:
             self.add(_taken(moments, names), _taken(energies, names), _taken(grams, names))
             if place is not None:
                 self.block(place)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..activations.capture import Capture
-from ..activations.links import Blocks, moment_links
+from ..activations.links import Blocks, Pairs
 from ..alignment.quality import Quality, as_mapped, quality, warn
 from ..calibration.calibration import Calibration
 from ..errors import InputRefused, NumericalError
@@ -165,7 +165,7 @@ class Passage:
         wanted = self.sink.needs(self.solver)
         if self.solver.wants_together:
             wanted |= {name for name, link in self.solver.links.items() if link.target.norm}
-        return schedule(*self.geometries, self.solver.pairs.blocks, wanted)
+        return schedule(self.solver.pairs, wanted)
 
     def _loop(self, batches: Sequence[Any]) -> Loop:
         held = len(self.data.batches) if self.data.held else None
@@ -264,15 +264,15 @@ def all_together(
         folder: for files of hidden states; None: they stay in memory. halves: as of :class:`Passage`.
     """
     geometries, found = (bases[0].geometry, bases[1].geometry), None
-    links = moment_links(*geometries, blocks)
-    behind_norms = {name for name, link in links.items() if link.target.norm}
-    visits = schedule(*geometries, blocks, behind_norms)
+    pairs = Pairs(*geometries, blocks)
+    behind_norms = {name for name, link in pairs.moments.items() if link.target.norm}
+    visits = schedule(pairs, behind_norms)
     with temporary(folder) as place:
         how: dict[str, Any] = {"held": None, "grams": {}, "device": device, "halves": halves}
         loop = Loop(windows, geometries, data.batches, **how, folder=place or Path(), resident=place is None)
         for k, visit in enumerate(visits):
             seen = loop.visit(visit, first=k == 0)
-            found = together(*bases, links, seen.moments, found)
+            found = together(*bases, pairs.moments, seen.moments, found)
             for window in windows:
                 window.release()
     return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..activations.links import Blocks, Link, after_name, arrivals, energy_links, moment_links
-from ..models.geometry import Geometry, Space
+from ..activations.links import Link, Pairs
+from ..models.geometry import Space
 
 Links = dict[str, Link]
 
@@ -54,18 +54,17 @@ class Visit:
         return self.source, self.target
 
 
-def schedule(source: Geometry, target: Geometry, blocks: Blocks, wanted: Collection[str]) -> list[Visit]:
+def schedule(pairs: Pairs, wanted: Collection[str]) -> list[Visit]:
     """The embeddings, a visit for every pair of blocks and every block by itself, the end.
 
     What comes after the last ``wanted`` link is left out.
 
     Args:
-        blocks: for every target block the source block that feeds it, or None.
         wanted: names of links.
     """
-    moments = {n: _unpooled(link) for n, link in moment_links(source, target, blocks).items() if n in wanted}
-    outputs = {n: link for n, link in energy_links(source, target, blocks).items() if n in wanted}
-    (_, first), *inside, (_, last) = arrivals(source, target, blocks)
+    moments = {n: _unpooled(link) for n, link in pairs.moments.items() if n in wanted}
+    outputs = {n: link for n, link in pairs.energies.items() if n in wanted}
+    (_, first), *inside, (_, last) = pairs.arrivals
     met = dict(inside)
 
     def seen(names: Sequence[str]) -> tuple[Links, Links]:
@@ -73,17 +72,18 @@ def schedule(source: Geometry, target: Geometry, blocks: Blocks, wanted: Collect
         return own, other
 
     start, end = Visit(None, None, *seen(first)), Visit(None, None, *seen(last))
-    run_ahead = {source.family.embedding_norm, target.family.embedding_norm}  # with the embeddings
+    run_ahead = {pairs.source.family.embedding_norm, pairs.target.family.embedding_norm}  # with the embeddings
     visits, at = [replace(start, norms=_norms(start.links.values(), run_ahead))], 0
-    for b, own in enumerate(blocks):
+    for b, own in enumerate(pairs.blocks):
         if own is None:
             visits.append(Visit(target=b))
             continue
-        (spaces, layers), after = seen(met[b]), after_name(source, target, blocks, b)
+        (spaces, layers), after = seen(met[b]), pairs.after(b)
         follow = _norms([spaces[after]] if after in spaces else [])
         visits += [Visit(source=j) for j in range(at, own)] + [Visit(own, b, spaces, layers, follow)]
         at = own + 1
-    visits += [Visit(source=j) for j in range(at, source.depth)] + [replace(end, norms=_norms(end.links.values()))]
+    visits += [Visit(source=j) for j in range(at, pairs.source.depth)]
+    visits.append(replace(end, norms=_norms(end.links.values())))
     while len(visits) > 1 and not visits[-1].links:
         visits.pop()
     return visits
