@@ -6,7 +6,7 @@ from helpers import tiny_models
 from test_loop import PAIRS, calibration
 from theseus_transport.activations.links import Pairs
 from theseus_transport.files.checkpoint import Checkpoint
-from theseus_transport.models.geometry import Geometry, by_block
+from theseus_transport.models.geometry import Geometry
 from theseus_transport.streaming.half_blocks import HALVES, of_half
 from theseus_transport.streaming.loop import Loop
 from theseus_transport.streaming.schedule import schedule
@@ -64,7 +64,7 @@ def test_each_half_has_the_weights_of_its_layers_alone(name, tmp_path):
     """The matrices of both halves are those of the block, each in one of them."""
     checkpoints, geometries = opened(name, tmp_path)
     for checkpoint, geometry in zip(checkpoints, geometries, strict=True):
-        names = by_block(geometry, checkpoint)[0]
+        names = geometry.family.by_block(checkpoint)[0]
         assert of_half(geometry, names, None) == names
         matrices = [{n for n in of_half(geometry, names, half) if len(checkpoint.shapes[n]) > 1} for half in HALVES]
         assert not matrices[0] & matrices[1]

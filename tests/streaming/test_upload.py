@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from theseus_transport.files.checkpoint import Checkpoint
 from theseus_transport.jobs.settings import Job
 from theseus_transport.jobs.transport_job import Session
-from theseus_transport.models.geometry import Geometry, by_block
+from theseus_transport.models.geometry import Geometry
 from theseus_transport.streaming import upload as module
 from theseus_transport.streaming.skeleton import Skeleton
 from theseus_transport.streaming.upload import RING, Upload
@@ -203,7 +203,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def walked(checkpoint: Checkpoint, device: torch.device) -> Iterator[int]:
     """The loop's order over all blocks, the next always read ahead; their bytes as stored."""
     geometry, stored = Geometry.of(checkpoint.config), load_file(checkpoint.files[0])
-    blocks = by_block(geometry, checkpoint)
+    blocks = geometry.family.by_block(checkpoint)
     with Window(checkpoint) as window:
         skeleton = Skeleton(window, geometry, device)
         for b in range(DEPTH):
@@ -227,7 +227,7 @@ def test_no_more_than_two_blocks_are_on_the_device(checkpoint: Checkpoint, machi
 
 def test_what_was_sent_ahead_is_not_sent_again(checkpoint: Checkpoint, machines: list[Simulated]) -> None:
     assert len(list(walked(checkpoint, CPU))) == DEPTH
-    assert len(machines[0].memory) == sum(map(len, by_block(Geometry.of(checkpoint.config), checkpoint).values()))
+    assert len(machines[0].memory) == sum(map(len, Geometry.of(checkpoint.config).family.by_block(checkpoint).values()))
 
 
 # --- the window ------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_blocks_on_a_gpu_hold_the_file_s_bits(gpu: None, checkpoint: Checkpoint)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     nbytes = max(walked(checkpoint, CUDA))
-    count = max(map(len, by_block(Geometry.of(checkpoint.config), checkpoint).values()))
+    count = max(map(len, Geometry.of(checkpoint.config).family.by_block(checkpoint).values()))
     elements = nbytes // checkpoint.dtypes[min(checkpoint)].itemsize
     converted = 0 if torch.float32 in checkpoint.dtypes.values() else 4 * elements
     tables = 1 << 14  # rotary frequencies, and rows compared above

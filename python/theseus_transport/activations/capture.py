@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputRefused
 from ..models.family import Slot
-from ..models.forward import Batch, backbone, run_model
+from ..models.forward import Batch, backbone, in_evaluation, run_model
 from ..models.geometry import Geometry, Space
 from ..models.open_attention import open_attention
 from .links import Blocks, Link, Pairs
@@ -236,8 +236,8 @@ def capture(
         energies: whether the energies of outputs are wanted; grams: as of :class:`Capture`.
         blocks: for every target block the source block it is compared with, or None; by default the same one.
     """
-    training = [(m, m.training) for model in (source, target) for m in model.modules()]
     with ExitStack() as stack:
+        stack.enter_context(in_evaluation(source, target))
         for model in {id(m): m for m in (source, target)}.values():
             stack.enter_context(open_attention(model))
         pairs = Pairs(*geometries, range(geometries[1].depth) if blocks is None else blocks)
@@ -245,13 +245,8 @@ def capture(
         inside = backbone(source, geometries[0]), backbone(target, geometries[1])
         device = next(inside[1].parameters()).device
         seen = Capture(inside, geometries, moments=moments, outputs=outputs, grams=grams, device=device)
-        try:
-            with seen.opened():
-                source.eval(), target.eval()
-                yield seen
-        finally:
-            for module, mode in training:
-                module.training = mode
+        with seen.opened():
+            yield seen
 
 
 Observe = Callable[[Tensor], None]

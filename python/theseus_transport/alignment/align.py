@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..activations.capture import capture
 from ..activations.inputs import checked_batches
 from ..activations.links import Pairs
 from ..errors import InputRefused
-from ..linalg.procrustes import FLOOR, FLOOR_DOUBLE, Null
+from ..linalg.procrustes import Null
 from ..machine import find_device
 from ..models.arguments import check_models, sample_of
 from ..models.base import Base
@@ -63,8 +62,8 @@ def align(
     chosen = Recipe.named(recipe, **options)
     check_models(source=source, target=target)
     double = all(p.dtype == torch.float64 for model in (source, target) for p in model.parameters())
-    if floor is None and chosen.floor == FLOOR and double:
-        chosen = replace(chosen, floor=FLOOR_DOUBLE)
+    if floor is None and double:
+        chosen = chosen.in_float64()
     bases = Base.of(source), Base.of(target)
     geometries = (bases[0].geometry, bases[1].geometry)
     check_pair(*geometries, chosen)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..activations.pairing_tokens import mixings
 from ..activations.row_mixing import RowMixing
 from ..errors import InputRefused, NumericalError
-from ..models.forward import Batch, backbone, hidden_of, run_model, state_of
+from ..models.forward import Batch, backbone, hidden_of, in_evaluation, run_model, state_of
 from ..models.geometry import Geometry
 
 TOKENS = 256  # rows compared, spread over all batches: 2 x depth x width x 1 KiB are kept
@@ -33,9 +33,7 @@ def pair_blocks(
         batches: calibration batches (source, target); every one is run once.
     """
     updates: list[list[list[Tensor]]] = [[[] for _ in range(la.depth)] for la in geometries]
-    training = [(m, m.training) for model in (source, target) for m in model.modules()]
-    try:
-        source.eval(), target.eval()
+    with in_evaluation(source, target):
         for pair in batches:
             rows = mixings(geometries, *pair)
             share = -(-TOKENS // len(batches))
@@ -44,9 +42,6 @@ def pair_blocks(
             ):
                 for b, update in enumerate(block_updates(model, geometry, batch, partial(_spread, mixing, share))):
                     kept[b].append(update)
-    finally:
-        for module, mode in training:
-            module.training = mode
     return _paired(updates)
 
 

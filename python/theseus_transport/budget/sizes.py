@@ -13,7 +13,7 @@ from ..alignment.alignment import outline
 from ..alignment.block_pairing import by_position
 from ..calibration.extent import Extent
 from ..files.checkpoint import Checkpoint
-from ..models.geometry import Geometry, by_block
+from ..models.geometry import Geometry
 from ..recipes.planned_maps import planned_maps
 from ..recipes.recipe import Recipe
 from ..streaming.half_blocks import HALVES, Half, of_half
@@ -134,5 +134,5 @@ def _largest(checkpoint: Checkpoint | Merged, geometry: Geometry, half: Half | N
         size = dtype.itemsize if not cast else 0 if dtype == runs else runs.itemsize
         return size * prod(checkpoint.shapes[name])
 
-    blocks = by_block(geometry, checkpoint).values()
+    blocks = geometry.family.by_block(checkpoint).values()
     return max((sum(map(bytes_of, of_half(geometry, names, half))) for names in blocks), default=0)

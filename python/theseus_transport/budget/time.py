@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +15,6 @@ from ..files.checkpoint import Checkpoint
 from ..machine import rate
 from ..models.base import canonical_shapes
 from ..models.geometry import Geometry
-from ..recipes.coherent import READS
 from ..recipes.recipe import Recipe
 from ..streaming.schedule import schedule
 from ..updates.computed import ComputedUpdate
@@ -104,10 +102,10 @@ class Effort:
 
 def forward(checkpoint: Checkpoint, geometry: Geometry, tokens: int, blocks: Collection[int] | None = None) -> int:
     """Flops of the linear layers of these blocks, or of all; attention scores are far below them."""
-    inside = re.compile(rf"{re.escape(geometry.family.blocks)}\.(\d+)\.")
+    inside = range(geometry.depth) if blocks is None else blocks
     shapes = canonical_shapes(geometry, checkpoint).items()
-    found = ((int(match[1]), shape) for name, shape in shapes if (match := inside.match(name)))
-    return 2 * tokens * sum(prod(shape) for b, shape in found if len(shape) == 2 and (blocks is None or b in blocks))
+    found = [shape for name, shape in shapes if len(shape) == 2 and geometry.family.block_of(name) in inside]
+    return 2 * tokens * sum(map(prod, found))
 
 
 def decompositions(geometries: Geometries, recipe: Recipe, links: Collection[str] | None = None) -> int:
@@ -124,7 +122,7 @@ def decompositions(geometries: Geometries, recipe: Recipe, links: Collection[str
             sizes.append(_widths(link))
     own, into = source.weights(), target.weights()
     for layer in target.layers() if recipe.name == "paper" else ():
-        if layer.role in into and (links is None or f"{layer.block}.{READS.get(layer.role, 'attention')}" in links):
+        if layer.role in into and (links is None or layer.reads in links):
             (out_s, in_s), (out_t, in_t) = own[layer.role], into[layer.role]
             expands = out_s > in_s + 1 and out_t > in_t + 1  # then the small factor is decomposed
             sizes.append((in_s + 1, in_t + 1) if expands else (out_s, out_t))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..alignment.align import align
 from ..errors import InputRefused
+from ..models.forward import in_evaluation
 from ..models.open_attention import open_attention
 from ..models.precision import in_float32
 from ..recipes.recipe import Recipe
@@ -153,7 +154,7 @@ class DropIn:
         if recipe.name == "coherent":
             return {"move": _coherently(*scopes, pairs, recipe), "n_batches": count}
         wanted = {short: delta[full] for short, full in _keys(delta).items()} if delta else scopes[0].state_dict()
-        with _in_evaluation(source_model, target_model), in_float32(source_model, target_model), ExitStack() as stack:
+        with in_evaluation(source_model, target_model), in_float32(source_model, target_model), ExitStack() as stack:
             opened = set()
             if chosen.patch_qkv if chosen.split_qkv is None else chosen.split_qkv:
                 opened = {name for scope in scopes for name in _open(stack, scope)}
@@ -255,18 +256,6 @@ def _open(stack: ExitStack, scope: nn.Module) -> Iterator[str]:
         before = {name for name, m in scope.named_modules() if isinstance(m, nn.MultiheadAttention)}
         stack.enter_context(open_attention(blocks))
         yield from before - {name for name, m in scope.named_modules() if isinstance(m, nn.MultiheadAttention)}
-
-
-@contextmanager
-def _in_evaluation(*models: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _coherently(source: nn.Module, target: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], recipe: Recipe) -> Move:

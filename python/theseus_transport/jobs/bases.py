@@ -26,7 +26,6 @@ from ..errors import InputRefused
 from ..files.checkpoint import Checkpoint
 from ..files.earlier_runs import unfinished
 from ..files.journal import Work
-from ..linalg.procrustes import FLOOR, FLOOR_DOUBLE
 from ..machine import available_memory, find_device, free_device_memory, resident_memory
 from ..models.base import Base
 from ..models.geometry import Geometry
@@ -193,8 +192,8 @@ class Bases:
 
     def recipe(self) -> Recipe:
         """The job's, with the floor that follows the models' precision."""
-        chosen, double = self.job.recipe, all(c.compute_dtype == torch.float64 for c in self.checkpoints)
-        return replace(chosen, floor=FLOOR_DOUBLE) if double and chosen.floor == FLOOR else chosen
+        double = all(checkpoint.compute_dtype == torch.float64 for checkpoint in self.checkpoints)
+        return self.job.recipe.in_float64() if double else self.job.recipe
 
     def blocks(self, data: Calibration) -> Blocks:
         """For every target block the source block that feeds it; where depths differ, after a pass over both models."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,8 +100,7 @@ def check_shapes(
     geometry: Geometry, shapes: Mapping[str, Sequence[int]], *, says: str = "config.json", cure: str = BELONG
 ) -> None:
     """Compare shapes, by canonical name, with what ``says`` promised, before anything of that size is made."""
-    inside = re.compile(rf"{re.escape(geometry.family.blocks)}\.(\d+)\.")
-    blocks = {match[1] for name in shapes if (match := inside.match(name))}
+    blocks = {geometry.family.block_of(name) for name in shapes} - {None}
     if len(blocks) != geometry.depth:
         raise InputRefused(f"{says} says {geometry.depth} blocks, the tensors are of {len(blocks)}; {cure}")
     roles, width = geometry.weights(), geometry.width

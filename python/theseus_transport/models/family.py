@@ -130,6 +130,11 @@ class Family:
     geometry: Sizes = dict
     recognise: Callable[[Any], Mapping[str, Any] | None] = lambda module: None
 
+    def block_of(self, name: str) -> int | None:
+        """The number of the block in which a canonical name of a tensor or module lies; None outside the blocks."""
+        inside = re.match(rf"{re.escape(self.blocks)}\.(\d{{1,9}})\.", name)  # a file may name any number
+        return int(inside[1]) if inside else None
+
     def embedding(self, slot: str) -> Embedding | None:
         """The embedding in a slot, if the family has one."""
         return next((e for e in self.embeddings if e.slot == slot), None)
@@ -140,6 +145,14 @@ class Family:
         for pattern, replacement in self.aliases:
             name = re.sub(pattern, replacement, name)
         return name
+
+    def by_block(self, names: Iterable[str]) -> dict[int, list[str]]:
+        """Stored tensors by the block they lie in; those outside blocks are not among them."""
+        found: dict[int, list[str]] = {}
+        for name in names:
+            if (block := self.block_of(self.canonical(name))) is not None:
+                found.setdefault(block, []).append(name)
+        return found
 
     def spelled(self, names: Iterable[str]) -> dict[str, str]:
         """Canonical name -> the spelling used in ``names``.
@@ -170,11 +183,11 @@ class Family:
 
     def parts(self, layer: str, stored: str = "") -> dict[str, Slot]:
         """The canonical layers kept in a stored layer: itself, or those of a fused one."""
-        block = re.match(rf"{re.escape(self.blocks)}\.\d+\.", layer)
-        start = block[0] if block else ""
+        block = self.block_of(layer)
+        start = "" if block is None else f"{self.blocks}.{block}."
         names = self.fused.get(layer.removeprefix(start), ())
         turned = any(re.search(pattern, layer) for pattern in self.transposed)
-        if not (block and names):
+        if block is None or not names:
             return {layer: Slot(stored, transposed=turned)}
         return {f"{start}{name}": Slot(stored, i, len(names), turned) for i, name in enumerate(names)}
 

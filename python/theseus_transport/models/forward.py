@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,19 @@ def backbone(model: nn.Module, geometry: Geometry) -> nn.Module:
     """The model without its head."""
     inside = getattr(model, geometry.family.prefix, None) if geometry.family.prefix else None
     return inside if isinstance(inside, nn.Module) else model
+
+
+@contextmanager
+def in_evaluation(*models: nn.Module) -> Iterator[None]:
+    """Models in evaluation mode; every module is in the mode it was in afterwards."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def run_model(model: nn.Module, geometry: Geometry, batch: Batch, device: torch.device) -> None:

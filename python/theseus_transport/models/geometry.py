@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from .family import Family
 
 DEEPEST = 10_000  # blocks; a record that says more is no model's
 Role = Literal["query", "key", "value", "output", "expand", "contract", "head"]
+READS = {"output": "context", "expand": "mlp", "contract": "middle"}  # other layers of a block the attention's input
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Layer:
     block: int
     norm: str | None = None
     scale: str | None = None
+
+    @property
+    def reads(self) -> str:
+        """The space it reads, by the name of the link that compares it: ``3.context``, or ``final`` of a head."""
+        return "final" if self.role == "head" else f"{self.block}.{READS.get(self.role, 'attention')}"
 
 
 @dataclass(frozen=True)
@@ -266,15 +271,6 @@ class Geometry:
 
     def _normed(self, norm: str) -> Space:
         return Space(norm, "output", self.width, norm)
-
-
-def by_block(geometry: Geometry, names: Iterable[str]) -> dict[int, list[str]]:
-    """Stored tensors of a model by the block they belong to; those outside blocks are not among them."""
-    found: dict[int, list[str]] = {}
-    for name in names:
-        if inside := re.match(rf"{re.escape(geometry.family.blocks)}\.(\d+)\.", geometry.family.canonical(name)):
-            found.setdefault(int(inside[1]), []).append(name)
-    return found
 
 
 def _recognised(model: nn.Module) -> Mapping[str, Any]:

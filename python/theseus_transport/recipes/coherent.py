@@ -25,8 +25,6 @@ from .recipe import Recipe, Rule
 from .regression import fit_input, fit_output
 from .solver import Solver
 
-READS = {"output": "context", "expand": "mlp", "contract": "middle"}  # part a layer reads; others the attention's
-
 
 class Coherent(Solver):
     """The recipe at work."""
@@ -175,7 +173,7 @@ class Coherent(Solver):
 
     def _fit(self, own: Layer, layer: Layer) -> None:
         """Scales by regression in place of those by energies; at an input whose map is still to come, at the end."""
-        rule, link = self.ruleset.rules[layer.name], f"{layer.block}.{READS.get(layer.role, 'attention')}"
+        rule, link = self.ruleset.rules[layer.name], layer.reads
         if rule.input in self.ruleset.maps:
             read = self._z(link) if self.links[link].target.norm else self.moments[link]
             rule = fit_input(rule, self.ruleset.maps[rule.input], read)

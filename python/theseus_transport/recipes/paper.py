@@ -18,15 +18,13 @@ from .maps import Map
 from .recipe import Recipe, Rule
 from .solver import Solver
 
-READS = {"output": "context", "expand": "mlp", "contract": "middle"}  # part a layer reads; others the attention's
-
 
 class Paper(Solver):
     """The recipe at work; the maps of a block come from its own links only."""
 
     def needs(self, layers: Iterable[Layer], vectors: Iterable[str]) -> set[str]:
         fed = (la for la in layers if la.role == "head" or self.pairs.blocks[la.block] is not None)
-        return {_read(la) for la in fed} | {self._norms[n] for n in vectors if n in self._norms}
+        return {la.reads for la in fed} | {self._norms[n] for n in vectors if n in self._norms}
 
     @cached_property
     def _norms(self) -> dict[str, str]:
@@ -45,7 +43,7 @@ class Paper(Solver):
 
     def _block(self, b: int) -> None:
         for own, layer in self.pairs.layers(b):
-            if (space := _read(layer)) not in self.moments:
+            if (space := layer.reads) not in self.moments:
                 continue
             moment, weights = self.moments[space], (self.source.augmented(own.name), self.target.augmented(layer.name))
             grams = self.grams.get(space)
@@ -64,10 +62,6 @@ class Paper(Solver):
         for own, norm, name in self.pairs.norms(place):
             for part in ("weight", "bias") if name in self.seen else ():
                 self.ruleset.vectors[f"{norm}.{part}"] = Rule(f"{own}.{part}", "identity", name, fold=False)
-
-
-def _read(layer: Layer) -> str:
-    return "final" if layer.role == "head" else f"{layer.block}.{READS.get(layer.role, 'attention')}"
 
 
 def comparable(moment: CrossMoment, grams: Grams | None, recipe: Recipe) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputRefused
-from ..linalg.procrustes import FLOOR, Null, Polar
+from ..linalg.procrustes import FLOOR, FLOOR_DOUBLE, Null, Polar
 from ..models.geometry import Geometry
 from . import maps
 from .head_pairing import HeadPairing
@@ -80,6 +80,10 @@ class Recipe:
         """A recipe by name with options, or a recipe with options replaced."""
         base = recipe if isinstance(recipe, Recipe) else cls(name=recipe)  # type: ignore[arg-type]
         return replace(base, **options)  # type: ignore[arg-type]
+
+    def in_float64(self) -> Recipe:
+        """The recipe for two models that compute in float64: the default floor then lies at their rounding."""
+        return replace(self, floor=FLOOR_DOUBLE) if self.floor == FLOOR else self
 
     def grams(self, source: Geometry, target: Geometry, links: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Link -> the sides (0 the source) whose moment with themselves it needs: both to whiten with; of the target's

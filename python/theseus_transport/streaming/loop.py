@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..activations.capture import Capture
 from ..activations.pairing_tokens import mixings
 from ..models.forward import Batch, Call, state_of
-from ..models.geometry import Geometry, by_block
+from ..models.geometry import Geometry
 from .half_blocks import Half, layers_of
 from .hidden_states import Hidden
 from .schedule import Visit
@@ -34,7 +34,7 @@ class Side:
         self.skeleton = Skeleton(window, geometry, device)
         self.calls: list[list[Call]] = []
         self.hidden: Hidden
-        self._names = by_block(geometry, window)
+        self._names = geometry.family.by_block(window)
 
     def names(self, b: int | None) -> list[str]:
         """The stored tensors of a block; none where there is no such block."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from ..alignment.alignment import Alignment
 from ..alignment.stored_maps import Stamp, stamp
 from ..files.journal import Work
 from ..files.writer import Planned
-from ..models.geometry import Geometry, by_block
+from ..models.geometry import Geometry
 from ..recipes.maps import Map
 from ..recipes.planned_maps import planned_maps
 from ..recipes.recipe import Rule, Ruleset
@@ -55,7 +54,7 @@ class UpdateSink:
         self._needs = frozenset[str]().union(*(t.needs for t in tensors))
         self._tuned, self._kind, self._progress = tuned, kind, progress
         adapted = update.delta.adapted
-        self._tuned_names = by_block(update.source.geometry, tuned if adapted is None else adapted.changed)
+        self._tuned_names = update.source.geometry.family.by_block(tuned if adapted is None else adapted.changed)
         self._block = {t.name: self._block_of(t) for t in tensors}
         self._visited: set[int] = set()
         self._made: dict[str, Rule] = {**alignment.rules, **alignment.vectors}
@@ -121,8 +120,8 @@ class UpdateSink:
         """Which tensors of a source block the tune changed, while base and tune are in memory."""
         if block is not None and self.update.delta.tuned is not None:
             self._tuned.hold(self._tuned_names.get(block, []))
-            start = f"{self.update.source.geometry.family.blocks}.{block}."
-            self.update.compare({name for name in self.update.presumed if name.startswith(start)})
+            family = self.update.source.geometry.family
+            self.update.compare({name for name in self.update.presumed if family.block_of(name) == block})
 
     def _ready(self, name: str) -> bool:
         found, maps = [self._made.get(key) for key in self.update.needs(name)], self.alignment.maps
@@ -148,8 +147,7 @@ class UpdateSink:
         """The target block whose visit makes a tensor; None: the end."""
         family = self.alignment.target.family
         names = [*tensor.needs, family.canonical(tensor.name)]
-        found = [m[1] for n in names if (m := re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", n))]
-        return max(map(int, found)) if found else None
+        return max((block for name in names if (block := family.block_of(name)) is not None), default=None)
 
 
 class MapSink:
@@ -206,7 +204,9 @@ class MapSink:
 def apply(sink: UpdateSink, windows: Sequence[Window], geometries: Sequence[Geometry], work: Work) -> None:
     """Write all of an update whose maps are there, block by block."""
     blocks, full = sink.alignment.blocks, sink.update.delta.tuned is not None
-    stored = [by_block(geometry, window) if full else {} for geometry, window in zip(geometries, windows, strict=True)]
+    stored = [
+        geometry.family.by_block(window) if full else {} for geometry, window in zip(geometries, windows, strict=True)
+    ]
     visits = [Visit(source=own, target=b) for b, own in enumerate(blocks)]
     visits += [Visit(source=own) for own in sorted(set(range(geometries[0].depth)) - set(blocks))]
     if work.state:

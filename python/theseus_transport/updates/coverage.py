@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -44,9 +43,9 @@ class Stays:
             return f"the {recipe.name} recipe leaves embeddings"
         if self.of_head(name) and recipe.head == "leave":
             return "the recipe leaves heads"
-        inside = re.match(rf"{re.escape(source.family.blocks)}\.(\d+)\.", name)
-        if inside and int(inside[1]) < source.depth and int(inside[1]) not in self.alignment.blocks:
-            return f"no block of the target takes block {inside[1]}" + self.alignment.draft * GUESSED
+        block = source.family.block_of(name)
+        if block in range(source.depth) and block not in self.alignment.blocks:
+            return f"no block of the target takes block {block}" + self.alignment.draft * GUESSED
         return source.family.why_left(name)
 
     def unmoved(self, name: str, *, is_new: bool) -> str | None:

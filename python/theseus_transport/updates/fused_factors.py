@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -82,10 +81,11 @@ def module_in(target: Base, layer: str) -> tuple[str, Slot]:
     """
     family = target.geometry.family
     module, place = family.home(layer)
-    block = re.match(rf"{re.escape(family.blocks)}\.(\d+)", layer)
-    if block and family.aliases and _plain(family.model_type) in CONFIG_MAPPING:
-        found = _first_block(family.model_type)[f"{family.blocks}.0{layer[block.end() :]}"]
-        module = re.sub(r"\.0\.", f".{block[1]}.", found.stored, count=1)
+    block = family.block_of(layer)
+    if block is not None and family.aliases and _plain(family.model_type) in CONFIG_MAPPING:
+        own = layer.removeprefix(f"{family.blocks}.{block}.")
+        found = _first_block(family.model_type)[f"{family.blocks}.0.{own}"]
+        module = found.stored.replace(".0.", f".{block}.", 1)
         place = replace(found, stored=module)
     prefix = f"{family.prefix}." if any(name.startswith(f"{family.prefix}.") for name in target.tensors) else ""
     return prefix + module, place

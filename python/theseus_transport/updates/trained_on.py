@@ -38,8 +38,8 @@ def check_layers(adapter: Adapter, source: Base, moved: Collection[str]) -> None
     names = {spelled: family.canonical(spelled) for spelled in adapter.layers()}
     foreign = [spelled for spelled, name in names.items() if not family.parts(name).keys() & known]
     if foreign:
-        block = re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", names[foreign[0]])
-        lacks = f"has {depth} blocks" if block and int(block[1]) >= depth else "has no such layer"
+        block = family.block_of(names[foreign[0]])
+        lacks = f"has {depth} blocks" if block is not None and block >= depth else "has no such layer"
         raise InputRefused(
             f"the adapter changes {foreign[0]} ({len(foreign)} of its {len(names)} layers are like it), but the source "
             f"base {lacks}; give the base that the adapter was trained on as SOURCE"
@@ -79,8 +79,8 @@ def doubt_of_base(tuned: Checkpoint, source: Checkpoint, geometry: Geometry) -> 
 def _doubt_by_depth(adapter: Adapter, source: Checkpoint, geometry: Geometry) -> str | None:
     """By its last block: ``target_modules`` name layers of the source behind it, of which it has no factors."""
     family, config = geometry.family, adapter.config
-    blocks = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.")
-    held = [int(found[1]) for layer in adapter.parts if (found := blocks.match(family.canonical(layer)))]
+    inside = (family.block_of(family.canonical(layer)) for layer in adapter.parts)
+    held = [block for block in inside if block is not None]
     if not held or any(config.get(option) is not None for option in ("layers_to_transform", "exclude_modules")):
         return None
     behind = f"{family.blocks}.{max(held) + 1}."
