@@ -190,8 +190,8 @@ def tests_over_devices() -> list[str]:
     asks = re.compile(r"^def test_\w+\((?:[^)]*\W)?(?:device|gpu)\W", re.M)
     skipped = re.compile(r"skipif\(not torch\.cuda\.is_available\(\).*\n(?:@.*\n)*def (test_\w+)")
     found = []
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        text, name = path.read_text(), f"tests/{path.name}"
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text, name = path.read_text(), str(path.relative_to(ROOT))
         found += [name] if asks.search(text) else [f"{name}::{test}" for test in skipped.findall(text)]
     return found
 

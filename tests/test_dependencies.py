@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}  # imported by another name than installed
-OWN = {"theseus_ext", "theseus_transport", "exact"}
+OWN = {"theseus_ext", "theseus_transport", "theseus_command", *(path.name for path in (ROOT / "tests").iterdir())}
 
 
 def imported(folders: Iterable[str]) -> dict[str, str]:

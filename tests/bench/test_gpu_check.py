@@ -59,8 +59,15 @@ def test_what_only_the_package_needs_leaves_out_its_files_alone(monkeypatch: pyt
 def test_tests_over_devices_are_found() -> None:
     found = gpu_check.tests_over_devices()
     assert {
-        f"tests/test_{name}.py"
-        for name in ("build", "cross_moment", "cross_moment_contract", "moves_device", "ratios", "svd")
+        f"tests/{name}.py"
+        for name in (
+            *(
+                f"ext/test_{name}"
+                for name in ("build", "cross_moment", "cross_moment_contract", "effect_moment", "svd")
+            ),
+            "updates/test_layer_moves_device",
+            "linalg/test_ratios",
+        )
     } <= {*found}
     assert "tests/linalg/test_polar.py::test_cuda_iterates" in found
     assert all((ROOT / "bench" / f"bench_{name}.py").exists() for name in gpu_check.BENCHES)

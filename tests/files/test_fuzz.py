@@ -44,5 +44,5 @@ def test_what_must_not_happen_is_found(
             (world.root / "outside" / "secret").write_text("written")
         return SimpleNamespace(**{"exception": None, "exit_code": 3, "output": "refused", **answer})
 
-    monkeypatch.setattr("fuzz.called", called)
+    monkeypatch.setattr("helpers.fuzz.called", called)
     assert run(world, 1, 0).fault.startswith(fault) and bool(run(world, 1, 0).fault) is bool(fault)

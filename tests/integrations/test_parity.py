@@ -24,7 +24,7 @@ from theseus_transport.linalg.whitening import whiten
 from theseus_transport.recipes.maps import Dense, Map
 from theseus_transport.recipes.paper import output_map
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 DERIVABLE = ("widen_interpolate2d", "narrow_same_tokens", "widen_centered")
 CASES = (*DERIVABLE, "widen_mean", "widen_whitened")
 OBSERVED = 1e-6  # float32 `expected` rounds at 6e-8, amplified by a polar factor of condition up to 1e4

@@ -87,7 +87,7 @@ def test_links_of_a_hub_cache_are_followed(folder: Path, tmp_path: Path) -> None
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}]
 TEMPLATE = "{{ bos }}{% for m in messages %}<{{ m.role }}>{{ m['content'] | trim }}{% endfor %}"
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}"
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}"
 LARGE = "{{ 'x' * 10 ** 10 if messages[0].role == 'user' else 'x' | center(10 ** 6) }}"
 
 

@@ -14,6 +14,7 @@ from helpers.command import identical, invoke, refused
 from helpers.forked import apart
 from helpers.large_pairs import COMMIT, TINY, arguments, job_of, written
 from safetensors.torch import save_file
+from theseus_transport.files.journal import Work
 from theseus_transport.jobs.transport_job import Session
 from theseus_transport.streaming import passage as passage_module
 
@@ -131,7 +132,7 @@ def test_other_maps_are_refused_by_name(root, monkeypatch):
     common = arguments(root)[4:]
     align = ("align", root / "source", root / "target", root / "maps", *common[1:])
     invoke(*align)
-    commit = tt.journal.Work.commit
+    commit = Work.commit
 
     def interrupted(work, *state):
         commit(work, *state)
@@ -139,7 +140,7 @@ def test_other_maps_are_refused_by_name(root, monkeypatch):
 
     apply = ("apply", root / "maps", root / "tuned", root / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(tt.journal.Work, "commit", interrupted)
+        patched.setattr(Work, "commit", interrupted)
         refused("--resume", *apply, code=130)
     invoke(*align, "--overwrite", "--floor", "1e-3")
     refused("begun otherwise: MAPS", *apply, "--resume")

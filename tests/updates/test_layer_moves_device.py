@@ -138,7 +138,8 @@ def test_a_job_moves_on_its_device() -> None:
     source, target = sides("llama")
     tuned = Delta.between(source.state, tune(source, "everything").state)
     asked = SimpleNamespace(device="meta", leave=())
-    session = SimpleNamespace(job=asked, delta=tuned, bases=SimpleNamespace(windows=(source.state, target.state)))
+    bases = SimpleNamespace(windows=(source.state, target.state))
+    session = SimpleNamespace(job=asked, delta=tuned, bases=bases, one_tokenizer=False, kind="checkpoint")
     update = Session.transport(session, aligned("llama"))  # type: ignore[arg-type]
     assert update.source.device == update.target.device == META
 
