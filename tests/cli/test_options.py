@@ -11,8 +11,11 @@ from helpers.broken_inputs import edited
 from helpers.command import FAST, aligned, call, invoke, refused
 from PIL import Image
 from theseus_transport import Alignment
-from theseus_transport.jobs.settings import Job
+from theseus_transport.cli.main import app
+from theseus_transport.cli.options import names_of, values
+from theseus_transport.jobs.settings import Aligning, AlignJob, Job, Running
 from theseus_transport.recipes.recipe import Recipe
+from typer.main import get_command
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,21 @@ def test_every_field_of_the_recipe_is_an_option():
         for field in fields(Recipe):
             assert ("--recipe" if field.name == "name" else "--" + field.name.replace("_", "-")) in said, field.name
     assert "--null" not in call("apply", "--help").stdout
+
+
+@pytest.mark.parametrize("command, job", [("transport", Job), ("apply", Job), ("align", AlignJob)])
+def test_an_option_is_declared_once(command, job):
+    """Its default in Python is the command's, read as the command reads it; both jobs inherit what they share."""
+    parameters = {p.name: p for p in get_command(app).commands[command].params}
+    declared = {field.name: field for field in fields(job) if field.name in names_of(job)}
+    there = parameters.keys() & declared.keys()
+    assert there >= {*names_of(Running), *(() if command == "apply" else names_of(Aligning))}
+    assert values({name: parameters[name].default for name in there}) == {n: declared[n].default for n in there} | (
+        {"alpha": (1.0,)} if "alpha" in there else {}
+    )
+    assert all(parameters[name].help == declared[name].metadata["help"] for name in there)
+    own = {name for kind in (Job, AlignJob) for name in kind.__annotations__ if name in names_of(kind)}
+    assert own == {"calibration", "verify_inputs"}
 
 
 def test_from_python(root, maps, tmp_path):

@@ -27,9 +27,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files.result_folder import MANIFEST
+from ..jobs.settings import Aligning, AlignJob, Job, Moving, Running
+from ..recipes.recipe import Recipe
 from ..version import __version__
 from .failures import deaf, errors
-from .options import options, parse_alpha, parse_size
+from .options import names_of, options, values
 from .report import plan_table, record, report, warnings
 from .terminal import console, say, standard_streams
 
@@ -41,9 +43,9 @@ app = typer.Typer(
 )
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-COMMON = ("max_ram", "max_memory", "offload_folder", "resume", "overwrite", "allow_pickle", "dry_run")
-ALIGNED = ("calibration", "device", "tokens", "batch_size", "seed", "held_out", "skip_bad_inputs")
-MOVED = ("alpha", "output", "out_dtype", "leave")
+ALIGNED = ("calibration", *names_of(Aligning))
+MOVED = names_of(Moving)
+COMMON = (*names_of(Running), "dry_run")
 
 
 @app.command()
@@ -51,11 +53,9 @@ MOVED = ("alpha", "output", "out_dtype", "leave")
 def transport(dry_run: bool, as_json: bool, recipe: dict[str, Any], **given: Any) -> None:
     """Move the update TUNED - SOURCE to TARGET and write it to OUT: align and apply in one go."""
     with errors(as_json):
-        from ..jobs.settings import Job
         from ..jobs.transport_job import Session
-        from ..recipes.recipe import Recipe
 
-        _run(Session(Job(recipe=Recipe(**recipe), **_moved(given))), dry_run, as_json)
+        _run(Session(Job(recipe=Recipe(**recipe), **values(given))), dry_run, as_json)
 
 
 @app.command()
@@ -64,10 +64,8 @@ def align(dry_run: bool, as_json: bool, recipe: dict[str, Any], maps: str, **giv
     """Align SOURCE and TARGET once; `theseus apply` then moves any tune of SOURCE through MAPS."""
     with errors(as_json):
         from ..jobs.align_job import AlignSession
-        from ..jobs.settings import AlignJob
-        from ..recipes.recipe import Recipe
 
-        _run(AlignSession(AlignJob(recipe=Recipe(**recipe), out=Path(maps), **_sized(given))), dry_run, as_json)
+        _run(AlignSession(AlignJob(recipe=Recipe(**recipe), out=Path(maps), **values(given))), dry_run, as_json)
 
 
 @app.command()
@@ -75,11 +73,9 @@ def align(dry_run: bool, as_json: bool, recipe: dict[str, Any], maps: str, **giv
 def plan(dry_run: bool, as_json: bool, recipe: dict[str, Any], **given: Any) -> None:
     """Show how `theseus transport` with these arguments would fit the memory it may take, stage by stage."""
     with errors(as_json):
-        from ..jobs.settings import Job
         from ..jobs.transport_job import Session
-        from ..recipes.recipe import Recipe
 
-        session = Session(Job(recipe=Recipe(**recipe), **_moved(given)))
+        session = Session(Job(recipe=Recipe(**recipe), **values(given)))
         _show(session.plan.as_dict(session.seconds), plan_table(session.plan, session.seconds), as_json)
 
 
@@ -88,10 +84,9 @@ def plan(dry_run: bool, as_json: bool, recipe: dict[str, Any], **given: Any) -> 
 def apply(dry_run: bool, as_json: bool, other_source: str | None, other_target: str | None, **given: Any) -> None:
     """Move the update of TUNED through an alignment and write it to OUT."""
     with errors(as_json):
-        from ..jobs.settings import Job
         from ..jobs.transport_job import Session
 
-        job = Job.of_maps(source=other_source, target=other_target, **_moved(given))
+        job = Job.of_maps(source=other_source, target=other_target, **values(given))
         _run(Session(job), dry_run, as_json)
 
 
@@ -191,17 +186,6 @@ def main() -> None:
             app()
         finally:
             deaf()
-
-
-def _moved(given: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a Job from the options that move."""
-    return {**_sized(given), "alpha": parse_alpha(given["alpha"]), "leave": tuple(given["leave"] or ())}
-
-
-def _sized(given: dict[str, Any]) -> dict[str, Any]:
-    """With sizes in bytes."""
-    sizes = {name: parse_size(given[name], f"--{name.replace('_', '-')}") for name in ("max_ram", "max_memory")}
-    return {**given, **sizes}
 
 
 def _run(session: Any, dry_run: bool, as_json: bool) -> None:

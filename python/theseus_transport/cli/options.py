@@ -1,4 +1,4 @@
-"""The command's options, each described once; a config file has the same keys."""
+"""The command's options: those of a job as its fields declare them; a config file has the same keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -16,8 +17,8 @@ import yaml
 
 from ..errors import InputRefused
 from ..files.headers import read_file
+from ..jobs.settings import Job
 from ..recipes.recipe import Recipe
-from ..updates.alpha import MATCH
 from .failures import errors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -30,7 +31,7 @@ def options(*names: str, recipe: bool = False) -> Callable[[Function], Function]
     """Gives a command the arguments and options of these names, in this order; it receives them as keywords.
 
     Args:
-        names: keys of :data:`ALL`.
+        names: keys of :data:`ALL`, which holds every option of a job.
         recipe: every field of :class:`Recipe` too; they arrive as one keyword ``recipe``, of those that were given.
     """
 
@@ -145,6 +146,21 @@ def parse_size(text: str | None, option: str) -> int | None:
     return nbytes
 
 
+READ: dict[str, Callable[[Any], Any]] = {  # field of a job that the command line gives as text -> how it is read
+    "alpha": parse_alpha,
+    "leave": lambda patterns: tuple(patterns or ()),
+    "max_ram": partial(parse_size, option="--max-ram"),
+    "max_memory": partial(parse_size, option="--max-memory"),
+}
+TEXTS: dict[str, Any] = {"alpha": str, "leave": list[str] | None}  # what typer takes for it; else str | None
+KINDS = get_type_hints(Job)
+
+
+def values(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a job from what typer took for them."""
+    return {name: READ[name](value) if name in READ else value for name, value in given.items()}
+
+
 def _key(spelling: str) -> str:
     return spelling.lstrip("-").replace("-", "_").lower()
 
@@ -172,8 +188,22 @@ def _option(kind: Any, default: Any, *names: str, **more: Any) -> tuple[Any, Any
     return Annotated[kind, typer.Option(*names, **more)], default
 
 
-def _flag(name: str, text: str) -> tuple[Any, Any]:
-    return _option(bool, False, f"--{name}", help=text)
+def names_of(settings: type) -> tuple[str, ...]:
+    """The options among a class's fields."""
+    return tuple(field.name for field in fields(settings) if "help" in field.metadata)
+
+
+def _declared(field: Field[Any], kind: Any) -> tuple[Any, Any]:
+    """The option that a job's field is; what is read from text has its default as text too."""
+    default, told = field.default, field.metadata
+    names: tuple[str, ...] = ()
+    if field.name in READ:
+        kind, default = TEXTS.get(field.name, str | None), f"{default:g}" if default else None
+    if kind is bool:
+        spelled = field.name.replace("_", "-")
+        names = (f"--{spelled}/--no-{spelled}" if default else f"--{spelled}",)
+    shown = told.get("unset", True)
+    return _option(kind, default, *names, help=told["help"], min=told.get("least"), show_default=shown)
 
 
 ALL: dict[str, tuple[Any, Any]] = {
@@ -188,44 +218,10 @@ ALL: dict[str, tuple[Any, Any]] = {
     "other_target": _option(
         str | None, None, "--target", help="Where TARGET is now.", show_default="as recorded in MAPS"
     ),
-    "calibration": _option(
-        str,
-        "builtin",
-        help="Text (.txt), records (.jsonl), a folder of images, a .safetensors of ready tensors, or "
-        "'builtin' (text Python ships).",
+    **{field.name: _declared(field, KINDS[field.name]) for field in fields(Job) if "help" in field.metadata},
+    "dry_run": _option(
+        bool, False, "--dry-run", help="Check everything, print coverage and predictions, write nothing."
     ),
-    "alpha": _option(
-        str, "1", help=f"Strength of the update; several, as 0.5,1,2, fill OUT/alpha-0.5, ...; match is where {MATCH}."
-    ),
-    "device": _option(str, "cpu", help="cpu, cuda or cuda:N."),
-    "output": _option(
-        Literal["auto", "adapter", "checkpoint", "delta"], "auto", help="What to write; auto writes what TUNED is."
-    ),
-    "out_dtype": _option(
-        Literal["auto", "float32", "bfloat16", "float16"],
-        "auto",
-        help="Of what is written; auto is TARGET's, an adapter's own, float32 for a delta.",
-    ),
-    "tokens": _option(int | None, None, min=1, help="Calibration tokens.", show_default="4 x the widest space"),
-    "batch_size": _option(int, 8, min=1, help="Samples per forward pass."),
-    "seed": _option(int, 0, help="Which calibration samples are drawn."),
-    "held_out": _option(bool, True, "--held-out/--no-held-out", help="Measure the alignment on rows it has not seen."),
-    "skip_bad_inputs": _flag("skip-bad-inputs", "Leave out images and lines that cannot be read, and count them."),
-    "leave": _option(list[str] | None, None, help="Glob of tensors to leave behind; may be repeated."),
-    "overwrite": _flag("overwrite", "Replace the folder if it is not empty."),
-    "allow_pickle": _flag("allow-pickle", "Read .bin files (weights only)."),
-    "verify_inputs": _flag("verify-inputs", "Compare the whole content of both bases and MAPS, not headers only."),
-    "max_ram": _option(
-        str | None, None, help="Host memory the run may take, as 16GiB.", show_default="what is available"
-    ),
-    "max_memory": _option(
-        str | None, None, help="Device memory the run may take, as 8GiB.", show_default="what the device has free"
-    ),
-    "offload_folder": _option(
-        Path | None, None, help="Keep hidden states in files there.", show_default="they stay in memory"
-    ),
-    "resume": _flag("resume", "Go on with the run into the same folder that was interrupted."),
-    "dry_run": _flag("dry-run", "Check everything, print coverage and predictions, write nothing."),
     "as_json": _option(
         bool, False, "--json", callback=_refuse, is_eager=True, help="Print one JSON object instead of tables."
     ),

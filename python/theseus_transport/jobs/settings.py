@@ -1,8 +1,8 @@
-"""What the two jobs can be asked."""
+"""What the two jobs can be asked: every option once, with its default and its help."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,95 +12,108 @@ from ..alignment.alignment import Alignment
 from ..errors import InputRefused
 from ..files.located import located
 from ..recipes.recipe import Recipe
-from ..updates.alpha import Alpha
+from ..updates.alpha import MATCH, Alpha
 from .provenance import recorded_base
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field that is an option of the command too.
+
+    Args:
+        text: its help there; more: ``unset``, what the help says of a default of None; ``least``, of a number.
+    """
+    return field(default=default, metadata={"help": text, **more})
+
+
+def calibration_option() -> Any:
+    """Of both jobs, which take it by position too, behind ``out``."""
+    return option(
+        "builtin",
+        "Text (.txt), records (.jsonl), a folder of images, a .safetensors of ready tensors, or "
+        "'builtin' (text Python ships).",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aligning:
+    """How two bases are aligned; a third of the rows is held out, a batch at most."""
+
+    recipe: Recipe = field(default_factory=Recipe)  # whose fields are options
+    device: str = option("cpu", "cpu, cuda or cuda:N.")
+    tokens: int | None = option(None, "Calibration tokens.", unset="4 x the widest space", least=1)
+    batch_size: int = option(8, "Samples per forward pass.", least=1)
+    seed: int = option(0, "Which calibration samples are drawn.")
+    held_out: bool = option(True, "Measure the alignment on rows it has not seen.")
+    skip_bad_inputs: bool = option(False, "Leave out images and lines that cannot be read, and count them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moving:
+    """How an update is moved, and what is written; of ``alpha`` one, or several."""
+
+    alpha: Alpha | tuple[Alpha, ...] = option(
+        1.0, f"Strength of the update; several, as 0.5,1,2, fill OUT/alpha-0.5, ...; match is where {MATCH}."
+    )
+    output: Literal["auto", "adapter", "checkpoint", "delta"] = option(
+        "auto", "What to write; auto writes what TUNED is."
+    )
+    out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Of what is written; auto is TARGET's, an adapter's own, float32 for a delta."
+    )
+    leave: tuple[str, ...] = option((), "Glob of tensors to leave behind; may be repeated.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How a job is carried out; sizes in bytes."""
+
+    max_ram: int | None = option(None, "Host memory the run may take, as 16GiB.", unset="what is available")
+    max_memory: int | None = option(None, "Device memory the run may take, as 8GiB.", unset="what the device has free")
+    offload_folder: Path | None = option(None, "Keep hidden states in files there.", unset="they stay in memory")
+    resume: bool = option(False, "Go on with the run into the same folder that was interrupted.")
+    overwrite: bool = option(False, "Replace the folder if it is not empty.")
+    allow_pickle: bool = option(False, "Read .bin files (weights only).")
 
 
 @dataclass(frozen=True)
-class AlignJob:
+class AlignJob(Running, Aligning):
     """Which two bases to align, on what.
 
     Attributes:
         source, target: folders or hub ids of the base models.
         out: folder to write.
-        calibration: a file, a folder of images, or ``builtin``.
-        tokens: calibration tokens, or None for four times the widest space.
-        held_out: measure the alignment on rows it has not seen, a third of all and a batch at most.
-        skip_bad_inputs: leave out images and lines that cannot be read, rather than refusing them.
-        max_ram, max_memory: bytes the run may take of the host's memory and of the device's; None: what is there.
-        offload_folder: keep hidden states in files there, not in memory.
-        resume: go on with a run that was interrupted.
         tuned: a tune of the source, if its chat template is to tell the calibration's chats.
     """
 
     source: str
     target: str
     out: Path
-    calibration: str = "builtin"
-    recipe: Recipe = field(default_factory=Recipe)
-    device: str = "cpu"
-    tokens: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    held_out: bool = True
-    skip_bad_inputs: bool = False
-    overwrite: bool = False
-    allow_pickle: bool = False
-    max_ram: int | None = None
-    max_memory: int | None = None
-    offload_folder: Path | None = None
-    resume: bool = False
+    calibration: str = calibration_option()
+    _: KW_ONLY
     tuned: str | None = None
 
 
-def options_of(job: Any) -> dict[str, Any]:
-    """The choices that decide what is written, beside the inputs and the recipe."""
-    names = ("tokens", "seed", "held_out", "skip_bad_inputs", "device", "leave", "output", "out_dtype")
-    return {name: getattr(job, name) for name in names if hasattr(job, name)}
-
-
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 @dataclass(frozen=True)
-class Job:
-    """What to move, from where to where; the fields that :class:`AlignJob` has too mean the same there.
+class Job(Running, Moving, Aligning):
+    """What to move, from where to where.
 
     Attributes:
         source, target: folders or hub ids of the base models.
         tuned: folder of a tune of the source: a checkpoint or a LoRA adapter.
         out: folder to write.
-        alpha: strength, ``match``, or several of these, which fill ``out/alpha-...``.
-        output: ``auto`` writes an adapter for an adapter and a checkpoint for a checkpoint.
-        out_dtype: of what is written.
         maps: folder of an alignment to apply, or None to align first; see :meth:`of_maps`.
-        verify_inputs: compare the whole content of both bases with the alignment's, not headers only.
     """
 
     source: str
     tuned: str
     target: str
     out: Path
-    calibration: str = "builtin"
-    recipe: Recipe = field(default_factory=Recipe)
-    alpha: Alpha | tuple[Alpha, ...] = 1.0
-    output: Literal["auto", "adapter", "checkpoint", "delta"] = "auto"
-    out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "cpu"
-    tokens: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    held_out: bool = True
-    skip_bad_inputs: bool = False
-    leave: tuple[str, ...] = ()
-    overwrite: bool = False
-    allow_pickle: bool = False
+    calibration: str = calibration_option()
+    _: KW_ONLY
     maps: str | None = None
-    verify_inputs: bool = False
-    max_ram: int | None = None
-    max_memory: int | None = None
-    offload_folder: Path | None = None
-    resume: bool = False
+    verify_inputs: bool = option(False, "Compare the whole content of both bases and MAPS, not headers only.")
 
     @classmethod
     def of_maps(
@@ -123,4 +136,10 @@ class Job:
     @property
     def alignment(self) -> AlignJob:
         """The part that aligns."""
-        return AlignJob(**{name: getattr(self, name) for name in AlignJob.__dataclass_fields__})
+        return AlignJob(**{each.name: getattr(self, each.name) for each in fields(AlignJob)})
+
+
+def options_of(job: AlignJob | Job) -> dict[str, Any]:
+    """The choices that decide what is written, beside the inputs and the recipe."""
+    names = ("tokens", "seed", "held_out", "skip_bad_inputs", "device", "leave", "output", "out_dtype")
+    return {name: getattr(job, name) for name in names if hasattr(job, name)}
