@@ -1,6 +1,6 @@
 """SIGKILL of whole jobs at random moments.
 
-A process of its own forks the jobs (see warm.py). It has one thread; what reads ahead starts in a fork.
+A process of its own forks the jobs (see forked.py). It has one thread; what reads ahead starts in a fork.
 """
 
 import json

@@ -24,8 +24,8 @@ def check_number(alpha: Any) -> None:
     """Refuse a strength that is no finite number."""
     if isinstance(alpha, str) and alpha == "match":
         raise InputRefused(
-            "alpha is 'match', which needs the update first; give alpha=theseus_transport.strength.matched(transport("
-            "alignment, delta, target))"
+            "alpha is 'match', which needs the update first; give alpha=theseus_transport.updates.alpha.matched("
+            "transport(alignment, delta, target))"
         )
     if isinstance(alpha, bool) or not isinstance(alpha, Real) or not math.isfinite(alpha):
         raise InputRefused(f"alpha is {alpha!r}; give a finite number")
