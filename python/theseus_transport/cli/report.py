@@ -1,4 +1,4 @@
-"""What people read: coverage, maps, predicted and used, what to do next; and the model card."""
+"""What people read of a job on the screen: coverage, maps, predicted and used, what to do next."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def quality_table(quality: list[dict[str, Any]]) -> Table:
 
 def report(outcome: Outcome) -> RenderableType:
     """All of an outcome, for a terminal."""
-    parts: list[RenderableType] = [coverage_table(outcome.coverage), coverage_counts(outcome)] * bool(outcome.coverage)
+    parts: list[RenderableType] = []
+    if outcome.coverage:
+        parts += [coverage_table(outcome.coverage), coverage_counts(outcome)]
     if outcome.maps:
         parts += ["", maps_table(outcome.maps)]
     if outcome.quality:
@@ -121,10 +123,11 @@ def report(outcome: Outcome) -> RenderableType:
 
 def plan_table(plan: Plan, seconds: dict[str, float]) -> RenderableType:
     """How a run would fit its memory."""
-    table = Table("stage", "host memory", *["device memory"] * bool(plan.device), title="Plan", title_justify="left",
-                  box=SIMPLE_HEAD)  # fmt: skip
+    table = Table("stage", "host memory", title="Plan", title_justify="left", box=SIMPLE_HEAD)
+    if plan.device:
+        table.add_column("device memory")
     for stage, nbytes in plan.host.items():
-        device = [size(plan.device[stage]) if stage in plan.device else ""] * bool(plan.device)
+        device = [size(plan.device[stage]) if stage in plan.device else ""] if plan.device else []
         table.add_row(stage, size(nbytes), *device)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("how", plan.choice.words)
@@ -159,8 +162,10 @@ def record(outcome: dict[str, Any]) -> RenderableType:
         made = f"{outcome['kind']} of {job['tuned']}, moved from {job['source']} to {job['target']}"
         alpha = f"alpha {job['alpha']}, "
     how = f"recipe {choices(recipe)}; {alpha}calibration {outcome['calibration']}"
-    tables = [coverage_table(outcome["coverage"])] * bool(outcome["coverage"]) + [maps_table(outcome["maps"])]
-    tables += [quality_table(outcome["quality"])] * bool(outcome["quality"])
+    tables = [coverage_table(outcome["coverage"])] if outcome["coverage"] else []
+    tables.append(maps_table(outcome["maps"]))
+    if outcome["quality"]:
+        tables.append(quality_table(outcome["quality"]))
     return Group(escape(made), escape(how), *tables, *warnings(outcome["warnings"]))
 
 

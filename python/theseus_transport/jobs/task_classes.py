@@ -75,7 +75,8 @@ class NewHead:
         """Of ``from_pretrained`` of the target, so that it has such a head."""
         if self.task == "CausalLM":
             return ""
-        return f", num_labels={self.outputs}" + ", ignore_mismatched_sizes=True" * self.replaces
+        other_size = ", ignore_mismatched_sizes=True" if self.replaces else ""
+        return f", num_labels={self.outputs}{other_size}"
 
     def config(self, target: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
         """The target's configuration as that of the class with the head; what its outputs mean is the tune's."""

@@ -97,12 +97,13 @@ def _tell_added(added: Mapping[int, str], theirs: Mapping[int, str]) -> None:
     ids = {token: i for i, token in theirs.items()}
     lacking = {i: token for i, token in added.items() if token not in ids}
     moved = {i: token for i, token in added.items() if ids.get(token, i) != i}
-    told = [
-        f"TARGET's tokenizer lacks {_named(lacking)}: add them to it at these ids" * bool(lacking),
-        f"TARGET has {_named({ids[token]: token for token in moved.values()})}: its own rows stay" * bool(moved),
-    ]
+    told = []
+    if lacking:
+        told.append(f"TARGET's tokenizer lacks {_named(lacking)}: add them to it at these ids")
+    if moved:
+        told.append(f"TARGET has {_named({ids[token]: token for token in moved.values()})}: its own rows stay")
     known = "TARGET has them at the same ids"
-    log.warning("TUNED adds %d tokens, %s; %s", len(added), _named(added), "; ".join(filter(None, told)) or known)
+    log.warning("TUNED adds %d tokens, %s; %s", len(added), _named(added), "; ".join(told) or known)
 
 
 def _named(tokens: Mapping[int, str]) -> str:

@@ -1,4 +1,4 @@
-"""A base model as the method sees it: its geometry, and its tensors by canonical name."""
+"""Tensors by name, of a module or of files alike: read without reading more, by rows, in tiles, in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def tensors_of(model: nn.Module | Tensors) -> Tensors:
     if isinstance(model, nn.Module):
         return model.state_dict()
     if not isinstance(model, Mapping):
-        told = f"a {type(model).__name__}" + f" ({model!r})" * isinstance(model, (str, Path))
+        shown = f" ({model!r})" if isinstance(model, (str, Path)) else ""
+        told = f"a {type(model).__name__}{shown}"
         raise InputRefused(f"a model is given as {told}; give a torch module, a state dict, or Checkpoint.open(folder)")
     return model
 
@@ -55,7 +56,7 @@ def double(tensor: Tensor, device: torch.device = CPU) -> Tensor:
 
 
 def fresh(tensor: Tensor, device: torch.device = CPU) -> Tensor:
-    """As :func:`double`, never the tensor itself: to be changed in place."""
+    """A copy of a tensor in float64 on ``device``, never the tensor itself: to be changed in place."""
     return tensor.detach().to(device).to(torch.float64, copy=True)
 
 
@@ -69,7 +70,7 @@ def rows_of(tensors: Tensors, name: str, rows: slice | None) -> Tensor:
 
 
 def part_of(tensors: Tensors, slot: Slot, rows: slice | None) -> Tensor:
-    """A canonical tensor from where it is kept, or these of its rows."""
+    """A canonical tensor from the ``slot`` of the stored one where it is kept, or these of its rows."""
     if rows is None or slot.transposed:
         whole = slot.view(tensors[slot.stored].detach())
         return whole if rows is None else whole[rows]

@@ -69,7 +69,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
     carried: Carried = field(default_factory=Carried)
     _computations: dict[str, dict[str, Computation]] = field(
         default_factory=dict
-    )  # stored name -> canonical name -> job
+    )  # stored name -> canonical name -> computation
     _last: dict[tuple[Computation, int | None], dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
         self._computations.setdefault(self.target.slots[name].stored, {})[name] = computation
 
     def computations(self, name: str) -> dict[str, Computation]:
-        """Canonical name -> job of what moves in a stored tensor, or (under PEFT's name) in one an adapter saves."""
+        """Canonical name -> computation of what moves in a stored tensor, or in one an adapter saves (PEFT's name)."""
         stored = name.removeprefix(PREFIX)
         computations = self._computations.get(self.shared.get(stored, stored), {})
         return {
@@ -144,7 +144,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
         """The update of a stored tensor; parts of a fused one that do not move are zero."""
         computations, (length, *width) = self.computations(name), shape_of(self.target.tensors, name)
         value = torch.zeros(rows.stop - rows.start if rows else length, *width, dtype=self.dtype(name))
-        wanted = {(computation, rows and rows.start) for computation in computations.values()}
+        wanted = {_key(computation, rows) for computation in computations.values()}
         for key in self._last.keys() - wanted:  # weight and bias of a layer, and all strengths, come one after another
             del self._last[key]
         for part, computation in computations.items():
@@ -162,7 +162,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
     def _moved(self, part: str, computation: Computation, rows: slice | None) -> Tensor:
         if rows is None and computation.tiles:  # the bias of a layer whose weight is made by tiles
             return torch.cat([computation.compute(tile)[part] for tile in computation.tiles])
-        key = computation, rows and rows.start
+        key = _key(computation, rows)
         if key not in self._last:
             self._last[key] = computation.compute(rows)
         return self._last[key][part]
@@ -248,3 +248,8 @@ class ComputedUpdate(Mapping[str, Tensor]):
     @property
     def family(self) -> Family:
         return self.target.geometry.family
+
+
+def _key(computation: Computation, rows: slice | None) -> tuple[Computation, int | None]:
+    """What tells results apart that are kept: a tile's first row stands for the slice, which is no key of a dict."""
+    return computation, None if rows is None else rows.start

@@ -1,4 +1,4 @@
-"""Which changed tensors stay behind, and why."""
+"""Which changed tensors of the source stay behind, and the reason that the coverage tells."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Stays:
             return "the recipe leaves heads"
         block = source.family.block_of(name)
         if block in range(source.depth) and block not in self.alignment.blocks:
-            return f"no block of the target takes block {block}" + self.alignment.draft * GUESSED
+            guessed = GUESSED if self.alignment.draft else ""
+            return f"no block of the target takes block {block}{guessed}"
         return source.family.why_left(name)
 
     def unmoved(self, name: str, *, is_new: bool) -> str | None:
