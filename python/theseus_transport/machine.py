@@ -1,4 +1,4 @@
-"""What this machine has: devices, memory, its rate."""
+"""What this machine has: devices; memory, in bytes; the rate of its products, in flops per second."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def named_device(name: str | torch.device) -> torch.device:
-    """The device of that name, which may be ``meta``, of shapes alone; a requested one is never replaced by another."""
+    """The device of that name, which may be ``meta``, of shapes alone; a requested one is never replaced by another.
+
+    Raises:
+        InputRefused: there is no such device here.
+    """
     name = str(name)
     try:
         device = torch.device(name)
@@ -45,7 +49,7 @@ def find_device(name: str | torch.device) -> torch.device:
 
 
 def return_freed_memory() -> None:
-    """Have freed blocks from 4 MiB on go back to the system at once, so that the peak is that of what is in use."""
+    """Have freed blocks of 4 MiB and more go back to the system at once, so that the peak is that of what is in use."""
     with suppress(OSError, AttributeError):  # another C library than glibc has no such choice
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 << 20)
 

@@ -1,4 +1,4 @@
-"""Text for people: what others wrote is shown and commands nothing; shares in percent."""
+"""Text for people, on a screen or a page: what others wrote is shown and commands nothing; shares in percent."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ COMMANDS = re.compile(
 
 
 def visible(text: str) -> str:
-    """The text with every character but line breaks that is a command, not to be seen, written as Python would."""
+    """The text; characters that a terminal obeys rather than shows, line breaks apart, are escaped as Python would."""
     return COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def in_page(text: object) -> str:
-    """A name or a message within a line of Markdown, in code or not: it opens and ends nothing."""
+    """A name or a message as one line of Markdown, :func:`visible`, in code or not: it opens and ends no markup."""
     line = visible(" ".join(str(text).split("\n")))
     for mark, shown in (("&", "&amp;"), ("<", "&lt;"), ("`", "'"), ("|", "\\|"), ("](", "]\\(")):
         line = line.replace(mark, shown)
@@ -24,5 +24,5 @@ def in_page(text: object) -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share for people: what rounding of the base costs may be any number of times a tiny update."""
+    """A share (1 is all) in percent; above 1000 % only that: rounding may cost any number of times a tiny update."""
     return f"{share:.{digits}%}" if share <= 10 else "over 1000%"

@@ -47,7 +47,7 @@ class Capture:
         device: torch.device,
         tile: tuple[int, int] = (0, 1),
     ) -> None:
-        """Of backbones, on the spaces of ``moments`` and the outputs of ``outputs``; sums lie on ``device``.
+        """Prepare to see two backbones: spaces of ``moments`` and outputs of ``outputs``; sums lie on ``device``.
 
         Args:
             grams: name -> the sides, 0 for the source, whose moments with themselves are wanted.
@@ -82,7 +82,7 @@ class Capture:
         self.grams: dict[str, Grams] = {n: {s: gram(x) for s, x in own.items()} for n, own in sides.items() if own}
 
     def to(self, device: torch.device) -> None:
-        """Move what was added up."""
+        """Move moments, energies and Grams to ``device``; rows that are kept stay where they are."""
         self.moments = {name: moment.to(device) for name, moment in self.moments.items()}
         self.energies = {name: energy.to(device) for name, energy in self.energies.items()}
         self.grams = {name: {s: gram.to(device) for s, gram in own.items()} for name, own in self.grams.items()}
@@ -184,7 +184,7 @@ class Capture:
         self._waiting.clear()
 
     def _flush_outputs(self) -> None:
-        """The same for energies, of the present side."""
+        """Add the outputs of the present side that wait to their energies."""
         energies = [self.energies[name] for name in self._outputs]
         add_energies(energies, self._side, list(self._outputs.values()), self._mixings[self._side])
         self._outputs.clear()
@@ -197,7 +197,7 @@ class Capture:
 
     @contextmanager
     def opened(self) -> Iterator[Capture]:
-        """With the hooks on both models."""
+        """A context with the hooks on both models; they are gone afterwards."""
         with ExitStack() as stack:
             for side in (0, 1):
                 for handle in self._hook(side):
@@ -233,7 +233,8 @@ def capture(
     """Open hooks on both models, in evaluation mode; both are as they were afterwards.
 
     Args:
-        energies: whether the energies of outputs are wanted; grams: as of :class:`Capture`.
+        energies: whether the energies of outputs are wanted.
+        grams: name -> the sides, 0 for the source, whose moments with themselves are wanted.
         blocks: for every target block the source block it is compared with, or None; by default the same one.
     """
     with ExitStack() as stack:

@@ -64,7 +64,7 @@ class CrossMoment:
         self.count += len(target) if target_mixing is None else target_mixing.rows
 
     def to(self, device: torch.device | str) -> CrossMoment:
-        """The same on another device."""
+        """This moment with its sums on ``device``."""
         tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "count"}
         return CrossMoment(**tensors, count=self.count)
 
@@ -100,7 +100,7 @@ class CrossMoment:
 
         Args:
             source: [out_S, dS + 1], the augmented weight [W b] of the source layer.
-            target: [out_T, dT + 1], likewise.
+            target: [out_T, dT + 1], the augmented weight of the target layer.
         """
         return self._from_augmented(
             affine(source.to(self.cross)) @ self.augmented @ affine(target.to(self.cross)).T, self.count
@@ -178,12 +178,12 @@ class Energy:
         return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in (source, target, 2)))
 
     def to(self, device: torch.device | str) -> Energy:
-        """The same on another device."""
+        """These energies with their sums on ``device``."""
         return Energy(self.source.to(device), self.target.to(device), self.totals.to(device))
 
     @property
     def centred(self) -> tuple[float, float]:
-        """The totals, read: waits for the device."""
+        """The two :attr:`totals`, source first, as numbers: waits for the device."""
         own, other = self.totals.tolist()
         return own, other
 
@@ -194,12 +194,12 @@ class Energy:
         source_mixing: RowMixing | None = None,
         target_mixing: RowMixing | None = None,
     ) -> None:
-        """Add tokens; arguments as for :meth:`CrossMoment.update`."""
+        """Add tokens: ``source`` [tokens_S, out_S], ``target`` [tokens_T, out_T], each through its mixing if any."""
         self.add(0, source, source_mixing)
         self.add(1, target, target_mixing)
 
     def add(self, side: int, rows: Tensor, mixing: RowMixing | None = None) -> None:
-        """Add the tokens of one side, 0 for the source: no energy needs both."""
+        """Add ``rows`` [tokens, out] of one side, 0 for the source, through a mixing if any: no energy needs both."""
         add_energies([self], side, [rows], mixing)
 
     def __add__(self, other: Energy) -> Energy:

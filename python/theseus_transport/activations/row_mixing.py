@@ -76,7 +76,7 @@ class RowMixing:
         return RowMixing(self.column[outer.column], self.tokens, outer.row_ptr, outer.weight)
 
     def batched(self, batch: int) -> RowMixing:
-        """The same mixing for each of ``batch`` samples laid out one after the other."""
+        """The mixing of ``batch`` samples laid out one after the other, each mixed as this one mixes its own."""
         start = torch.arange(batch)
         column = (self.column + self.tokens * start[:, None]).reshape(-1)
         if self.row_ptr is None:
@@ -124,7 +124,7 @@ def overlap(source: Tensor, target: Tensor) -> tuple[RowMixing, Tensor]:
 
     Args:
         source: int64 [tokens_S, 2], start and end character of each source token (end exclusive; empty = special).
-        target: int64 [tokens_T, 2], likewise.
+        target: int64 [tokens_T, 2], start and end character of each target token of the same text.
 
     Returns:
         The mixing, one row per kept target token, and bool [tokens_T] saying which target tokens were kept: those that

@@ -27,7 +27,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Of the host's memory, all of the process."""
+        """The largest stage in bytes of the host's memory, all of the process."""
         return max(self.host.values())
 
     @property
@@ -117,8 +117,11 @@ def fitted(
 
 
 def _choices(start: Choice, *, gpu: bool) -> Iterator[Choice]:
-    """The cheap ones first: maps by iteration, smaller batches, no reading ahead; maps on the CPU, moments by tiles,
-    attention and MLP one after the other. On the CPU the last two save nothing: making the maps takes more."""
+    """Choices to try, the cheap ones first: as asked, maps by iteration, smaller batches, no reading ahead; on a GPU
+    then maps on the CPU, moments by tiles, attention and MLP one after the other.
+
+    Without a GPU the last two would save nothing: making the maps takes more.
+    """
     sizes = [start.batch_size]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
@@ -133,5 +136,5 @@ def _choices(start: Choice, *, gpu: bool) -> Iterator[Choice]:
 
 
 def _rounded(nbytes: int) -> str:
-    """Upwards, as it would be given."""
+    """Bytes rounded upwards, written as ``--max-memory`` takes them."""
     return f"{-(-nbytes // (1 << 20))}MiB"

@@ -44,43 +44,43 @@ class Sizes:
 
     @property
     def elementwise(self) -> list[int]:
-        """Of a number in each model's forward pass."""
+        """Bytes of a number in each model's forward pass, source first."""
         return [c.compute_dtype.itemsize for c in self.checkpoints]
 
     @cached_property
     def stored(self) -> list[int]:
-        """The largest block of each model, as stored."""
+        """Bytes of the largest block of each model as stored, source first."""
         return [_largest(c, la, None) for c, la in zip(self.checkpoints, self.geometries, strict=True)]
 
     @cached_property
     def cast(self) -> int:
-        """What of the largest blocks of both models is converted before it runs, once it is."""
+        """Bytes of what is converted of both models' largest blocks before they run, in the dtype they run in."""
         return sum(_largest(*side, None, cast=True) for side in zip(self.checkpoints, self.geometries, strict=True))
 
     @cached_property
     def cast_half(self) -> int:
-        """The same where halves of blocks run one after the other."""
+        """As :attr:`cast`, of the larger half of each block: what is converted where halves run one after the other."""
         sides = zip(self.checkpoints, self.geometries, strict=True)
         return sum(max(_largest(*side, half, cast=True) for half in HALVES) for side in sides)
 
     @cached_property
     def tune(self) -> int:
-        """The largest block of a full tune."""
+        """Bytes of the largest block of a full tune as stored; 0 for an adapter, or where none moves."""
         return _largest(self.tuned, self.geometries[0], None) if self.tuned else 0
 
     @cached_property
     def table(self) -> int:
-        """The largest matrix in float64: what moves row tile by row tile is no larger."""
+        """Bytes of the largest matrix in float64: what moves row tile by row tile is no larger."""
         return 8 * max(prod(shape) for checkpoint in self.checkpoints for shape in checkpoint.shapes.values())
 
     @property
     def spaces(self) -> list[Widths]:
-        """Of the spaces that a pair of blocks compares, and of what follows."""
+        """Features (source, target) of the spaces that a pair of blocks compares, and of the final one."""
         return list(self._links.values())
 
     @cached_property
     def grams(self) -> list[int]:
-        """Widths of what is compared with itself as well."""
+        """Features of every space that is compared with itself as well, as ``heads`` or whitening asks."""
         sides = self.recipe.grams(*self.geometries, self._links)
         return [self._links[name][side] for name, own in sides.items() for side in own]
 
@@ -97,7 +97,7 @@ class Sizes:
 
     @cached_property
     def maps(self) -> int:
-        """The maps of a block and those outside all blocks, in float64."""
+        """Bytes of the largest block's maps and of those outside all blocks, in float64."""
         draft = outline(*self.geometries, self.recipe)
         blocks = {layer.name: layer.block for layer in self.geometries[1].layers()}
         found: dict[int | None, int] = {}
@@ -111,7 +111,7 @@ class Sizes:
 
     @property
     def matrices(self) -> list[tuple[Widths, Widths]]:
-        """[out, in] of source and target, of the weights of a block."""
+        """(source, target) shapes [out, in] of the weights of a block."""
         source, target = (geometry.weights() for geometry in self.geometries)
         return [(source[role], target[role]) for role in source]
 

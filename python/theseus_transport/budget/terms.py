@@ -1,4 +1,4 @@
-"""What a run holds at one time or another, in bytes, part by part: the terms that `plan` adds up by stage."""
+"""What a run holds at one time or another, in bytes, part by part: the terms that `budget/plan.py` adds up by stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS_AHEAD = 4096  # kChunk of csrc/dispatch.h: so many rows of a space are mixe
 
 @dataclass(frozen=True)
 class Amounts:
-    """Of a job carried out as ``choice`` says."""
+    """What a job holds that is carried out as ``choice`` says: every property that is a number is in bytes."""
 
     sizes: Sizes
     choice: Choice
@@ -34,7 +34,7 @@ class Amounts:
 
     @property
     def hidden(self) -> int:
-        """Hidden states of both models: of all samples, or of the batch that is read."""
+        """Hidden states [samples, tokens, width] of both models: of all samples, or of the batch that is read."""
         one = sum(la.width * length * n for la, length, n in self._sides)
         return one * (self.sizes.extent.samples if self.choice.resident else self.choice.batch_size)
 
@@ -69,33 +69,33 @@ class Amounts:
 
     @cached_property
     def crosses(self) -> list[int]:
-        """Of every space of a pair of blocks."""
+        """The float64 cross-moment [dS, dT] of every space of a pair of blocks, one number for each."""
         return [8 * prod(widths) for widths in self.sizes.spaces]
 
     @cached_property
     def grams(self) -> list[int]:
-        """Of what is compared with itself."""
+        """The float64 moments of spaces with themselves, [d, d], that the recipe asks for, one number for each."""
         return [8 * width**2 for width in self.sizes.grams]
 
     @property
     def product(self) -> int:
-        """Of a chunk of rows in float32; on a GPU also the rows that are mixed ahead of it."""
+        """The product of a chunk of rows in float32, of the largest cross; on a GPU also the rows mixed ahead of it."""
         ahead = min(ROWS_AHEAD, self.choice.batch_size * self.sizes.extent.lengths[1]) * 4 * sum(self._features)
         return max(*self.crosses, *self.grams) // 2 + (ahead if self.gpu else 0)
 
     @property
     def converted(self) -> int:
-        """Weights that are stored in another dtype than they run in."""
+        """Copies of the weights of the pair of blocks that runs which are stored in another dtype than they run in."""
         return self.sizes.cast_half if self.choice.halves else self.sizes.cast
 
     @property
     def z(self) -> int:
-        """The map of what the next block reads, and the sum of z's crosses over depth."""
+        """The map of what the next block reads and the sum of the crosses behind norms over depth, each [dS, dT]."""
         return 2 * self._square
 
     @property
     def polar(self) -> int:
-        """Making the widest map; on a GPU C twice more where directions lack, or three maps behind norms at once."""
+        """Making the widest map; on a GPU its cross twice more where directions lack, or three maps behind norms."""
         recipe, widest = self.sizes.recipe, max(self.sizes.spaces, key=prod)
         method, there = "iterate" if self.maps_on_device else self.choice.method, self.maps_on_device
         most = polar_bytes(*widest, method=method, device=there)
@@ -110,18 +110,18 @@ class Amounts:
 
     @property
     def made(self) -> int:
-        """Making the maps of a block, of its moments; those of heads come first, what they alone need goes then."""
+        """A block's moments and making its maps of them; maps of heads come first, what they alone need goes then."""
         beside = sum(self.grams) if self.sizes.recipe.whiten_power else 0
         return sum(self.crosses) + max(sum(self.grams), beside + self.polar) + self.kept + self.z
 
     @property
     def maps(self) -> int:
-        """The maps of a block, what lies outside all blocks, and z's."""
+        """The maps of a block, those outside all blocks, and what :attr:`z` counts."""
         return self.sizes.maps + self.z
 
     @property
     def largest_map(self) -> int:
-        """Of those, as a matrix."""
+        """The largest map as a matrix [dS, dT] in float64, as large as the largest cross."""
         return max(self.crosses)
 
     @property
@@ -131,27 +131,27 @@ class Amounts:
 
     @property
     def move(self) -> int:
-        """Moving the largest weight of a block."""
+        """The peak of moving the largest weight of a block, the result included; see :func:`move_bytes`."""
         return max(move_bytes(*pair) for pair in self.sizes.matrices)
 
     @property
     def tables(self) -> int:
-        """Moving a tile of rows of an embedding or a head, through z's maps."""
+        """Moving a tile of rows of an embedding or a head, through the maps that :attr:`z` counts."""
         return 4 * min(TILE, self.sizes.table) + self.z
 
     @cached_property
     def _sides(self) -> list[tuple[Geometry, int, int]]:
-        """(layout, tokens of a sample, bytes of a number) of source and target."""
+        """(geometry, tokens of a sample, bytes of a number) of source and target."""
         sizes = self.sizes
         return list(zip(sizes.geometries, sizes.extent.lengths, sizes.elementwise, strict=True))
 
     @cached_property
     def _features(self) -> tuple[int, int]:
-        """Of all spaces of a pair of blocks: source and target."""
+        """Features of all spaces of a pair of blocks together: source and target."""
         return sum(own for own, _ in self.sizes.spaces), sum(other for _, other in self.sizes.spaces)
 
     @property
     def _square(self) -> int:
-        """A map behind a norm."""
+        """A map behind a norm, [width_S, width_T] in float64."""
         source, target = self.sizes.geometries
         return 8 * source.width * target.width

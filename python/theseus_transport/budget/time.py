@@ -58,7 +58,7 @@ class Effort:
         tokens: int,
         choice: Choice,
     ) -> Effort:
-        """On calibration of this extent, of which ``tokens`` are wanted, carried out as ``choice`` says."""
+        """The effort of a run on calibration of this extent, of which ``tokens`` are wanted, as ``choice`` says."""
         lengths, fit = extent.lengths, extent.expected - extent.held
         other_depths = geometries[0].depth != geometries[1].depth
         return cls(
@@ -75,7 +75,7 @@ class Effort:
         )
 
     def seconds(self, device: torch.device) -> dict[str, float]:
-        """By stage; reading, writing and starting up are not in them."""
+        """Predicted seconds by stage, at this machine's rate; reading, writing and starting up are not in them."""
         single, double = rate(torch.float32, device), rate(torch.float64, device)
         visits = schedule(Pairs(*self.geometries, self.blocks), self.needed)
         links = {name: link for visit in visits for name, link in visit.moments.items()}
@@ -157,7 +157,7 @@ def move_flops(update: ComputedUpdate) -> int:
 
 
 def move_seconds(flops: int, device: torch.device) -> dict[str, float]:
-    """Updates move in float64 on the job's device."""
+    """Predicted seconds of a move of so many flops, by stage: updates move in float64 on the job's device."""
     return {"move": flops / rate(torch.float64, device)} if flops else {}
 
 

@@ -64,7 +64,7 @@ def _made(target: Path) -> dict[str, Any]:
 def check_target(
     place: Path, target: Path, nbytes: int, *, overwrite: bool = False, inputs: Sequence[Path] = ()
 ) -> None:
-    """As `check_writable`, for an output that gets its name by a rename from the folder `place`."""
+    """Refuse, as :func:`check_writable` does, an output of `nbytes` that gets its name by a rename from `place`."""
     check_writable(target, nbytes, overwrite=overwrite, inputs=inputs)
     if _device(target.parent) != _device(place.parent):
         raise InputRefused(f"output {target} is on another disk than {place.parent}; name another")

@@ -142,7 +142,10 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def if_inside(folder: Path, name: str) -> Path | None:
-    """As :func:`inside`, and None where the folder has nothing of this name: a dangling or foreign link is refused."""
+    """`folder / name` as :func:`inside` finds it; None where the folder has nothing of this name.
+
+    A dangling or foreign link is refused.
+    """
     return inside(folder, name) if os.path.lexists(folder / name) else None
 
 

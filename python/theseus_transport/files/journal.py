@@ -49,7 +49,7 @@ class Work:
         overwrite: bool,
         inputs: Sequence[Path],
     ) -> None:
-        """See `open`."""
+        """Use :meth:`open`, which explains the arguments and finds what an earlier process left."""
         self._outputs = outputs
         self._plans, self._layout = laid_out(outputs, stem, shard_size)
         targets = [real(output.folder) for output in outputs]

@@ -161,7 +161,10 @@ def _by_eigenvalues(h: Tensor, floor: float, least: int) -> tuple[Tensor, Tensor
 
 
 def _by_sign(h: Tensor, floor: float, start: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by products: (1 + sign(H - floor |H|)) / 2, where the sign is the polar factor of a symmetric matrix."""
+    """Projector on H > floor |H|, its rank, and the smallest eigenvalue kept over the largest (to a percent).
+
+    By products alone: (1 + sign(H - floor |H|)) / 2, where the sign is the polar factor of a symmetric matrix.
+    """
     k, tiny = h.shape[-1], torch.finfo(h.dtype).tiny
     h = h / largest_eigenvalue(lambda v: h @ v, h).clamp(min=tiny)[:, None, None]
     shifted = h.clone()

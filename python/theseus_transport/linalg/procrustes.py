@@ -65,10 +65,9 @@ def procrustes(
             ``toward`` says about them; ``svd`` keeps LAPACK's full thin factors, noise included (for comparisons only).
         floor: singular values at most ``floor`` times the largest count as undetermined.
         toward: [..., dS, dT] companion cross-moment for ``completed``; without one, ``completed`` equals ``partial``.
-
         energies: ([dS], [dT]) of features that are comparable one by one (neurons): the rank is then that of their
             correlations, so one massive neuron does not make all others look undetermined. One map, no batch.
-        method: ``iterate`` needs less memory (:func:`~theseus_transport.polar.polar_bytes`); ``lapack`` is torch's svd;
+        method: ``iterate`` needs less memory (:func:`polar_bytes`); ``lapack`` is torch's svd;
             ``auto`` iterates on CUDA, which has not run yet, and on the CPU large matrices of full rank. What
             iterations do not give (``svd``; on the CPU ``completed`` with ``toward`` below full rank) and what fails
             its certificate is left to ``lapack``.
@@ -149,7 +148,7 @@ def _newton(c: Tensor, floor: float) -> Polar | None:
 
 
 def _iterate(c: Tensor, floor: float, energies: tuple[Tensor, Tensor] | None) -> Polar | None:
-    """The same of any rank and in batches, on any device, or None: LAPACK decides.
+    """The map of C [..., dS, dT] of any rank by iteration, certified, or None: LAPACK decides.
 
     A device is asked for its rank when the map is certified; only then does it matter what energies say.
     """
@@ -191,7 +190,11 @@ def takes_jacobi(c: Tensor) -> bool:
 
 
 def _complete(partial: Polar, u: Tensor, vh: Tensor, toward: Tensor, floor: float) -> Polar:
-    """The polar factor of what ``toward`` [dS, dT] says between the directions ``partial`` leaves out, added to it."""
+    """The polar factor of what ``toward`` [dS, dT] says between the directions ``partial`` leaves out, added to it.
+
+    Args:
+        u, vh: singular vectors [dS, k] and [k, dT] of the cross-moment ``partial`` was made of.
+    """
     rank = int(partial.rank)
     left, right = (_complement(q) for q in (u[:, :rank], vh[:rank].mT))
     if not left.shape[1] or not right.shape[1]:
@@ -204,7 +207,10 @@ def _complete(partial: Polar, u: Tensor, vh: Tensor, toward: Tensor, floor: floa
 
 
 def _complete_afar(partial: Polar, toward: Tensor, floor: float) -> Polar | None:
-    """The same by products: the polar factor of (1 - T T^T) W (1 - T^T T), W = ``toward``. None: LAPACK decides."""
+    """T and the polar factor of (1 - T T^T) W (1 - T^T T) added, T = ``partial``'s map and W = ``toward`` [dS, dT].
+
+    What :func:`_complete` makes of singular vectors, here by products alone. None: LAPACK decides.
+    """
     t = partial.map
     if int(partial.rank) == min(t.shape):
         return partial
@@ -226,7 +232,7 @@ def _complete_afar(partial: Polar, toward: Tensor, floor: float) -> Polar | None
 
 
 def _spectral_norm(x: Tensor) -> float:
-    """To a percent."""
+    """The largest singular value of x [m, n], to a percent."""
     return math.sqrt(float(largest_eigenvalue(lambda v: x @ (x.mT @ v), x.mT[None])))
 
 

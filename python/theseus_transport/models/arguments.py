@@ -1,4 +1,4 @@
-"""What ``align`` refuses before anything heavy runs: arguments that are not what their names say."""
+"""Arguments of the Python API that concern a model: refused by name where they are none, and told from a tune."""
 
 from __future__ import annotations
 

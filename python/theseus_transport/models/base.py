@@ -1,4 +1,4 @@
-"""A base as the method sees it: tensors by canonical name, checked against its geometry."""
+"""A base model as the method sees it: tensors by canonical name, checked against its geometry."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Base:
     """Tensors of one model under canonical names; reads lazily, computes in float64.
 
     Attributes:
-        layout: geometry.
+        geometry: sizes and names, which its tensors were checked against.
         tensors: as stored.
         slots: canonical name -> where it is stored. A tied head is no tensor of its own.
         device: where it computes; tensors are copied there one at a time.
@@ -47,7 +47,11 @@ class Base:
         *,
         device: torch.device = CPU,
     ) -> Base:
-        """From a module, or from tensors with a layout or a config."""
+        """From a module, or from tensors (a state dict, a lazy checkpoint) with a geometry or a config.
+
+        Raises:
+            InputRefused: the config is of no family, or the tensors have other shapes than it says.
+        """
         if geometry is None:
             geometry = Geometry.of(config if config is not None else model if isinstance(model, nn.Module) else {})
         tensors = tensors_of(model)

@@ -57,11 +57,11 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with bes
 
 
 def hidden_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Hidden states among what a block, or attention, is called with."""
+    """Hidden states [samples, tokens, width] among the arguments that a block, or attention, is called with."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def state_of(result: Any) -> Tensor:
-    """Hidden states of what a block returns."""
+    """Hidden states [samples, tokens, width] of what a block returns: itself, or the first of a tuple."""
     state: Tensor = result[0] if isinstance(result, tuple) else result
     return state

@@ -87,12 +87,12 @@ class Geometry:
 
     @property
     def words(self) -> str:
-        """In short, for people."""
+        """Family and sizes in one line, for people."""
         return f"{self.family.model_type} of {self.depth} blocks, {self.width} wide"
 
     @classmethod
     def of(cls, config: Any) -> Geometry:
-        """From a transformers config, its dict, or a model.
+        """The geometry of a model, from its transformers config, the config's dict, or the model itself.
 
         Raises:
             InputRefused: the family is not supported, or a size is missing or impossible.
@@ -141,7 +141,7 @@ class Geometry:
         )
 
     def plain(self) -> dict[str, Any]:
-        """As JSON; :meth:`restored` reads it."""
+        """The geometry as JSON; :meth:`restored` reads it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**values, "family": self.family.model_type}
 

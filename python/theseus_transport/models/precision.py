@@ -45,7 +45,7 @@ def in_float32(*models: nn.Module) -> Iterator[None]:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In float32 where it has 16 bits: an input of a model :func:`in_float32`."""
+    """The tensor, in float32 where it has 16 bits: an input of a model that runs :func:`in_float32`."""
     return tensor.float() if tensor.dtype in SHORT else tensor
 
 

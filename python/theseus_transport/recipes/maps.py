@@ -85,7 +85,7 @@ class Heads:
         return {"source_head": self.source_head, "blocks": self.blocks, "heads": torch.tensor(self.heads)}
 
     def unscaled(self) -> Heads:
-        """The same with every block at spectral norm 1."""
+        """These heads with every block [head_dim_S, head_dim_T] scaled to spectral norm 1; one of zeros stays."""
         size = torch.linalg.matrix_norm(self.blocks, 2).clamp(min=torch.finfo(torch.float64).tiny)
         return replace(self, blocks=self.blocks / size[:, None, None])
 
@@ -108,7 +108,7 @@ class Heads:
 
 
 def on(t: Map, device: torch.device) -> Map:
-    """The same map with its numbers on ``device``; itself where they are there."""
+    """A map with its numbers on ``device``: itself where they lie there, else a copy."""
     of: Any = t
     found = {f.name: getattr(t, f.name) for f in fields(of)}
     there = {n: v.to(device) for n, v in found.items() if isinstance(v, Tensor) and v.is_floating_point()}

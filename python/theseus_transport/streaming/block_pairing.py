@@ -1,4 +1,4 @@
-"""Which source block feeds which target block where depths differ, block by block."""
+"""Which source block feeds which target block where depths differ, of models too large to be run whole."""
 
 from __future__ import annotations
 
@@ -26,9 +26,13 @@ def pair_streamed(
     folder: Path | None = None,
     ahead: bool = True,
 ) -> list[int | None]:
-    """The same, of models that are read block by block; all of both is read once.
+    """For every target block the source block that feeds it, or None; blocks that add nothing are never paired.
+
+    What :func:`pair_blocks` finds of whole models, of models read block by block; all of both is read once.
 
     Args:
+        windows: over the checkpoints of source and target.
+        batches: calibration batches (source, target); every one is run once.
         folder: for files of hidden states; None: they stay in memory. ahead: blocks are read before they run.
     """
     rows, share = [mixings(geometries, *pair) for pair in batches], -(-TOKENS // len(batches))

@@ -114,7 +114,7 @@ class Hidden:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._sizes)
 
     def save(self) -> Path:
-        """The file that holds all batches now, to be made durable; :meth:`committed` once it is."""
+        """The file that holds all batches now, to be made durable; call :meth:`committed` once it is."""
         if self._resident:
             self._at += 1
             for i in range(len(self)):

@@ -64,7 +64,8 @@ class Passage:
     """What one pass needs.
 
     Attributes:
-        windows, layouts: of source and target.
+        windows, geometries: of source and target.
+        data: calibration batches for both; solver: makes maps and rules; sink: takes them.
         work: commits every visit; a pass that was interrupted goes on behind the last one.
         ahead: read the next blocks while these run.
         decompose: where maps are made of moments, if not on ``device``.

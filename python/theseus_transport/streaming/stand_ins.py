@@ -56,7 +56,7 @@ class Recorders:
 
 
 class Recorder(nn.Module):
-    """In place of one block."""
+    """In place of one block: notes what it is called with, and hands hidden states on."""
 
     def __init__(self, recorders: Recorders, b: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Recorder(nn.Module):
 
 
 class Nothing(nn.Module):
-    """In place of attention: zero."""
+    """In place of attention: adds zeros of the shape of the hidden states."""
 
     def __init__(self, parts: int) -> None:
         """In so many parts of a tuple, of which the first is hidden states; 0: by itself."""

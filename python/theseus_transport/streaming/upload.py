@@ -154,5 +154,5 @@ def _reached(stream: torch.cuda.Stream) -> Event:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The same memory as uint8 [bytes]."""
+    """The memory of a contiguous tensor as uint8 [bytes]."""
     return tensor.reshape(-1).view(torch.uint8)

@@ -71,9 +71,9 @@ class Delta:
         )
 
     def merged(self, family: Family) -> Delta:
-        """The same update as a full tune: the adapter merged into its base, each tensor when it is read.
+        """This update as one of a full tune: the adapter merged into its base, each tensor when it is read.
 
-        So move what factors cannot carry: DoRA, trained biases, tokens and norms, LoRA on embeddings.
+        So moves what factors cannot carry: DoRA, trained biases, tokens and norms, LoRA on embeddings.
         """
         if self.adapter is None:
             return self

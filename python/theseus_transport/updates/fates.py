@@ -1,4 +1,4 @@
-"""What is decided of a tensor: its fate, and how the target's comes to its update."""
+"""What is decided of a tensor: its fate, and how a tensor of the target comes to its update."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def transport(
 
 
 class _Fates:
-    """Decides the fate of every tensor; the arithmetic is in :mod:`moves`."""
+    """Decides the fate of every tensor; the arithmetic is in `layer_moves.py` and `vector_moves.py`."""
 
     def __init__(
         self,
