@@ -18,7 +18,8 @@ from collections import Counter
 from pathlib import Path
 
 import theseus_command
-from theseus_transport.demo import experiment as demo
+import torch
+from theseus_transport.demo import results as demo
 
 from helpers import killed_jobs, tiny_models
 from helpers.large_pairs import command
@@ -52,6 +53,7 @@ def run(arguments: list[str], place: Path, number: int = 0, after: float = 0.0) 
             signal.signal(caught, theseus_command._leave)  # from here on it is the command
         os.write(told, b".")
         demo.DemoSettings = lambda seeds: QUICK  # type: ignore[assignment,misc]
+        torch.set_num_threads(1)  # as killed_jobs.killed does
         try:
             command(log, [*arguments], theseus_command.main)
         except SystemExit as end:

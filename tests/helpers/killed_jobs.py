@@ -84,7 +84,7 @@ def killed(work: Callable[[], object], after: float = 1e9, *, start: Callable[[]
     assert len(os.listdir("/proc/self/task")) == 1
     if (child := os.fork()) == 0:
         try:
-            torch.set_num_threads(1)  # renews torch's pool while one thread asks for it: two at once in a fork find none
+            torch.set_num_threads(1)  # renews torch's pool: two threads that ask for it at once in a fork find none
             work()
         except BaseException:
             traceback.print_exc()
