@@ -39,6 +39,7 @@ template <class R>
 THESEUS_KERNEL(kMomentThreads, 1)
 moment_tiles_kernel(const THESEUS_GRID_CONSTANT Plan plan) {
   using S = Shape<R>;
+  // What the block does: one tile of outputs over one slice of the rows, in stages of kDepth rows.
   static_assert(kMomentThreads == 2 * kPanel, "a thread takes the sum and energy of one column of one side");
   const Work work = find_work(plan);
   const Group& group = work.group;
@@ -50,24 +51,28 @@ moment_tiles_kernel(const THESEUS_GRID_CONSTANT Plan plan) {
   const Panel source = panel_of(group.source, group.source_direct, work.head, heads, source_tile, end);
   const Panel target = panel_of(group.target, group.target_direct, work.head, heads, target_tile, end);
 
+  // What the warp does: 64 x 32 of the outputs. Where a tile holds two heads, only the products of a head with itself.
   const int warp = thread_index() / kWarp;
   const int warp_source = warp / 4 * kWarpSource, warp_target = warp % 4 * kWarpTarget;
   static_assert(2 * kWarpSource == kPanel, "a warp has rows of one of two heads");
   const int own = together > 1 ? warp_source / kWarpSource : 0;  // which of the tile's heads is the warp's
   const bool active = warp_source < source.columns && warp_target < target.columns &&
                       (together == 1 || warp_target / kWarpSource == own);
+  // What the thread does beside: one column's sum and energy. All blocks of one row (or column) of tiles read the same
+  // columns, so each of these `sharers` takes every sharers-th stage, in float64.
   const int my_side = thread_index() / kPanel, my_column = thread_index() % kPanel;
   const int sharers = my_side ? group.source_tiles : group.target_tiles, my_share = my_side ? source_tile : target_tile;
   int until_mine = my_share;
   double column_sum = 0, column_energy = 0;
-  Accumulator sum = {}, total = {};
+  Accumulator sum = {}, total = {};  // `sum` is flushed into `total` every kFlush rows: tensor cores round as they add
 
+  // The tokens of a stage are looked up one stage before they are copied, so that no copy waits for an index.
   int source_token[S::kPasses], target_token[S::kPasses];
   const auto look = [&](int stage) {
     look_up<R>(source, begin + stage * S::kDepth, source_token);
     look_up<R>(target, begin + stage * S::kDepth, target_token);
   };
-  const auto start = [&](int stage) {
+  const auto start = [&](int stage) {  // commits stages beyond the end too, since waits count commits
     if (stage < stages) {
       fill<R>(source, begin + stage * S::kDepth, source_token, raw<R>(stage, 0));
       fill<R>(target, begin + stage * S::kDepth, target_token, raw<R>(stage, 1));
@@ -76,6 +81,7 @@ moment_tiles_kernel(const THESEUS_GRID_CONSTANT Plan plan) {
     look(stage + 1);
   };
 
+  // All places but one are on their way before the first stage is multiplied.
   look(0);
   for (int stage = 0; stage < S::kStages - 1; ++stage) start(stage);
   if constexpr (S::kSplit) {
@@ -105,6 +111,8 @@ moment_tiles_kernel(const THESEUS_GRID_CONSTANT Plan plan) {
     if ((stage + 1) % (S::kFlush / S::kDepth) == 0 || stage + 1 == stages) move(sum, total);
   }
 
+  // Outputs: with several slices every block has a place of its own, and reduce_slices_kernel adds them in a fixed
+  // order; the only slice adds to the masters itself. Aligned whole tiles take wider stores.
   const int64_t width = group.target.width, outputs = group.source.width * width;
   const int row = source_tile * kPanel + warp_source - own * kWarpSource;  // of the head's outputs, the warp's first
   const int column = target_tile * kPanel + warp_target - own * kWarpSource;
@@ -120,6 +128,7 @@ moment_tiles_kernel(const THESEUS_GRID_CONSTANT Plan plan) {
     add_to<true>({cross + corner, width, rows, columns}, total);
   else if (active)
     add_to<false>({cross + corner, width, rows, columns}, total);
+  // Sums and energies: every sharer has a place of its own too.
   if (my_column < (my_side ? target.columns : source.columns)) {
     double* moments = my_side ? group.target_moments : group.source_moments;
     const int64_t columns = group.heads * (my_side ? group.target.width : group.source.width);

@@ -19,6 +19,7 @@ jacobi_kernel(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
   T* value = shared<T>(0, kLargestSvd);                    // singular values, in the order of the columns
   int* order = shared<int>(kLargestSvd * 8, kLargestSvd);  // order[i]: the column of the i-th largest
   T* slots = shared<T>(kLargestSvd * 12, kWarps);
+  // The columns of A, those of V below them: in shared memory, or in the workspace where they do not fit there.
   T* column = workspace ? workspace + static_cast<int64_t>(block_index()) * layout.elements()
                         : shared<T>(kFixedBytes, layout.elements());
   const int64_t matrix = block_index();
@@ -39,12 +40,14 @@ jacobi_kernel(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
     const T x = finite ? scale_by(a[row * args.row_stride + col], -exponent) : static_cast<T>(not_a_number());
     column[layout.transposed ? row * stride + col : col * stride + row] = x;
   }
-  const int turned = layout.vectors ? columns : 0;
+  const int turned = layout.vectors ? columns : 0;  // numbers of V in a column
   for (int i = thread_index(); i < columns * turned; i += kThreads)
     column[i / columns * stride + rows + i % columns] = i / columns == i % columns;
   sync_block();
 
   const T tolerance = Limits<T>::kEpsilon * square_root(static_cast<T>(rows));
+  // Sweeps, in which every pair of columns meets once; the pairs of a round share no column, as in a tournament. When a
+  // sweep rotates nothing all columns are orthogonal, to the tolerance.
   const int players = columns + columns % 2;  // one rests if there is an odd number
   bool busy = columns > 1;
   int sweeps = 0;
@@ -59,9 +62,10 @@ jacobi_kernel(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
       }
       sync_block();
     }
-    busy = block_max(T(rotated), slots) > 0;
+    busy = block_max(T(rotated), slots) > 0;  // one answer for the block, or its warps would part at the barriers
   }
 
+  // The columns of A V = U S are orthogonal now: their norms are the singular values.
   for (int j = warp; j < columns; j += kWarps) {
     T square = 0;
     for (int i = lane; i < rows; i += kWarp)
@@ -70,6 +74,7 @@ jacobi_kernel(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
     if (lane == 0) value[j] = square < Limits<T>::kNull ? T(0) : square_root(square);
   }
   sync_block();
+  // Largest first: a column's place is the count of those before it, and equal ones keep their order (same bytes).
   for (int j = thread_index(); j < columns; j += kThreads) {
     int place = 0;  // NaN stands before all numbers
     const T mine = value[j];
@@ -83,6 +88,7 @@ jacobi_kernel(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
   }
   sync_block();
 
+  // Values go back to the scale of A. The host asks nothing meanwhile: NaN tells it of what did not converge.
   T *s = static_cast<T*>(args.s) + matrix * columns, *polar = static_cast<T*>(args.polar);
   T *u = static_cast<T*>(args.u), *vh = static_cast<T*>(args.vh);
   const bool converged = !busy;
@@ -90,6 +96,7 @@ jacobi_kernel(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
     s[j] = converged ? scale_by(value[order[j]], exponent) : static_cast<T>(not_a_number());
   if (args.sweeps && thread_index() == 0) args.sweeps[matrix] = converged ? sweeps : kMostSweeps + 1;
 
+  // U = A V / S in place; a column of value zero has no direction, and complete_kernel finds one.
   for (int j = warp; j < columns; j += kWarps)
     for (int i = lane; i < rows && value[j] != 0; i += kWarp) column[j * stride + i] /= value[j];
   sync_block();
@@ -103,6 +110,7 @@ jacobi_kernel(const THESEUS_GRID_CONSTANT SmallSvdArgs args, T* workspace) {
   if (vh)
     for (int i = thread_index(); i < columns * args.columns; i += kThreads)
       vh[matrix * columns * args.columns + i] = vector(false, i % args.columns, i / args.columns);
+  // U Vh over the values above the floor: summed here, vectors need not be written.
   if (polar)
     for (int i = thread_index(); i < rows * columns; i += kThreads) {
       const T least = static_cast<T>(args.floor) * value[order[0]];
