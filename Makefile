@@ -26,7 +26,7 @@ test: build
 
 # Hostile input for every verb, fresh cases each time (300 fixed ones are among the tests): make fuzz CASES=2500 SEED=7
 fuzz: build
-	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/fuzz.py --cases $(or $(CASES),2500) $(if $(SEED),--seed $(SEED))
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.fuzz --cases $(or $(CASES),2500) $(if $(SEED),--seed $(SEED))
 
 lint: build
 	$(BIN)/ruff check .

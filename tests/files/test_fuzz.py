@@ -1,4 +1,4 @@
-"""Seeded hostile cases for every verb; ``python tests/helpers/fuzz.py`` runs as many fresh ones as are asked for."""
+"""Seeded hostile cases for every verb; ``make fuzz`` runs as many fresh ones as are asked for."""
 
 from types import SimpleNamespace
 

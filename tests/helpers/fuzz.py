@@ -1,7 +1,7 @@
 """Seeded cases of hostile input for every verb: each ends with a known exit code, soon, and writes nothing elsewhere.
 
-`python tests/helpers/fuzz.py --seed 7 --cases 2500` runs fresh ones and prints what it finds; `--only 12` one of
-them, in full.
+`make fuzz CASES=2500 SEED=7` runs fresh ones and prints what it finds, `PYTHONPATH=tests python -m helpers.fuzz
+--only 12` one of them, in full.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""Commands killed by signals at random moments, and what they leave: ``tests/helpers/killed_commands.py --rounds 20``.
+"""Commands killed by signals at random moments, and what they leave.
+
+More of them: ``PYTHONPATH=tests python -m helpers.killed_commands --rounds 20``.
 
 After every kill there is what was there before, or a run to resume, or the whole result; after an interrupt nothing
 lies about that its message does not name; and the same command with --resume then ends whole, with the bytes of one
