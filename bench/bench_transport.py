@@ -17,7 +17,7 @@ import torch
 from theseus_transport.models.base import Base
 from theseus_transport.models.geometry import Geometry
 from theseus_transport.recipes.maps import Dense
-from theseus_transport.recipes.recipe import Rule
+from theseus_transport.recipes.ruleset import Rule
 from theseus_transport.updates.adapter import Factors
 from theseus_transport.updates.layer_moves import Carried, Move, move_bytes
 from timing import DEVICE, in_turns, ratio

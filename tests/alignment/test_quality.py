@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_models
 from theseus_transport import align
 from theseus_transport.activations.capture import capture
-from theseus_transport.alignment.quality import Quality, as_mapped, matched, quality, warn
+from theseus_transport.alignment.quality import Quality, matched, quality, warn
 from theseus_transport.linalg.procrustes import procrustes
 from theseus_transport.models.base import Base
 from theseus_transport.models.geometry import Geometry
@@ -95,7 +95,8 @@ def test_a_model_and_itself_match_and_shifted_rows_do_not(recipe, make):
         seen.run(*[{key: data[16:]}] * 2)
     bases, samples = (Base.of(model, alignment.source),) * 2, len(data) - 16
     maps = {name: alignment.maps[name] for name in seen.kept if name in alignment.maps}
-    mapped = {name: as_mapped(seen.kept[name], seen.links[name], bases, alignment.recipe) for name in maps}
+    solver = alignment.recipe.solver(*bases, alignment.blocks, alignment.recipe)
+    mapped = {name: solver.as_mapped(seen.kept[name], seen.links[name]) for name in maps}
     rows = [Quality(name, *quality(t, mapped[name], samples)) for name, t in maps.items()]
     spaces = {f"{b}.{part}" for b in (0, 1) for part in ("attention", "context", "mlp", "middle")} | {"final"}
     assert {row.space for row in rows} == spaces

@@ -11,6 +11,8 @@ import torch
 from exact.models import LLAMA, base, batches, tune
 from helpers.tiny_models import adapter
 from theseus_transport import Delta, Recipe, align, transport
+from theseus_transport.activations.links import Pairs
+from theseus_transport.alignment.block_pairing import by_position
 from theseus_transport.budget import time as predict
 from theseus_transport.budget.choice import Choice
 from theseus_transport.budget.time import Effort, decompositions, forward, move_flops, polar_flops
@@ -76,7 +78,8 @@ def test_flops_of_decompositions(root):
     assert polar_flops(768, 1024) == polar_flops(1024, 768) == 24 * 1024 * 768**2 + 9 * 768**3
     residual, middle = polar_flops(24, 40), polar_flops(32, 48)
     heads = 2 * 5 * polar_flops(6, 8)  # queries and context, per kv head of the target
-    assert decompositions(geometries, Recipe()) == 2 * (2 * residual + middle + heads) + residual
+    pairs = Pairs(*geometries, by_position(*geometries))
+    assert decompositions(pairs, Recipe()) == 2 * (2 * residual + middle + heads) + residual
 
 
 def test_a_bias_that_only_the_target_has_costs_nothing_and_counts_nowhere():

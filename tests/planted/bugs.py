@@ -53,7 +53,7 @@ def own_output(part: str, indent: int) -> str:
     return (
         f'{line}seen = self.moments[f"{{b}}.{part}"]'
         ".derive(self.source.augmented(own.name), self.target.augmented(layer.name))\n"
-        f"{line}self.plan.add(layer.name, self.polar(seen.cross), seen.count)\n{line}"
+        f"{line}self.ruleset.add(layer.name, self.polar(seen.cross), seen.count)\n{line}"
     )
 
 
@@ -95,7 +95,7 @@ CERTIFICATE = "theseus_transport/linalg/certificate.py"
 RECIPES, REGRESSION, TOKENS, TRANSPORT, UPDATE, VECTORS, VISION, WHITENING = (
     f"theseus_transport/{name}.py"
     for name in (
-        "recipes/recipe",
+        "recipes/ruleset",
         "recipes/regression",
         "activations/row_mixing",
         "updates/transport",
@@ -145,7 +145,7 @@ BUGS = [
         own_output("mlp", 12) + 'return Rule(own.name, f"{b}.mlp", layer.name, self._whitened, scale)'),
     Bug("rank of neurons read off their covariance", llama("massive-neuron"), COHERENT,
         "            polar = self.polar(middle.cross, energies=energies)\n",
-        "            from .procrustes import procrustes\n\n            polar = procrustes(middle.cross, floor=1e-6)\n"),
+        "            from ..linalg.procrustes import procrustes\n\n            polar = procrustes(middle.cross, floor=1e-6)\n"),
     Bug("residual writers mapped by their own output", vit("rotated"), COHERENT,
         '                return Rule(own.name, f"{b}.context", f"{b}.mlp", 1.0, self._written(layer.name))',
         own_output("context", 16)
@@ -285,8 +285,8 @@ BUGS = [
         "tests/recipes/test_solver.py::test_every_link_arrives_once_and_moments_in_the_order_of_a_pass[llama]", LINKS,
         "if left.pop(name, 0) is None]", "if name in left]"),
     Bug("factors of a planned map exchanged",
-        "tests/recipes/test_solver.py::test_maps_are_known_before_they_are_made[llama-paper]", "theseus_transport/recipes/planned_maps.py",
-        "(in_t + 1, out_t)", "(out_t, in_t + 1)"),
+        "tests/recipes/test_solver.py::test_maps_are_known_before_they_are_made[llama-paper]", PAPER,
+        '/right", (k, out_t))', '/right", (out_t, k))'),
     Bug("all maps read at once", "tests/recipes/test_solver.py::test_maps_are_read_when_they_are_asked_for", STORED,
         "self._read = lru_cache(maxsize=KEPT)(self._from_disk)",
         "self._read = {name: self._from_disk(name) for name in kinds}.__getitem__"),

@@ -14,15 +14,13 @@ from safetensors.torch import load_file, save_file
 from theseus_transport import Alignment, Recipe, align
 from theseus_transport.activations.capture import Capture, capture
 from theseus_transport.activations.links import Pairs, Place
-from theseus_transport.alignment.align import SOLVERS
 from theseus_transport.alignment.alignment import outline
 from theseus_transport.files.checkpoint import Checkpoint
 from theseus_transport.models.base import Base
 from theseus_transport.models.geometry import Geometry
-from theseus_transport.recipes.coherent import normalised, together
+from theseus_transport.recipes.behind_norms import normalised, together
 from theseus_transport.recipes.maps import Map
-from theseus_transport.recipes.planned_maps import planned_maps
-from theseus_transport.recipes.recipe import Ruleset
+from theseus_transport.recipes.ruleset import Ruleset
 from theseus_transport.recipes.solver import Solver
 from torch import Tensor
 
@@ -57,10 +55,9 @@ class Case:
 
     def seen(self, recipe: Recipe) -> Capture:
         models = self.source.build(), self.target.build()
-        grams = recipe.grams(*self.geometries, Pairs(*self.geometries, self.blocks).moments)
-        with capture(
-            *models, self.geometries, energies=recipe.name == "coherent", grams=grams, blocks=self.blocks
-        ) as found:
+        pairs, energies = Pairs(*self.geometries, self.blocks), recipe.solver.reads_energies
+        grams = recipe.solver.gram_sides(pairs, recipe, pairs.moments)
+        with capture(*models, self.geometries, energies=energies, grams=grams, blocks=self.blocks) as found:
             for batch in batches(self.source, seed=3, **self.data):
                 found.run(self.source.seen(batch), self.target.seen(batch))
         return found
@@ -101,7 +98,7 @@ def opened(name: str, recipe: str) -> Solver:
     case, chosen = CASES[name], RECIPES[recipe]
     bases, seen = case.bases, evidence(name, recipe)
     toward = together(*bases, seen.links, seen.moments) if chosen.null == "completed" else None
-    return SOLVERS[chosen.name](*bases, case.blocks, chosen, toward=toward)
+    return chosen.solver(*bases, case.blocks, chosen, toward=toward)
 
 
 @cache
@@ -275,7 +272,7 @@ def test_the_first_map_asks_for_deeper_spaces_where_it_is_rank_poor() -> None:
 
 def test_maps_completed_toward_nothing_are_refused() -> None:
     bases, seen = CASES["llama"].bases, evidence("llama", "completed")
-    solver = SOLVERS["coherent"](*bases, (0, 1), RECIPES["completed"])
+    solver = RECIPES["completed"].solver(*bases, (0, 1), RECIPES["completed"])
     with pytest.raises(ValueError, match=r"give toward=together"):
         give(solver, seen, portions("llama")[0][1])
 
@@ -352,7 +349,7 @@ def test_maps_are_known_before_they_are_made(name: str, recipe: str, tmp_path: P
     """All names, shapes and dtypes; of the planned only completed maps may not come to be."""
     alignment = saved(name, recipe, tmp_path / "maps")
     written = Checkpoint.open(tmp_path / "maps" / "maps.safetensors")
-    planned = {n: (shape, dtype) for n, shape, dtype in planned_maps(alignment.pairs, RECIPES[recipe])}
+    planned = {n: (shape, dtype) for n, shape, dtype in alignment.planned_maps}
     found = {n: (written.shapes[n], written.dtypes[n]) for n in written}
     assert {n: planned.get(n) for n in found} == found
     completed = {n for n in planned if ".completed/" in n}

@@ -11,7 +11,7 @@ from theseus_transport import Alignment, InputRefused, Recipe, align
 from theseus_transport.models.base import Base
 from theseus_transport.models.family import Slot
 from theseus_transport.recipes.maps import Dense, Identity, Map
-from theseus_transport.recipes.recipe import Rule
+from theseus_transport.recipes.ruleset import Rule
 from theseus_transport.updates.adapter import Factors
 from theseus_transport.updates.fused_factors import Piece, fused
 from theseus_transport.updates.vector_moves import VectorMove

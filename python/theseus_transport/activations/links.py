@@ -20,6 +20,11 @@ class Link:
     source: Space
     target: Space
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Features of source and target."""
+        return self.source.width, self.target.width
+
 
 def block_of(name: str) -> int | None:
     """The target block of a link; None outside all blocks."""

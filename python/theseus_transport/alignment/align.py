@@ -18,14 +18,11 @@ from ..models.arguments import check_models, sample_of
 from ..models.base import Base
 from ..models.forward import Batch
 from ..models.precision import in_float32
-from ..recipes.coherent import Coherent, together
-from ..recipes.paper import Paper
+from ..recipes.behind_norms import together
 from ..recipes.recipe import Recipe
-from ..recipes.solver import Solver
+from ..recipes.registry import DEFAULT
 from .alignment import Alignment, check_pair, outline
 from .block_pairing import by_position, pair_blocks
-
-SOLVERS: dict[str, type[Solver]] = {"coherent": Coherent, "paper": Paper}
 
 
 def align(
@@ -33,7 +30,7 @@ def align(
     target: nn.Module,
     batches: Iterable[Batch | tuple[Batch, Batch]],
     *,
-    recipe: str | Recipe = "coherent",
+    recipe: str | Recipe = DEFAULT,
     null: Null | None = None,
     floor: float | None = None,
     device: torch.device | str | None = None,
@@ -47,7 +44,7 @@ def align(
             bits run in float32, as the command runs them, and are as they were afterwards.
         batches: keyword arguments of the forward pass (``input_ids`` and ``attention_mask``, or ``pixel_values``), the
             same for both models or a pair (source, target).
-        recipe: ``coherent``, ``paper``, or a :class:`Recipe`; ``null`` and ``floor`` override its fields. The default
+        recipe: its name, as ``coherent``, or a :class:`Recipe`; ``null`` and ``floor`` override its fields. The default
             floor is 1e-6, and 1e-12 where both models are in float64.
         device: where to run, or None to leave the models where they are.
         progress: called after every batch.
@@ -73,10 +70,10 @@ def align(
     with in_float32(source, target):
         same = geometries[0].depth == geometries[1].depth
         blocks = by_position(*geometries) if same else pair_blocks(source, target, geometries, pairs)
-        grams = chosen.grams(*geometries, Pairs(*geometries, blocks).moments)
-        with capture(
-            source, target, geometries, energies=chosen.name == "coherent", grams=grams, blocks=blocks
-        ) as seen:
+        paired = Pairs(*geometries, blocks)
+        grams = chosen.solver.gram_sides(paired, chosen, paired.moments)
+        energies = chosen.solver.reads_energies
+        with capture(source, target, geometries, energies=energies, grams=grams, blocks=blocks) as seen:
             for pair in pairs:
                 seen.run(*pair)
                 if progress:
@@ -84,9 +81,8 @@ def align(
     tokens = next(iter(seen.moments.values())).count
     if not tokens:
         raise InputRefused("the calibration holds no token that is not masked, or (by offsets) none both models have")
-    completed = chosen.name == "coherent" and chosen.null == "completed"
-    toward = together(*bases, seen.links, seen.moments) if completed else None
-    solver = SOLVERS[chosen.name](*bases, blocks, chosen, toward=toward)
+    toward = together(*bases, seen.links, seen.moments) if chosen.solver.leans_on_depth(chosen) else None
+    solver = chosen.solver(*bases, blocks, chosen, toward=toward)
     made = solver.whole(seen.moments, seen.energies, seen.grams)
     known = {**sample_of(bases[0]), **(provenance or {})}
     return outline(*geometries, chosen, blocks).filled(made, tokens=tokens, provenance=known)

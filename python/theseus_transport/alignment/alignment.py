@@ -20,7 +20,9 @@ from ..files.result_folder import new_folder
 from ..models.geometry import Geometry
 from ..recipes import maps
 from ..recipes.maps import Map
-from ..recipes.recipe import MapReport, Recipe, Rule, Ruleset
+from ..recipes.recipe import Recipe
+from ..recipes.ruleset import MapReport, Rule, Ruleset
+from ..recipes.solver import PlannedMap
 from .block_pairing import by_position
 from .restored import Restored, check_blocks, check_restored
 from .stored_maps import MAPS, Stamp, StoredMaps, stamp
@@ -65,6 +67,11 @@ class Alignment:
     def pairs(self) -> Pairs:
         """What of the two models corresponds."""
         return Pairs(self.source, self.target, self.blocks)
+
+    @property
+    def planned_maps(self) -> list[PlannedMap]:
+        """(name/part, shape, dtype) of all tensors that its maps may hold."""
+        return self.recipe.solver.planned_maps(self.pairs, self.recipe)
 
     def __repr__(self) -> str:
         sides = f"{self.source.words} -> {self.target.words}"
@@ -205,11 +212,10 @@ def outline(
     """
     check_pair(source, target, recipe)
     pairs = Pairs(source, target, by_position(source, target) if blocks is None else blocks)
-    fold = recipe.name == "coherent"
+    fold = recipe.solver.folds
     layers = [pair for place in pairs.places for pair in pairs.layers(place)]
-    vectors = {into: Rule(own, "identity", "identity") for own, into in pairs.embeddings()}
-    if not fold or recipe.embeddings == "leave":
-        vectors = {}
+    embeddings = pairs.embeddings() if recipe.moves_embeddings else ()
+    vectors = {into: Rule(own, "identity", "identity") for own, into in embeddings}
     for own, into, name in (norm for place in pairs.places for norm in (pairs.unread if fold else pairs.norms)(place)):
         for part, kind in (("weight", "gain"), ("bias", "linear" if name == "embedding" else "shift")):
             rule = Rule(f"{own}.{part}", "identity", "identity", kind=kind if fold else "linear")  # type: ignore[arg-type]

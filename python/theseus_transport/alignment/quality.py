@@ -10,13 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..activations.links import Link
-from ..models.base import Base
 from ..recipes.maps import Map, cosine
-from ..recipes.recipe import Recipe
+from ..recipes.solver import Rows
 
 log = logging.getLogger(__name__)
-Rows = tuple[Tensor, Tensor]
 CHUNK = 512  # rows taken to float64 at a time
 CHANCE = 0.1  # share of what is left between chance and 1 below which a map says next to nothing
 
@@ -65,14 +62,3 @@ def warn(rows: Sequence[Quality]) -> None:
             "calibration, or the two bases have little in common",
             len(poor), len(rows), first.space, first.held, first.shifted,
         )  # fmt: skip
-
-
-def as_mapped(rows: Rows, link: Link, bases: tuple[Base, Base], recipe: Recipe) -> Rows:
-    """Rows as the maps map them: centred if the recipe does, or without the norm's gain and bias if it folds them."""
-    if recipe.center:
-        return rows[0] - rows[0].mean(0), rows[1] - rows[1].mean(0)
-    if recipe.name == "paper" or not (link.source.norm and link.target.norm):
-        return rows
-    norms = (base.norm(space.norm, space.width) for base, space in zip(bases, (link.source, link.target), strict=True))
-    own, other = ((x - shift.to(x)) / gain.to(x) for x, (gain, shift) in zip(rows, norms, strict=True))
-    return own, other

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputRefused
 from ..models.geometry import Geometry, Role
-from ..recipes.recipe import MapReport, Rule
+from ..recipes.ruleset import MapReport, Rule
 
 AGAIN = "align again"
 LARGEST = 2**63  # no number is; nor is NaN below it

@@ -12,7 +12,6 @@ from ..errors import InputRefused
 from ..files.checkpoint import Checkpoint
 from ..files.writer import raw
 from ..recipes.maps import Heads, Map, from_tensors, parts
-from ..recipes.planned_maps import planned_maps
 from ..recipes.recipe import Recipe
 
 MAPS = "maps.safetensors"
@@ -53,7 +52,7 @@ class StoredMaps(Mapping[str, Map]):
         if wrong := sorted(expected ^ set(file)):
             lacks = "lacks" if wrong[0] in expected else "holds a stray"
             raise InputRefused(f"{file.folder / MAPS} {lacks} {wrong[0]} ({len(wrong)} such); align again")
-        fits = {name: (shape, dtype) for name, shape, dtype in planned_maps(pairs, recipe)}
+        fits = {name: (shape, dtype) for name, shape, dtype in recipe.solver.planned_maps(pairs, recipe)}
         for name, shape in file.shapes.items():
             if (found := (shape, file.dtypes[name])) != fits.get(name):
                 raise InputRefused(f"{file.folder / MAPS}: {name} is {found}, expected {fits.get(name)}; align again")

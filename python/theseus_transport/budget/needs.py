@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ..activations.links import Link
 from ..recipes.solver import Solver
 
 TOKENS = 4  # for every feature of the widest space
@@ -34,8 +33,4 @@ def held_in_memory(solver: Solver, keys: Collection[str]) -> frozenset[str]:
 def tokens_for(solver: Solver, names: Collection[str]) -> int:
     """Tokens to align on, where nothing else is asked for: by the widest space that is mapped."""
     mapped = [link for name, link in solver.links.items() if name in names] or [solver.links["final"]]
-    return TOKENS * max(map(_width, mapped))
-
-
-def _width(link: Link) -> int:
-    return max(link.source.width, link.target.width)
+    return TOKENS * max(width for link in mapped for width in link.widths)

@@ -9,12 +9,10 @@ from math import prod
 import torch
 
 from ..activations.links import Pairs, block_of
-from ..alignment.alignment import outline
 from ..alignment.block_pairing import by_position
 from ..calibration.extent import Extent
 from ..files.checkpoint import Checkpoint
 from ..models.geometry import Geometry
-from ..recipes.planned_maps import planned_maps
 from ..recipes.recipe import Recipe
 from ..streaming.half_blocks import HALVES, Half, of_half
 from ..updates.merged import Merged
@@ -81,14 +79,18 @@ class Sizes:
     @cached_property
     def grams(self) -> list[int]:
         """Features of every space that is compared with itself as well, as ``heads`` or whitening asks."""
-        sides = self.recipe.grams(*self.geometries, self._links)
+        sides = self.recipe.solver.gram_sides(self._pairs, self.recipe, self._links)
         return [self._links[name][side] for name, own in sides.items() for side in own]
+
+    @cached_property
+    def _pairs(self) -> Pairs:
+        """As depths let guess."""
+        return Pairs(*self.geometries, by_position(*self.geometries))
 
     @cached_property
     def _links(self) -> dict[str, Widths]:
         found: dict[int | None, dict[str, Widths]] = {}
-        links = Pairs(*self.geometries, by_position(*self.geometries)).moments
-        widths = {name: (link.source.width, link.target.width) for name, link in links.items()}
+        widths = {name: link.widths for name, link in self._pairs.moments.items()}
         for name in filter(self._uses, widths):
             found.setdefault(block_of(name), {})[name] = widths[name]
         inside = [spaces for b, spaces in found.items() if b is not None]
@@ -98,10 +100,9 @@ class Sizes:
     @cached_property
     def maps(self) -> int:
         """Bytes of the largest block's maps and of those outside all blocks, in float64."""
-        draft = outline(*self.geometries, self.recipe)
         blocks = {layer.name: layer.block for layer in self.geometries[1].layers()}
         found: dict[int | None, int] = {}
-        for part, shape, dtype in planned_maps(draft.pairs, self.recipe):
+        for part, shape, dtype in self.recipe.solver.planned_maps(self._pairs, self.recipe):
             name = part.rpartition("/")[0]
             if self._uses(name):
                 b = blocks.get(name, block_of(name))

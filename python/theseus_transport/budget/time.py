@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from ..activations.links import Blocks, Link, Pairs
+from ..activations.links import Blocks, Pairs
 from ..alignment.block_pairing import by_position
 from ..calibration.extent import Extent
 from ..files.checkpoint import Checkpoint
@@ -71,33 +71,31 @@ class Effort:
             rows=(extent.expected * lengths[0], extent.expected * lengths[1]),
             held=extent.held * lengths[1],
             passes=choice.tiles,
-            whole=other_depths + (recipe.null == "completed"),
+            whole=other_depths + recipe.solver.leans_on_depth(recipe),
         )
 
     def seconds(self, device: torch.device) -> dict[str, float]:
         """Predicted seconds by stage, at this machine's rate; reading, writing and starting up are not in them."""
         single, double = rate(torch.float32, device), rate(torch.float64, device)
-        visits = schedule(Pairs(*self.geometries, self.blocks), self.needed)
+        solver, pairs = self.recipe.solver, Pairs(*self.geometries, self.blocks)
+        visits = schedule(pairs, self.needed)
         links = {name: link for visit in visits for name, link in visit.moments.items()}
         flops = 0
         for k, side in enumerate(zip(self.sides, self.geometries, self.rows, strict=True)):
             run = {b for visit in visits if (b := visit.blocks[k]) is not None}
             flops += self.passes * forward(*side, run) + self.whole * forward(*side)
-        crosses, grams = sum(prod(_widths(link)) for link in links.values()), self.recipe.grams(*self.geometries, links)
-        own = sum(_widths(links[name])[k] ** 2 for name, sides in grams.items() for k in sides)
+        crosses = sum(prod(link.widths) for link in links.values())
+        grams = solver.gram_sides(pairs, self.recipe, links)
+        own = sum(links[name].widths[k] ** 2 for name, sides in grams.items() for k in sides)
         found = {
             "forward": flops / single,
             "cross-moments": 2 * self.tokens * (crosses + own) / single,
-            "decompositions": decompositions(self.geometries, self.recipe, links) / double,
+            "decompositions": decompositions(pairs, self.recipe, links) / double,
         }
         if self.held:  # rows as they pair and as they are shifted
-            mapped = sum(prod(_widths(link)) // self._parts(name) for name, link in links.items())
+            mapped = sum(prod(link.widths) // solver.diagonal(name, pairs.target) for name, link in links.items())
             found["held-out quality"] = 2 * 2 * self.held * mapped / double
         return found
-
-    def _parts(self, name: str) -> int:
-        """Into how many blocks along its diagonal a map falls."""
-        return self.geometries[1].heads if name.endswith(".context") and self.recipe.name == "coherent" else 1
 
 
 def forward(checkpoint: Checkpoint, geometry: Geometry, tokens: int, blocks: Collection[int] | None = None) -> int:
@@ -108,25 +106,10 @@ def forward(checkpoint: Checkpoint, geometry: Geometry, tokens: int, blocks: Col
     return 2 * tokens * sum(map(prod, found))
 
 
-def decompositions(geometries: Geometries, recipe: Recipe, links: Collection[str] | None = None) -> int:
-    """Flops of the polar factors of these links or all: spaces, heads, and in ``paper`` what layers read there give."""
-    source, target = geometries
-    every = Pairs(*geometries, by_position(*geometries)).moments
-    sizes = []
-    for name, link in every.items():
-        if links is not None and name not in links:
-            continue
-        if recipe.name == "coherent" and name.endswith(".context"):
-            sizes += [(source.head_dim, target.head_dim)] * (2 * target.kv_heads)  # those of v, and of q and k
-        if recipe.name == "paper" or recipe.heads == "dense" or not name.endswith(".context"):
-            sizes.append(_widths(link))
-    own, into = source.weights(), target.weights()
-    for layer in target.layers() if recipe.name == "paper" else ():
-        if layer.role in into and (links is None or layer.reads in links):
-            (out_s, in_s), (out_t, in_t) = own[layer.role], into[layer.role]
-            expands = out_s > in_s + 1 and out_t > in_t + 1  # then the small factor is decomposed
-            sizes.append((in_s + 1, in_t + 1) if expands else (out_s, out_t))
-    return sum(polar_flops(*size) for size in sizes)
+def decompositions(pairs: Pairs, recipe: Recipe, links: Collection[str] | None = None) -> int:
+    """Flops of the polar factors that are made of these links, or of all."""
+    found = recipe.solver.decompositions(pairs, recipe)
+    return sum(polar_flops(*size) for name, size in found if links is None or name in links)
 
 
 def polar_flops(rows: int, columns: int) -> int:
@@ -159,7 +142,3 @@ def move_flops(update: ComputedUpdate) -> int:
 def move_seconds(flops: int, device: torch.device) -> dict[str, float]:
     """Predicted seconds of a move of so many flops, by stage: updates move in float64 on the job's device."""
     return {"move": flops / rate(torch.float64, device)} if flops else {}
-
-
-def _widths(link: Link) -> tuple[int, int]:
-    return link.source.width, link.target.width

@@ -18,7 +18,9 @@ import yaml
 from ..errors import InputRefused
 from ..files.headers import read_file
 from ..jobs.settings import Job
+from ..recipes.choices import RecipeChoices
 from ..recipes.recipe import Recipe
+from ..recipes.registry import SOLVERS
 from .failures import errors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -166,10 +168,10 @@ def _key(spelling: str) -> str:
 
 
 def _recipe_options() -> dict[str, tuple[Any, Any]]:
-    """An option for every field of Recipe, described by its docstring; unset means the recipe's own default."""
-    described = inspect.cleandoc(Recipe.__doc__ or "").partition("Attributes:")[2]
+    """An option for every choice of a recipe, described by its docstring; unset means the recipe's own default."""
+    described = inspect.cleandoc(RecipeChoices.__doc__ or "").partition("Attributes:")[2]
     texts = {m[1]: " ".join(m[2].split()) for m in re.finditer(r"^ {4}(\w+): ((?:.|\n {5,})+)", described, re.M)}
-    hints, found = get_type_hints(Recipe), {}
+    hints, found = get_type_hints(Recipe) | {"name": Literal[tuple(SOLVERS)]}, {}
     for field in fields(Recipe):
         text = re.sub(r":\w+:|`", "", texts.get(field.name, ""))
         default = field.default if not isinstance(field.default, bool) else ("no", "yes")[field.default]

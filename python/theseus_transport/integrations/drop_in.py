@@ -151,8 +151,8 @@ class DropIn:
         scopes = _scope(source_model), _scope(target_model)
         count = chosen.num_batches if chosen.n_batches is None else chosen.n_batches
         pairs = batches(source_dataloader, target_dataloader, count=count, seed=chosen.seed, size=chosen.batch_size)
-        if recipe.name == "coherent":
-            return {"move": _coherently(*scopes, pairs, recipe), "n_batches": count}
+        if not recipe.solver.any_module:
+            return {"move": _by_family(*scopes, pairs, recipe), "n_batches": count}
         wanted = {short: delta[full] for short, full in _keys(delta).items()} if delta else scopes[0].state_dict()
         with in_evaluation(source_model, target_model), in_float32(source_model, target_model), ExitStack() as stack:
             opened = set()
@@ -258,8 +258,8 @@ def _open(stack: ExitStack, scope: nn.Module) -> Iterator[str]:
         yield from before - {name for name, m in scope.named_modules() if isinstance(m, nn.MultiheadAttention)}
 
 
-def _coherently(source: nn.Module, target: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], recipe: Recipe) -> Move:
-    """The recipe ``coherent``, which knows families; opt-in."""
+def _by_family(source: nn.Module, target: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], recipe: Recipe) -> Move:
+    """By a recipe that knows families, as ``coherent``; opt-in."""
     key = "pixel_values"
     alignment = align(source, target, (({key: own}, {key: other}) for own, other in pairs), recipe=recipe)
     base = {name: tensor.detach().double().cpu() for name, tensor in source.state_dict().items()}

@@ -12,7 +12,6 @@ import torch
 
 from ..activations.inputs import SideInfo
 from ..activations.links import Blocks
-from ..alignment.align import SOLVERS
 from ..alignment.alignment import Alignment, outline
 from ..alignment.block_pairing import by_position
 from ..budget.needs import held_in_memory, needed, tokens_for
@@ -29,7 +28,6 @@ from ..files.journal import Work
 from ..machine import available_memory, find_device, free_device_memory, resident_memory
 from ..models.base import Base
 from ..models.geometry import Geometry
-from ..recipes.planned_maps import planned_maps
 from ..recipes.recipe import Recipe
 from ..recipes.solver import Solver
 from ..streaming.block_pairing import pair_streamed
@@ -90,7 +88,7 @@ class Bases:
     @property
     def bytes_of_maps(self) -> int:
         """Of all that an alignment may hold."""
-        maps = planned_maps(outline(*self.geometries, self.job.recipe).pairs, self.job.recipe)
+        maps = outline(*self.geometries, self.job.recipe).planned_maps
         return sum(dtype.itemsize * prod(shape) for _, shape, dtype in maps)
 
     def seconds(self, *, move: int = 0) -> dict[str, float]:
@@ -154,7 +152,7 @@ class Bases:
     def _solver(self) -> Solver:
         """One that knows what is needed; depths may be paired otherwise."""
         recipe, blocks = self.recipe(), by_position(*self.geometries)
-        return SOLVERS[recipe.name](*self._models(), blocks, recipe)
+        return recipe.solver(*self._models(), blocks, recipe)
 
     def _models(self) -> tuple[Base, Base]:
         source, target = (Base.of(*side) for side in zip(self.windows, self.geometries, strict=True))
@@ -230,13 +228,13 @@ class Bases:
         """
         recipe, choice, bases = draft.recipe, self.plan.choice, self._models()
         folder, toward = self._hidden, None
-        if recipe.name == "coherent" and recipe.null == "completed" and not work.state:  # else it is in there
+        if recipe.solver.leans_on_depth(recipe) and not work.state:  # else it is in there
             toward = all_together(
                 bases, self.windows, draft.blocks, data, self.device, folder=folder, halves=choice.halves
             )
         if toward is not None and choice.polar == "cpu":
             toward = toward.cpu()
-        solver = SOLVERS[recipe.name](*bases, draft.blocks, recipe, toward=toward)
+        solver = recipe.solver(*bases, draft.blocks, recipe, toward=toward)
         solver.method = choice.method
         how: dict[str, Any] = {name: getattr(choice, name) for name in ("ahead", "resident", "tiles", "halves")}
         how["folder"] = folder

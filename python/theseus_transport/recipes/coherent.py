@@ -7,30 +7,69 @@ heads and neurons, new gains, per-head scales.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..activations.links import Blocks, Link, block_of
+from ..activations.links import Blocks, Link, Pairs, block_of
 from ..activations.moments import CrossMoment
 from ..linalg.polar import remote
 from ..models.base import Base
-from ..models.geometry import Layer, Role
+from ..models.geometry import Geometry, Layer, Role
 from . import maps
-from .coherent_heads import QKV, head_maps, scale_of
-from .recipe import Recipe, Rule
+from .behind_norms import normalised, normalised_rows
+from .choices import RecipeChoices
+from .coherent_heads import QKV, head_maps, planned_heads, scale_of
 from .regression import fit_input, fit_output
-from .solver import Solver
+from .ruleset import Rule
+from .solver import PlannedMap, Rows, Solver, Widths, doubles
 
 
 class Coherent(Solver):
     """The recipe at work."""
 
+    folds = moves_embeddings = reads_energies = True
+
+    @classmethod
+    def planned_maps(cls, pairs: Pairs, recipe: RecipeChoices) -> list[PlannedMap]:
+        links, target = pairs.moments, pairs.target
+        dense = [(f"{name}/matrix", link.widths) for name, link in links.items() if not name.endswith(".context")]
+        if recipe.completion == "deeper":
+            first = [name for name in ("0.attention", "embedding") if name in links and _starts(pairs, name)]
+            dense += [(f"{name}.completed/matrix", links[name].widths) for name in first]
+        if target.family.embedding("token") and target.tied and target.family.norm == "layer":
+            dense.append(("token/matrix", (pairs.source.width, target.width)))
+        heads = [part for b in pairs.places if b is not None for part in planned_heads(pairs, b, recipe)]
+        return doubles(dense) + sorted(heads, key=lambda planned: not planned[0].endswith("/matrix"))  # matrices first
+
+    @classmethod
+    def decompositions(cls, pairs: Pairs, recipe: RecipeChoices) -> list[tuple[str, Widths]]:
+        heads = [(pairs.source.head_dim, pairs.target.head_dim)] * (2 * pairs.target.kv_heads)  # of v, and of q and k
+        found: list[tuple[str, Widths]] = []
+        for name, link in pairs.moments.items():
+            by_head = name.endswith(".context")
+            found += [(name, each) for each in heads if by_head]
+            found += [(name, link.widths)] if recipe.heads == "dense" or not by_head else []
+        return found
+
+    @classmethod
+    def gram_sides(cls, pairs: Pairs, recipe: RecipeChoices, links: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Of the target's context: how alike heads are that have to share a source head."""
+        share = recipe.heads == "pair" and pairs.target.outnumbers(pairs.source)
+        return {name: (1,) for name in links if share and name.endswith(".context")}
+
+    @classmethod
+    def leans_on_depth(cls, recipe: RecipeChoices) -> bool:
+        return recipe.null == "completed"
+
+    @classmethod
+    def diagonal(cls, link: str, target: Geometry) -> int:
+        return target.heads if link.endswith(".context") else 1
+
     def __init__(
-        self, source: Base, target: Base, blocks: Blocks, recipe: Recipe, *, toward: Tensor | None = None
+        self, source: Base, target: Base, blocks: Blocks, recipe: RecipeChoices, *, toward: Tensor | None = None
     ) -> None:
         super().__init__(source, target, blocks, recipe, toward=toward)
         ratio = target.geometry.width / source.geometry.width
@@ -44,9 +83,9 @@ class Coherent(Solver):
         found = [*(self._layer_needs(la) for la in fed), *(self._vector_needs.get(name, set()) for name in vectors)]
         return set().union(*found)
 
-    @property
-    def every(self) -> set[str]:
-        return {*self.links, *self.pairs.energies}
+    def as_mapped(self, rows: Rows, link: Link) -> Rows:
+        behind_norms = link.source.norm and link.target.norm
+        return normalised_rows(self.source, self.target, link, rows) if behind_norms else rows
 
     def _layer_needs(self, layer: Layer) -> set[str]:
         b = layer.block
@@ -232,29 +271,6 @@ class Coherent(Solver):
         )
 
 
-def normalised(source: Base, target: Base, link: Link, moment: CrossMoment) -> CrossMoment:
-    """The moment of z, behind the norms' gains and biases; under LayerNorm with its exact null direction removed.
-
-    Raises:
-        InputRefused: a gain is zero.
-    """
-    own = source.norm(link.source.norm, link.source.width)
-    z = moment.unfold(own, target.norm(link.target.norm, link.target.width), link.target.norm)
-    if target.geometry.family.norm == "layer":  # every row of z sums to 0
-        cross = z.cross - z.cross.mean(0)
-        z = replace(z, cross=cross - cross.mean(1, keepdim=True))
-    return z
-
-
-def together(
-    source: Base,
-    target: Base,
-    links: Mapping[str, Link],
-    moments: Mapping[str, CrossMoment],
-    so_far: Tensor | None = None,
-) -> Tensor | None:
-    """The sum of z's crosses [dS, dT] over depth, in the order of ``links``; portions may follow one another."""
-    for name in (n for n, link in links.items() if n in moments and link.target.norm):
-        cross = normalised(source, target, links[name], moments[name]).cross
-        so_far = cross if so_far is None else so_far + cross
-    return so_far
+def _starts(pairs: Pairs, name: str) -> bool:
+    """Whether a space is the residual's where nothing but embeddings wrote it."""
+    return name == "embedding" or pairs.blocks[0] == 0

@@ -8,17 +8,33 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..activations.links import Pairs
 from ..activations.moments import CrossMoment, Energy
 from ..linalg.procrustes import FLOOR_DOUBLE, Polar, procrustes
 from ..models.geometry import Role
 from . import maps
+from .choices import RecipeChoices
 from .head_pairing import pair_heads
-from .recipe import Recipe, Ruleset
-from .solver import Solver
+from .ruleset import Ruleset
+from .solver import PlannedMap, Solver, doubles
 
 QKV: tuple[Role, ...] = ("query", "key", "value")
-NORM = Recipe()
 Names = dict[Role, tuple[str, str]]  # (source, target) layer of each role
+
+
+def planned_heads(pairs: Pairs, b: int, recipe: RecipeChoices) -> list[PlannedMap]:
+    """What :func:`head_maps` will make of target block ``b``."""
+    source, target = pairs.source, pairs.target
+    heads = {"context": target.heads, "value": target.kv_heads, "query": target.heads, "key": target.kv_heads}
+    found: list[PlannedMap] = []
+    for part, count in heads.items():
+        if recipe.heads == "dense" and part in ("context", "value"):
+            found += doubles([(f"{b}.{part}/matrix", pairs.moments[f"{b}.context"].widths)])
+            continue
+        found.append((f"{b}.{part}/source_head", (count,), torch.int64))
+        found.append((f"{b}.{part}/blocks", (count, source.head_dim, target.head_dim), torch.float64))
+        found.append((f"{b}.{part}/heads", (), torch.int64))
+    return found
 
 
 def head_maps(p: Solver, b: int) -> None:
@@ -152,7 +168,7 @@ def _shared(g: Tensor, r: Tensor, scale: Tensor, floor: float) -> tuple[Tensor, 
 
 
 def _dense_context(
-    out: Ruleset, b: int, context: CrossMoment, value: Energy | None, names: Names, recipe: Recipe
+    out: Ruleset, b: int, context: CrossMoment, value: Energy | None, names: Names, recipe: RecipeChoices
 ) -> None:
     """One map and one scale for v's output and o's input, in place of those per head."""
     polar = procrustes(context.cross, null=recipe.null, floor=recipe.floor)
@@ -167,12 +183,13 @@ def _dense_context(
         out.rules[layer] = replace(out.rules[layer], scale_out=written)
 
 
-def scale_of(source: float, target: float, recipe: Recipe) -> float:
-    """sqrt(E_T / E_S) of two energies; 1 where a side has none (its map is then zero)."""
-    return math.sqrt(target / source) if recipe.scale != "none" and source > 0 and target > 0 else 1.0
+def scale_of(source: float, target: float, recipe: RecipeChoices | None = None) -> float:
+    """sqrt(E_T / E_S) of two energies; 1 where a side has none (its map is then zero), or the recipe does not scale."""
+    scales = recipe is None or recipe.scale != "none"
+    return math.sqrt(target / source) if scales and source > 0 and target > 0 else 1.0
 
 
-def _ratios(energies: tuple[Tensor, Tensor], recipe: Recipe = NORM) -> Tensor:
+def _ratios(energies: tuple[Tensor, Tensor], recipe: RecipeChoices | None = None) -> Tensor:
     return torch.tensor(
         [scale_of(s, t, recipe) for s, t in zip(*(e.tolist() for e in energies), strict=True)], dtype=torch.float64
     )

@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from ..activations.links import block_of
+from ..activations.links import Link, Pairs, block_of
 from ..activations.moments import CrossMoment, Grams
 from ..linalg.procrustes import Polar, procrustes
 from ..linalg.whitening import whiten
 from ..models.geometry import Layer
 from . import maps
+from .choices import RecipeChoices
 from .maps import Map
-from .recipe import Recipe, Rule
-from .solver import Solver
+from .ruleset import Rule
+from .solver import PlannedMap, Rows, Solver, Widths, doubles
 
 
 class Paper(Solver):
     """The recipe at work; the maps of a block come from its own links only."""
+
+    whitens = any_module = True
+
+    @classmethod
+    def planned_maps(cls, pairs: Pairs, recipe: RecipeChoices) -> list[PlannedMap]:
+        found = [(f"{name}/matrix", link.widths) for name, link in pairs.moments.items()]
+        for layer, (own, into) in _augmented(pairs):
+            (out_s, _), (out_t, k) = own, into
+            if expands(own, into, recipe):
+                found += [(f"{layer.name}/left", (out_s, k)), (f"{layer.name}/right", (k, out_t))]
+            else:
+                found.append((f"{layer.name}/matrix", (out_s, out_t)))
+        return doubles(found)
+
+    @classmethod
+    def decompositions(cls, pairs: Pairs, recipe: RecipeChoices) -> list[tuple[str, Widths]]:
+        found = [(name, link.widths) for name, link in pairs.moments.items()]
+        for layer, shapes in _augmented(pairs):
+            (out_s, k_s), (out_t, k_t) = shapes
+            found.append((layer.reads, (k_s, k_t) if expands(*shapes, recipe) else (out_s, out_t)))
+        return found
+
+    @classmethod
+    def gram_sides(cls, pairs: Pairs, recipe: RecipeChoices, links: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Of both sides, to whiten with."""
+        return dict.fromkeys(links, (0, 1)) if recipe.whiten_power else {}
+
+    def as_mapped(self, rows: Rows, link: Link) -> Rows:
+        own, other = rows
+        return (own - own.mean(0), other - other.mean(0)) if self.recipe.center else rows
 
     def needs(self, layers: Iterable[Layer], vectors: Iterable[str]) -> set[str]:
         fed = (la for la in layers if la.role == "head" or self.pairs.blocks[la.block] is not None)
@@ -64,7 +95,20 @@ class Paper(Solver):
                 self.ruleset.vectors[f"{norm}.{part}"] = Rule(f"{own}.{part}", "identity", name, fold=False)
 
 
-def comparable(moment: CrossMoment, grams: Grams | None, recipe: Recipe) -> Tensor:
+def _augmented(pairs: Pairs) -> Iterator[tuple[Layer, tuple[Widths, Widths]]]:
+    """Layers of the target inside blocks, and the shapes of the source's augmented weight and of their own."""
+    for b in (b for b in pairs.places if b is not None):
+        for own, layer in pairs.layers(b):
+            (out_s, in_s), (out_t, in_t) = pairs.source.weights()[own.role], pairs.target.weights()[layer.role]
+            yield layer, ((out_s, in_s + 1), (out_t, in_t + 1))
+
+
+def expands(source: Sequence[int], target: Sequence[int], recipe: RecipeChoices) -> bool:
+    """Whether two layers make more features than they read: of the shapes [out, in + 1] of augmented weights."""
+    return all(out > read for out, read in (source, target)) and recipe.null != "svd"
+
+
+def comparable(moment: CrossMoment, grams: Grams | None, recipe: RecipeChoices) -> Tensor:
     """What a map is the polar factor of, [dS, dT]: the cross-moment, centred and whitened where the recipe says so.
 
     Args:
@@ -82,7 +126,7 @@ def output_map(
     source: Tensor,
     target: Tensor,
     *,
-    recipe: Recipe,
+    recipe: RecipeChoices,
     grams: Grams | None = None,
     polar: Callable[[Tensor], Polar] | None = None,
 ) -> tuple[Polar, Map]:
@@ -100,10 +144,9 @@ def output_map(
         The polar factor that was computed (the small one where factored), and the map.
     """
     s, t = source.to(moment.cross), target.to(moment.cross)
-    expands = all(w.shape[0] > w.shape[1] for w in (s, t)) and recipe.null != "svd"
-    if expands:
+    if factored := expands(s.shape, t.shape, recipe):
         (q_s, s), (q_t, t) = torch.linalg.qr(s), torch.linalg.qr(t)
     own = grams and {0: grams[0].derive(s, s), 1: grams[1].derive(t, t)}
     polar = polar or partial(procrustes, null=recipe.null, floor=recipe.floor)
     made = polar(comparable(moment.derive(s, t), own, recipe))
-    return made, maps.Factored(q_s @ made.map, q_t.T.contiguous()) if expands else maps.Dense(made.map)
+    return made, maps.Factored(q_s @ made.map, q_t.T.contiguous()) if factored else maps.Dense(made.map)

@@ -16,7 +16,7 @@ from ..activations.moments import CrossMoment, Energy
 from ..models.base import Base
 from ..models.geometry import Layer
 from .maps import Map, cosine
-from .recipe import Rule
+from .ruleset import Rule
 
 LEAST = 1e-6  # a cosine below it says nothing; the update through it vanishes
 Side = tuple[Base, Layer]

@@ -1,4 +1,4 @@
-"""A recipe at work: what all solvers share. Evidence in, block by block; maps and rules out."""
+"""A recipe at work: what it says of itself, and what all solvers share. Evidence in, block by block; maps out."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..activations.links import Blocks, Pairs, block_of
+from ..activations.links import Blocks, Link, Pairs, block_of
 from ..activations.moments import CrossMoment, Energy, Grams
 from ..errors import InputRefused, NumericalError
 from ..linalg.procrustes import ITERATE_FROM, Method, Polar, procrustes
 from ..models.base import Base
-from ..models.geometry import Layer
-from .recipe import Recipe, Ruleset
+from ..models.geometry import Geometry, Layer
+from .choices import RecipeChoices
+from .ruleset import Ruleset
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Widths = tuple[int, int]  # of source and target
+Rows = tuple[Tensor, Tensor]  # of source and target, as they pair
+PlannedMap = tuple[str, tuple[int, ...], torch.dtype]  # name/part, shape, dtype of a tensor that is stored
 PARTS = [f.name for f in fields(CrossMoment) if f.name != "count"]
 
 
@@ -30,21 +34,64 @@ class Solver(ABC):
     For every portion :meth:`add` what was seen; then :meth:`block`, where it is a block's; at the end :meth:`finish`.
     What never arrives yields no rule. A moment is held while something needs it.
 
+    The class says, before anything is computed, what the recipe does; what it does not say it does not do.
+
     Attributes:
-        plan: filled as evidence arrives. Maps outside :attr:`keep` may be deleted from it.
+        folds: norms' gains and biases are folded into the layers that read them, and move by themselves only where
+            more than linear layers reads them; else every norm's own vectors move as rows.
+        moves_embeddings: embeddings move, where the recipe's choice is not to leave them.
+        reads_energies: it wants the energies of :attr:`Pairs.energies`.
+        whitens: it takes the choices ``center`` and ``whiten_power``.
+        any_module: a layer's maps come from what that layer reads and writes alone, so that libraries get them for any
+            module, of whatever family (:mod:`theseus_transport.integrations`).
+        ruleset: filled as evidence arrives. Maps outside :attr:`keep` may be deleted from it.
         moments, energies, grams: what is held, by link.
         seen: names of all that arrived.
         ahead: the first block that has not been planned.
         method: of decompositions with a smaller side from ``ITERATE_FROM`` (see :func:`procrustes`).
     """
 
+    folds: ClassVar[bool] = False
+    moves_embeddings: ClassVar[bool] = False
+    reads_energies: ClassVar[bool] = False
+    whitens: ClassVar[bool] = False
+    any_module: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def planned_maps(cls, pairs: Pairs, recipe: RecipeChoices) -> list[PlannedMap]:
+        """All tensors that an alignment's maps may hold, from geometry and pairing alone, before any is made.
+
+        Completed maps are among them wherever the recipe could complete one; few token types decide whether it does.
+        """
+
+    @classmethod
+    @abstractmethod
+    def decompositions(cls, pairs: Pairs, recipe: RecipeChoices) -> list[tuple[str, Widths]]:
+        """(link, size) of every polar factor, with the link whose moment it is made of: what its time depends on."""
+
+    @classmethod
+    def gram_sides(cls, pairs: Pairs, recipe: RecipeChoices, links: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Link -> the sides, 0 the source, whose moment with themselves is wanted; of these ``links``."""
+        return {}
+
+    @classmethod
+    def leans_on_depth(cls, recipe: RecipeChoices) -> bool:
+        """Whether the sum over depth, :func:`together`, has to be there before any map is made."""
+        return False
+
+    @classmethod
+    def diagonal(cls, link: str, target: Geometry) -> int:
+        """Into how many blocks along its diagonal the map of a link falls."""
+        return 1
+
     def __init__(
-        self, source: Base, target: Base, blocks: Blocks, recipe: Recipe, *, toward: Tensor | None = None
+        self, source: Base, target: Base, blocks: Blocks, recipe: RecipeChoices, *, toward: Tensor | None = None
     ) -> None:
         """
         Args:
             blocks: for every target block the source block that feeds it, or None.
-            toward: for null="completed": :func:`coherent.together` of all moments; ``paper`` takes none.
+            toward: where the recipe :meth:`leans_on_depth`: :func:`together` of all moments.
         """
         self.source, self.target, self.recipe, self.toward = source, target, recipe, toward
         self.pairs = Pairs(source.geometry, target.geometry, blocks)
@@ -113,6 +160,10 @@ class Solver(ABC):
         self.finished = True
         self._release()
 
+    def as_mapped(self, rows: Rows, link: Link) -> Rows:
+        """Rows [rows, dS] and [rows, dT] of a link as its map maps them."""
+        return rows
+
     @abstractmethod
     def needs(self, layers: Iterable[Layer], vectors: Iterable[str]) -> set[str]:
         """Links whose moments and energies the rules of these need; known from geometry and recipe alone.
@@ -129,7 +180,7 @@ class Solver(ABC):
     @property
     def every(self) -> set[str]:
         """All links the recipe can use."""
-        return set(self.links)
+        return {*self.links, *(self.pairs.energies if self.reads_energies else ())}
 
     @property
     def wants_together(self) -> bool:
@@ -232,6 +283,11 @@ class Solver(ABC):
         for name in [n for n in self.moments if self.finished or not self._held(n)]:
             del self.moments[name]
             self.grams.pop(name, None)
+
+
+def doubles(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[PlannedMap]:
+    """Tensors in float64, as maps are."""
+    return [(name, shape, torch.float64) for name, shape in shapes]
 
 
 def _taken(store: dict[str, T], names: Iterable[str]) -> dict[str, T]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..activations.capture import Capture
 from ..activations.links import Blocks, Pairs
-from ..alignment.quality import Quality, as_mapped, quality, warn
+from ..alignment.quality import Quality, quality, warn
 from ..calibration.calibration import Calibration
 from ..errors import InputRefused, NumericalError
 from ..files.journal import Work
@@ -24,8 +24,8 @@ from ..files.result_folder import refuse_foreign
 from ..models.base import Base
 from ..models.forward import samples_of
 from ..models.geometry import Geometry
-from ..recipes.coherent import together
-from ..recipes.recipe import Ruleset
+from ..recipes.behind_norms import together
+from ..recipes.ruleset import Ruleset
 from ..recipes.solver import Solver
 from .hidden_states import own_folder, temporary
 from .loop import Loop
@@ -170,7 +170,8 @@ class Passage:
 
     def _loop(self, batches: Sequence[Any]) -> Loop:
         held = len(self.data.batches) if self.data.held else None
-        grams = self.solver.recipe.grams(*self.geometries, self.solver.links)
+        solver = self.solver
+        grams = solver.gram_sides(solver.pairs, solver.recipe, solver.links)
         options: dict[str, Any] = {"held": held, "grams": grams, "device": self.device}
         options |= {"resident": self.resident, "tiles": self.tiles, "halves": self.halves}
         loop = Loop(self.windows, self.geometries, batches, **options, folder=self._folder)
@@ -219,10 +220,10 @@ class Passage:
     def _measure(self, seen: Capture) -> None:
         if seen.kept is None or self.data.held is None:
             return
-        samples, bases = samples_of(self.data.held[0]), (self.solver.source, self.solver.target)
+        samples = samples_of(self.data.held[0])
         for name in (n for n in seen.links if n in seen.kept):
             if (t := self.solver.ruleset.maps.get(name)) is not None:
-                mapped = as_mapped(seen.kept[name], seen.links[name], bases, self.solver.recipe)
+                mapped = self.solver.as_mapped(seen.kept[name], seen.links[name])
                 self.rows.append(Quality(name, *quality(t, mapped, samples)))
 
     def _commit(self, loop: Loop) -> None:

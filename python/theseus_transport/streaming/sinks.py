@@ -14,8 +14,7 @@ from ..files.journal import Work
 from ..files.writer import Planned
 from ..models.geometry import Geometry
 from ..recipes.maps import Map
-from ..recipes.planned_maps import planned_maps
-from ..recipes.recipe import Rule, Ruleset
+from ..recipes.ruleset import Rule, Ruleset
 from ..recipes.solver import Solver
 from ..updates.computed import ComputedUpdate
 from ..updates.output import Kind, Written
@@ -163,8 +162,7 @@ class MapSink:
 
     def __init__(self, draft: Alignment) -> None:
         """For all maps the alignment of this outline may have."""
-        maps = planned_maps(draft.pairs, draft.recipe)
-        self.tensors = [Planned(*planned, partial(self._made, planned[0])) for planned in maps]
+        self.tensors = [Planned(*planned, partial(self._made, planned[0])) for planned in draft.planned_maps]
         self.stamps: dict[str, Stamp] = {}
         self._draft, self._maps = draft, dict[str, Map]()
 

@@ -39,7 +39,7 @@ class Stays:
     def by_rule(self, name: str) -> str | None:
         """Why a tensor stays whatever the two bases hold: the recipe, the pairing of blocks, or the family says so."""
         recipe, source = self.alignment.recipe, self.alignment.source
-        if self._is_embedding(name) and (recipe.name == "paper" or recipe.embeddings == "leave"):
+        if self._is_embedding(name) and not recipe.moves_embeddings:
             return f"the {recipe.name} recipe leaves embeddings"
         if self.of_head(name) and recipe.head == "leave":
             return "the recipe leaves heads"

@@ -20,7 +20,7 @@ from ..models.base import Base
 from ..models.geometry import Layer
 from ..models.tensors import Tensors, double, fresh, rows_of, squares
 from ..recipes.maps import Heads, Map, on
-from ..recipes.recipe import Rule
+from ..recipes.ruleset import Rule
 from .adapter import Factors
 
 AMPLIFIED = 1.0  # a bias correction larger than the update that carries it is worth a warning

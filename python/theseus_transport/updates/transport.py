@@ -17,7 +17,7 @@ from ..models.arguments import check_kinds
 from ..models.base import Base, check_shapes
 from ..models.family import Slot
 from ..models.tensors import Tensors, device_of, row_tiles, tensors_of
-from ..recipes.recipe import Rule
+from ..recipes.ruleset import Rule
 from .adapter import MERGING, Adapter, Factors
 from .arguments import check_direction
 from .changes import changes, leaving, leaving_alone

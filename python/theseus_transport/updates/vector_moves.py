@@ -14,7 +14,7 @@ from ..models.base import Base
 from ..models.family import Embedding
 from ..models.tensors import Tensors, fresh, row_tiles, rows_of
 from ..recipes.maps import Map
-from ..recipes.recipe import Rule
+from ..recipes.ruleset import Rule
 from .layer_moves import move_gain, shared_map
 
 

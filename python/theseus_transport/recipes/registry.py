@@ -1,0 +1,13 @@
+"""The recipes there are, by name: to add one, write its solver in a file beside this one and name it here."""
+
+from __future__ import annotations
+
+from .coherent import Coherent
+from .paper import Paper
+from .solver import Solver
+
+SOLVERS: dict[str, type[Solver]] = {
+    "coherent": Coherent,
+    "paper": Paper,
+}
+DEFAULT = "coherent"
