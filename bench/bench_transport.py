@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
 
 import baseline
 import pytest
@@ -19,6 +17,7 @@ from theseus_transport.models.geometry import Geometry
 from theseus_transport.recipes.maps import Dense
 from theseus_transport.recipes.ruleset import Rule
 from theseus_transport.updates.adapter import Factors
+from theseus_transport.updates.available import Available
 from theseus_transport.updates.layer_moves import Carried, Move, move_bytes
 from timing import DEVICE, in_turns, ratio
 from torch import Tensor
@@ -84,9 +83,9 @@ def made(case: Case) -> tuple[Move, Tensor, Tensor, Tensor, Tensor]:
         for weight, shape in ((base, case.source), (target, case.target))
     ]
     rule = Rule(LAYER, "in", "out", fold=False)
-    alignment: Any = SimpleNamespace(rules={LAYER: rule}, maps={"in": Dense(t_in), "out": Dense(t_out)})
+    available = Available(rules={LAYER: rule}, maps={"in": Dense(t_in), "out": Dense(t_out)})
     own, into = (next(la for la in side.geometry.layers() if la.name == LAYER) for side in sides)
-    return Move(own, into, alignment, *sides, Carried()), base, tuned, t_out, t_in
+    return Move(own, into, available, *sides, Carried()), base, tuned, t_out, t_in
 
 
 @pytest.mark.parametrize("case", [*MODEST, *FULL], ids=str)

@@ -1,7 +1,6 @@
 """The small pieces of a move, directly: kept parts, fused factors, positions, scales by regression."""
 
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from theseus_transport.models.family import Slot
 from theseus_transport.recipes.maps import Dense, Identity, Map
 from theseus_transport.recipes.ruleset import Rule
 from theseus_transport.updates.adapter import Factors
+from theseus_transport.updates.available import Available
 from theseus_transport.updates.fused_factors import Piece, fused
 from theseus_transport.updates.vector_moves import VectorMove
 from torch import Tensor
@@ -91,8 +91,8 @@ def moved_positions(source: Spec, target: Spec, name: str) -> tuple[Tensor, Tens
     """A random change of the source's positions and the target's, through a scale of 2 and a map of its own."""
     sides = Base.of(source.build()), Base.of(target.build())
     t = normal(24, 24, seed=3)
-    alignment = SimpleNamespace(vectors={name: Rule(name, "identity", "t", 1.0, 2.0)}, maps={"t": Dense(t)})
-    move = VectorMove(name, alignment, *sides)
+    available = Available(vectors={name: Rule(name, "identity", "t", 1.0, 2.0)}, maps={"t": Dense(t)})
+    move = VectorMove(name, available, *sides)
     delta = normal(*sides[0].shape(name))
     return 2 * delta @ t, move({name: sides[0].need(name) + delta}), move
 
@@ -111,8 +111,8 @@ def test_positions_follow_the_grid(image: int) -> None:
 def test_what_is_no_position_must_fit() -> None:
     name = "embeddings.patch_embeddings.projection.weight"
     sides = Base.of(base(VIT).build()), Base.of(base(VIT, patch_size=4).build())
-    alignment = SimpleNamespace(vectors={name: Rule(name, "identity", "identity")}, maps={"identity": Identity()})
-    move = VectorMove(name, alignment, *sides)
+    available = Available(vectors={name: Rule(name, "identity", "identity")}, maps={"identity": Identity()})
+    move = VectorMove(name, available, *sides)
     assert move.unfit() == "the source's is [24, 3, 2, 2], the target's [24, 3, 4, 4]: rows do not correspond"
 
 

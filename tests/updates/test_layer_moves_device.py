@@ -216,7 +216,7 @@ def test_the_device_holds_what_is_predicted(norm: str, narrower: bool) -> None:
     """The prediction, one weight as it is stored, and one map; 1.1 is what a plan allows."""
     for move, tuned in big(norm, narrower=narrower):
         own, into = f"{move.own.name}.weight", f"{move.into.name}.weight"
-        maps = [move.alignment.maps[name] for name in (move.rule.input, move.rule.output)]
+        maps = [move.available.maps[name] for name in (move.rule.input, move.rule.output)]
         beside = max(sum(part.nbytes for part in t.tensors().values()) for t in maps)
         beside += move.source.tensors[move.source.slots[own].stored].nbytes
         predicted = move_bytes(move.source.shape(own), move.target.shape(into))

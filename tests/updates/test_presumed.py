@@ -81,15 +81,15 @@ def streamed(
     alignment: Alignment, delta: Delta, target: Mapping[str, Tensor], kind: Kind, **options: object
 ) -> tuple[list[dict[str, bytes]], Update, list[Rounding]]:
     """Written as a loop over blocks does: rules come one after another, tensors as soon as theirs are there."""
-    live = late(alignment)
-    update = transport(live, delta, target, presumed=True, **options)
+    update = transport(late(alignment), delta, target, presumed=True, **options)
     first_change(update)
     update.restore(json.loads(json.dumps(update.state())))
     roundings = [Rounding() for _ in ALPHAS]
     views = at_alphas(update, ALPHAS)
     plans = [planned(view, kind, torch.float32, r) for view, r in zip(views, roundings, strict=True)]
     waiting = {entries[0].name: entries for entries in zip(*plans, strict=True)}
-    live.rules.clear(), live.vectors.clear(), live.maps.clear()
+    live = update.available
+    live.rules, live.vectors, live.maps = {}, {}, {}
     written: list[dict[str, bytes]] = [{} for _ in ALPHAS]
     for known in [{}, *({n: r} for n, r in {**alignment.rules, **alignment.vectors}.items())]:
         for name, rule in known.items():

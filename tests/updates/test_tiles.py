@@ -20,6 +20,7 @@ from theseus_transport.models.tensors import chunks_of_rows, part_of, row_tiles,
 from theseus_transport.recipes.maps import Dense, Factored, Heads, Identity
 from theseus_transport.updates.adapter import PREFIX
 from theseus_transport.updates.alpha import matched
+from theseus_transport.updates.available import Available
 from theseus_transport.updates.layer_moves import Carried, Move, move_bytes
 from theseus_transport.updates.output import planned
 from torch import Tensor
@@ -265,7 +266,7 @@ def big(norm: str, *, narrower: bool) -> Iterator[tuple[Move, dict[str, Tensor]]
     for layer in (layer for layer in into.layers() if layer.role != "head"):
         rule = replace(alignment.rules[layer.name], input=f"{layer.role}.in", output=f"{layer.role}.out")
         alignment.rules[layer.name] = rule
-        yield Move(own.counterpart(layer, 0), layer, alignment, *sides, Carried()), tuned
+        yield Move(own.counterpart(layer, 0), layer, Available.of(alignment), *sides, Carried()), tuned
 
 
 @pytest.mark.parametrize("narrower", [False, True])

@@ -152,10 +152,10 @@ class Session:
             with self.window, Work.open(job.out, described, **writing) as work:
                 tensors = described[0].tensors
                 how: dict[str, Any] = {"kind": self.kind, "progress": progress("write", len(tensors))}
-                sink = UpdateSink(draft, update, outputs, tensors, work, self.window, **how)
+                sink = UpdateSink(update, outputs, tensors, work, self.window, **how)
                 if data is None:
                     began = Clock()
-                    apply(sink, self.bases.windows, self.bases.geometries, work)
+                    apply(sink, draft.blocks, self.bases.windows, self.bases.geometries, work)
                     began.lap("move and write")
                     alignment, seconds = draft, began.seconds
                 else:

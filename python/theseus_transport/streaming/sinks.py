@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ..activations.links import Blocks
 from ..alignment.alignment import Alignment
 from ..alignment.stored_maps import Stamp, stamp
 from ..files.journal import Work
 from ..files.writer import Planned
 from ..models.geometry import Geometry
 from ..recipes.maps import Map
-from ..recipes.ruleset import Rule, Ruleset
+from ..recipes.ruleset import Ruleset
 from ..recipes.solver import Solver
 from ..updates.computed import ComputedUpdate
 from ..updates.output import Kind, Written
@@ -28,12 +29,11 @@ class UpdateSink:
     """Writes every tensor of a moved update as soon as its maps are there, and frees what it was made from.
 
     Attributes:
-        update: what is written; alignment: its maps, rules and vectors fill up as a pass goes.
+        update: what is written; what is available to it fills up as a pass goes.
     """
 
     def __init__(
         self,
-        alignment: Alignment,
         update: ComputedUpdate,
         outputs: Sequence[Written],
         tensors: Sequence[Planned],
@@ -45,18 +45,16 @@ class UpdateSink:
     ) -> None:
         """
         Args:
-            alignment: of dicts that may be written to; moves look rules and maps up in it when they are computed.
             tensors: all that is planned for the first of the outputs.
             progress: called after every tensor.
         """
-        self.update, self.alignment, self._outputs, self._work = update, alignment, outputs, work
+        self.update, self._outputs, self._work = update, outputs, work
         self._needs = frozenset[str]().union(*(t.needs for t in tensors))
         self._tuned, self._kind, self._progress = tuned, kind, progress
         adapted = update.delta.adapted
         self._tuned_names = update.source.geometry.family.by_block(tuned if adapted is None else adapted.changed)
         self._block = {t.name: self._block_of(t) for t in tensors}
         self._visited: set[int] = set()
-        self._made: dict[str, Rule] = {**alignment.rules, **alignment.vectors}
         for _ in tensors[len(work.pending) :]:
             progress()
 
@@ -68,13 +66,8 @@ class UpdateSink:
             self._tuned.prefetch(self._tuned_names.get(visit.source, []))
 
     def take(self, plan: Ruleset, visit: Visit | None) -> None:
-        self._made = {**plan.rules, **plan.vectors}
-        live: tuple[Any, ...] = self.alignment.rules, self.alignment.vectors, self.alignment.maps
-        live[2].clear()
-        for into, found in zip(live, (plan.rules, plan.vectors, plan.maps), strict=True):
-            into.update(found)
-        self.step(visit)
-        live[2].clear()  # the solver holds what is still needed
+        with self.update.available.showing(plan):
+            self.step(visit)
 
     def step(self, visit: Visit | None) -> None:
         """Write what can be of the blocks visited so far; None: everything."""
@@ -98,8 +91,8 @@ class UpdateSink:
 
     def wanted(self) -> set[str]:
         keys = {key for name in self._work.pending for key in self.update.needs(name)}
-        rules = [self._made[key] for key in keys & self._made.keys()]
-        return {name for rule in rules for name in (rule.input, rule.output)}
+        rules = map(self.update.available.rule, keys)
+        return {name for rule in rules if rule is not None for name in (rule.input, rule.output)}
 
     def held(self) -> tuple[set[str], set[str]]:
         origin = getattr(self.update.target.tensors, "origin", str)  # the names the windows know
@@ -123,8 +116,7 @@ class UpdateSink:
             self.update.compare({name for name in self.update.presumed if family.block_of(name) == block})
 
     def _ready(self, name: str) -> bool:
-        found, maps = [self._made.get(key) for key in self.update.needs(name)], self.alignment.maps
-        return all(rule is not None and rule.input in maps and rule.output in maps for rule in found)
+        return all(map(self.update.available.ready, self.update.needs(name)))
 
     def _outputs_drop(self, name: str) -> bool:
         """Whether a planned tensor turned out to have no place: of a ``delta``, one that did not change."""
@@ -144,7 +136,7 @@ class UpdateSink:
 
     def _block_of(self, tensor: Planned) -> int | None:
         """The target block whose visit makes a tensor; None: the end."""
-        family = self.alignment.target.family
+        family = self.update.family
         names = [*tensor.needs, family.canonical(tensor.name)]
         return max((block for name in names if (block := family.block_of(name)) is not None), default=None)
 
@@ -199,9 +191,15 @@ class MapSink:
         self.stamps = {name: Stamp(*stamped) for name, stamped in state["stamps"].items()}
 
 
-def apply(sink: UpdateSink, windows: Sequence[Window], geometries: Sequence[Geometry], work: Work) -> None:
-    """Write all of an update whose maps are there, block by block."""
-    blocks, full = sink.alignment.blocks, sink.update.delta.tuned is not None
+def apply(
+    sink: UpdateSink, blocks: Blocks, windows: Sequence[Window], geometries: Sequence[Geometry], work: Work
+) -> None:
+    """Write all of an update whose maps are there, block by block.
+
+    Args:
+        blocks: for every target block the source block that feeds it, or None.
+    """
+    full = sink.update.delta.tuned is not None
     stored = [
         geometry.family.by_block(window) if full else {} for geometry, window in zip(geometries, windows, strict=True)
     ]

@@ -18,6 +18,7 @@ from ..models.family import Family
 from ..models.tensors import chunks_of_rows, dtype_of, growing, row_tiles, rows_of, shape_of
 from .adapter import PREFIX
 from .arguments import check_number
+from .available import Available
 from .coverage import GUESSED, TIES
 from .delta import Delta, Renamed
 from .fates import Computation, MovedFactors, TensorFate
@@ -38,6 +39,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
         coverage: fate of every tensor of the source's update; of presumed changes final once :meth:`settled`.
         factors: for a LoRA, the layer as an adapter of the target spells it -> its moved factors, alpha not included.
         moved: canonical name of every tensor of the source that moves -> that of the target's it becomes.
+        available: the rules and maps it is computed with.
         tuned: the tuned tensors that may move, by canonical name.
         presumed: of these, what counts as changed without having been compared.
         unchanged: what was presumed to have changed, and turned out to be the base's.
@@ -53,6 +55,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
     target: Base
     delta: Delta
     alpha: float
+    available: Available = field(default_factory=Available)
     coverage: list[TensorFate] = field(default_factory=list)
     factors: dict[str, MovedFactors] = field(default_factory=dict)
     moved: dict[str, str] = field(default_factory=dict)

@@ -14,7 +14,6 @@ from math import inf, prod, sqrt
 import torch
 from torch import Tensor
 
-from ..alignment.alignment import Alignment
 from ..errors import InputRefused
 from ..models.base import Base
 from ..models.geometry import Layer
@@ -22,6 +21,7 @@ from ..models.tensors import Tensors, double, fresh, rows_of, squares
 from ..recipes.maps import Heads, Map, on
 from ..recipes.ruleset import Rule
 from .adapter import Factors
+from .available import Available
 
 AMPLIFIED = 1.0  # a bias correction larger than the update that carries it is worth a warning
 BESIDE_NOTHING = 1e4  # times as much as the rest: the rest is nothing, or rounding
@@ -81,18 +81,18 @@ class Move:
 
     own: Layer
     into: Layer
-    alignment: Alignment
+    available: Available
     source: Base
     target: Base
     carried: Carried
 
     @property
     def rule(self) -> Rule:
-        return self.alignment.rules[self.into.name]
+        return self.available.rules[self.into.name]
 
     def read(self, rows: Tensor) -> Tensor:
         """``rows @ T_in``; a layer that reads the norm's output several times over reads each by the same map."""
-        width, t = self.source.geometry.width, self.alignment.maps[self.rule.input]
+        width, t = self.source.geometry.width, self.available.maps[self.rule.input]
         if self.into.norm is None or rows.shape[-1] == width:
             return t(rows)
         return t(rows.unflatten(-1, (-1, width))).flatten(-2)
@@ -100,7 +100,7 @@ class Move:
     @property
     def write(self) -> Map:
         """T_out, on the device."""
-        return on(self.alignment.maps[self.rule.output], self.source.device)
+        return on(self.available.maps[self.rule.output], self.source.device)
 
     def dense(self, tuned: Tensors, rows: slice | None = None) -> dict[str, Tensor]:
         """Update of the layer: ``weight`` [out_T, in_T] and, where the target has one, ``bias`` [out_T], float64.

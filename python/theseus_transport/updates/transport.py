@@ -20,6 +20,7 @@ from ..models.tensors import Tensors, device_of, row_tiles, tensors_of
 from ..recipes.ruleset import Rule
 from .adapter import MERGING, Adapter, Factors
 from .arguments import check_direction
+from .available import Available
 from .changes import changes, leaving, leaving_alone
 from .coverage import TIES, Stays
 from .delta import Delta
@@ -46,7 +47,7 @@ def transport(
     """Move an update of the source to the target.
 
     Args:
-        alignment: of the two bases; its rules and maps are looked up when a value is computed, and may come till then.
+        alignment: of the two bases; its rules and maps become the update's ``available``, read when values are made.
         delta: the update, with the source base it belongs to.
         target: the target base; alpha: the strength of the update.
         leave: glob patterns of canonical tensor names to leave behind.
@@ -95,7 +96,8 @@ class _Fates:
         check_direction(alignment.provenance, delta, source, delta.tuned_tensors(self.family))
         self.ends = Ends(source, into, delta, self.stays, one_tokenizer)
         self.source, self.target, self.tuned = self.ends.source, self.ends.target, self.ends.tuned
-        self.update = Update(self.source, self.target, delta, alpha, tuned=self.tuned, new=self.ends.new)
+        available = Available.of(alignment)
+        self.update = Update(self.source, self.target, delta, alpha, available, tuned=self.tuned, new=self.ends.new)
         self.update.shared, self.update.said, self.update.lone = self.ends.shared, self.ends.said, self.ends.lone
         self.rows: dict[str, TensorFate] = {}
         self.moves = self._paired_layers()
@@ -111,7 +113,7 @@ class _Fates:
         """Source layer name -> its move."""
         a = self.alignment
         own = {layer.name: layer for layer in a.source.layers()}
-        rest = (a, self.source, self.target, self.update.carried)
+        rest = (self.update.available, self.source, self.target, self.update.carried)
         fed = [(into, a.rules[into.name].source) for into in a.target.layers() if into.name in a.rules]
         return {name: Move(own[name], into, *rest) for into, name in fed}
 
@@ -209,7 +211,7 @@ class _Fates:
         if name not in self.source or into not in self.target:
             side = "target" if name in self.source else "source base"
             return self._row(name, "left", f"the {side} has no such tensor")
-        move = VectorMove(into, self.alignment, self.source, self.target)
+        move = VectorMove(into, self.update.available, self.source, self.target)
         if why := move.unfit():
             return self._row(name, "left", why)
         computation = Computation(lambda rows: {into: move(self.tuned, rows)}, into, frozenset({name}), move.tiles)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..activations import row_mixing as tokens
-from ..alignment.alignment import Alignment
 from ..models.base import Base
 from ..models.family import Embedding
 from ..models.tensors import Tensors, fresh, row_tiles, rows_of
 from ..recipes.maps import Map
 from ..recipes.ruleset import Rule
+from .available import Available
 from .layer_moves import move_gain, shared_map
 
 
@@ -26,7 +26,7 @@ class VectorMove:
     """
 
     into: str
-    alignment: Alignment
+    available: Available
     source: Base
     target: Base
     note: str = field(init=False, default="")
@@ -47,11 +47,11 @@ class VectorMove:
 
     @property
     def rule(self) -> Rule:
-        return self.alignment.vectors[self.into]
+        return self.available.vectors[self.into]
 
     @property
     def map(self) -> Map:
-        return self.alignment.maps[self.rule.output]
+        return self.available.maps[self.rule.output]
 
     @property
     def tiles(self) -> tuple[slice, ...]:
