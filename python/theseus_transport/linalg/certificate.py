@@ -23,14 +23,16 @@ def certify(t: Tensor, cross: Tensor, rank: Tensor, *, floor: float, eps: float 
         NumericalError: one of these fails; the message says which, and by how much.
     """
     k = min(t.shape[-2:])
-    if t.numel() == 0:
+    if t.numel() == 0:  # nothing to be wrong
         return
     shape, tiny, norm = t.shape, torch.finfo(torch.float64).tiny, torch.linalg.matrix_norm
     unit = magnitude(cross).clamp(min=tiny)  # norms square: 1e300 would overflow
     if shape[-2] > k:  # the shorter side first: every product is then as small as it can be
         t, cross = t.mT, cross.mT
+    # A partial isometry: T T^T T = T; of full rank T T^T = 1, and the product with C below is saved.
     full = bool((rank == k).all())
     gram = check_isometry(t, shape, full=full, eps=eps)
+    # By rows of C, each strip read once: H = C T^T (T and C are wide now), |C|, and what T leaves out on either side.
     eps, h = _rounding(t, eps), t.new_empty(*shape[:-2], k, k)
     scale, right, left = t.new_zeros(3, *shape[:-2])
     for rows in blocks(k, t):
@@ -41,8 +43,10 @@ def certify(t: Tensor, cross: Tensor, rank: Tensor, *, floor: float, eps: float 
             left = torch.hypot(left, norm(own - (gram[..., rows, :] / unit) @ cross))
         right = torch.hypot(right, norm(own.sub_(part @ t)))
     del gram
+    # The k - rank singular values that T leaves out are at most floor s_1 each, and s_1 <= |C|; rounding beside them.
     scale = scale.clamp(min=tiny)
     left_out = 2 * floor * scale * (k - rank).double().sqrt() + eps * scale
+    # H + eps |C| has a Cholesky factor if and only if all eigenvalues of H are above -eps |C|; none is computed.
     skew = norm(h - h.mT)
     shifted = (h + h.mT).div_(2 * scale[..., None, None])
     shifted.diagonal(dim1=-2, dim2=-1).add_(eps)

@@ -82,22 +82,27 @@ def procrustes(
     if not 0 <= floor < 1:
         raise InputRefused(f"floor is {floor}; it must be at least 0 and below 1 (default {FLOOR:g})")
     c = cross.double()
+    # Completion looks at the rank of one map: a batch is taken one by one.
     if null == "completed" and toward is not None and c.ndim > 2:
         options = {"null": null, "floor": floor, "method": method}
         each = [procrustes(one, toward=other, **options) for one, other in zip(c, toward, strict=True)]  # type: ignore[arg-type]
         return Polar(*(torch.stack([getattr(p, f.name) for p in each]) for f in fields(Polar)))
+    # Who may decide: iterations give no LAPACK factors (`svd`), and complete below full rank only on a device.
     device, completes = remote(c), null == "completed" and toward is not None
     iterate = method == "iterate" or (method == "auto" and device)
     iterate &= null != "svd" and c.numel() > 0 and (device or not completes)
     if not (iterate and device):
         _check_finite(c)  # else the certificate tells
+    # Full rank on the CPU, where there is no null space to complete: half the time and memory of a decomposition.
     newtons = method == "iterate" or (method == "auto" and min(c.shape[-2:]) >= ITERATE_FROM)
     if c.ndim == 2 and c.numel() and newtons and not device and (found := _newton(c, floor)):
         return found
+    # Any rank, by products; a map that fails its certificate, or its completion, falls through to LAPACK.
     if iterate and (found := _iterate(c, floor, energies)):
         whole = _complete_afar(found, toward.double(), floor) if completes and toward is not None else found
         if whole is not None:
             return whole
+    # LAPACK: the directions above the floor, or as many as the correlations of comparable features have.
     u, s, vh = _svd(c)
     kept = torch.ones_like(s, dtype=torch.bool) if null == "svd" else s > floor * _first(s)
     if energies is not None and not bool(kept.all()):

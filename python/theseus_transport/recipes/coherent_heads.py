@@ -38,13 +38,17 @@ def planned_heads(pairs: Pairs, b: int, recipe: RecipeChoices) -> list[PlannedMa
 
 
 def head_maps(p: Solver, b: int) -> None:
-    """Maps ``b.query``, ``b.key``, ``b.value`` (outputs) and ``b.context`` (read by the output projection).
+    """Make the maps ``{b}.query``, ``{b}.key``, ``{b}.value`` (outputs) and ``{b}.context`` (what o reads) of a block.
 
-    Those of v, or of q and k, only where the energies they are made from arrived.
+    Those of v, or of q and k, only where the energies they are made from arrived in the solver ``p``.
+
+    Args:
+        b: a paired target block.
     """
     source, target, out, recipe = p.source.geometry, p.target.geometry, p.ruleset, p.recipe
     names: Names = {la.role: (own.name, la.name) for own, la in p.pairs.layers(b)}
     context = p.moments[f"{b}.context"]
+    # Who feeds whom. Query heads that share a key-value head share its maps too, so all sums below are per kv head.
     heads, kv_heads = (source.heads, target.heads), (source.kv_heads, target.kv_heads)
     pairing = out.pairings[b] = pair_heads(context, heads, kv_heads)
     group = torch.arange(target.heads) // (target.heads // target.kv_heads)  # target kv head of each target query head
@@ -72,10 +76,12 @@ def head_maps(p: Solver, b: int) -> None:
     def blocks(polar: Polar, scale: Tensor) -> Tensor:
         return polar.map.cpu() * scale[:, None, None]
 
+    # One map per kv head serves v's output and o's input: the context is a weighted mean of values, head by head.
     cross = context.cross.unflatten(1, (target.heads, -1)).unflatten(0, (source.heads, -1)).transpose(1, 2)
     paired = cross[pairing.query, torch.arange(target.heads)]
     t_context = procrustes(of_group(paired), null=recipe.null, floor=recipe.floor)
     e_context = energies((context.source_energy, context.target_energy), heads, pairing.query)
+    # Where several target heads copy one source head they share its update, or it would be added as often.
     share, fit = torch.ones(2, target.heads, dtype=torch.float64)
     if recipe.heads == "pair" and len(set(pairing.query.tolist())) < target.heads:
         loud = context.source_energy.unflatten(0, (source.heads, -1)).sum(1).cpu()[pairing.query]
@@ -91,6 +97,7 @@ def head_maps(p: Solver, b: int) -> None:
 
     out.add(f"{b}.context", t_context, context.count, by_query(t_context, 1 / _ratios(e_context, recipe), share))
 
+    # v writes what o reads, scaled by v's own energies.
     query, key, value = (p.energies.get(names[role][1]) for role in QKV)
     if value:
         e_value = energies((value.source, value.target), kv_heads, pairing.kv)
@@ -98,6 +105,7 @@ def head_maps(p: Solver, b: int) -> None:
     if query and key and f"{b}.attention" in p.moments:
         e_query = energies((query.source, query.target), heads, pairing.query)
         e_key = energies((key.source, key.target), kv_heads, pairing.kv)
+        # Attention reads q and k only through q k^T, so they have one map: of both crosses, each as loud as the other.
         shared = sum(
             cross_of(role, counts, chosen) / _positive((e_s * e_t).sqrt())[:, None, None]
             for role, counts, chosen, (e_s, e_t) in (

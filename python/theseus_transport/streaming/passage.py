@@ -97,7 +97,8 @@ class Passage:
         try:
             rows = self._run(steps)
         except BaseException as error:
-            if isinstance(error, (InputRefused, NumericalError)) or not self.work.step:  # nothing will go on from it
+            # Hidden states stay for a run that goes on; after an error that would come again there is none.
+            if isinstance(error, (InputRefused, NumericalError)) or not self.work.step:
                 shutil.rmtree(self._folder, ignore_errors=True)
             raise
         finally:
@@ -110,15 +111,17 @@ class Passage:
         batches = [*self.data.batches, *([self.data.held] if self.data.held else [])]
         if self.work.state:
             self._restore(self.work.state)
+        # The loop is made late: a run whose last visit was committed needs no models any more.
         visits, loop = self._visits(), None
         done = steps(len(visits) * len(batches))
-        for _ in range(min(self.work.step, len(visits)) * len(batches)):
+        for _ in range(min(self.work.step, len(visits)) * len(batches)):  # what an earlier process did counts as done
             done()
         while self.work.step < len(visits):
             loop = loop or self._loop(batches)
             self._visit(loop, visits, done)
-            visits = self._visits()
+            visits = self._visits()  # longer, once the first map turned out to need deeper spaces
         self.visits = visits
+        # What lies outside all blocks comes last: its maps may have been completed from the deepest spaces.
         with self._timed("maps"):
             self.solver.finish()
         with self._timed("moves and writing"):
@@ -183,14 +186,17 @@ class Passage:
     def _visit(self, loop: Loop, visits: Sequence[Visit], done: Callable[[], object]) -> None:
         k, solver = self.work.step, self.solver
         visit = visits[k]
+        # Weights: of this visit in memory, of the next on their way while this one computes; of the tune as well.
         self.sink.expect(visit)
         for side, b in zip(loop.sides, visit.blocks, strict=True):
             side.window.hold(side.names(b))
         if self.ahead and k + 1 < len(visits):
             for side, b in zip(loop.sides, visits[k + 1].blocks, strict=True):
                 side.window.prefetch(side.names(b))
+        # All batches through the blocks: sums of what is seen, and the rows of the batch that is held out.
         with self._timed("forward and moments"):
             seen = loop.visit(visit, first=k == 0, done=done)
+        # Maps of what arrived, then the rules of the block, which need what lies behind it: it was seen just now.
         with self._timed("maps"):
             if self.decompose is not None:
                 seen.to(self.decompose)
@@ -201,7 +207,8 @@ class Passage:
                 solver.block(visit.target)
         with self._timed("held-out quality"):
             self._measure(seen)
-            del seen
+            del seen  # the held-out rows, before moves need memory
+        # Written as soon as it can be, so that maps and weights go which nothing later needs.
         with self._timed("moves and writing"):
             self.sink.take(solver.ruleset, visit)
             for name in solver.ruleset.maps.keys() - self.sink.wanted() - solver.keep - {"identity"}:
@@ -209,7 +216,7 @@ class Passage:
             for window, kept in zip(self.windows, self.sink.held(), strict=True):
                 window.release(keep=kept)
         with self._timed("commits"):
-            self._commit(loop)
+            self._commit(loop)  # counts the step: the next visit is the next in the list
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -263,7 +270,11 @@ def all_together(
     """The sum of z's crosses over depth, for maps completed toward it: a pass by itself, before any map is made.
 
     Args:
-        folder: for files of hidden states; None: they stay in memory. halves: as of :class:`Passage`.
+        folder: for files of hidden states; None: they stay in memory.
+        halves: attention and MLP of a block run one after the other.
+
+    Returns:
+        [width_S, width_T] in float64; None where no space behind a norm is compared.
     """
     geometries, found = (bases[0].geometry, bases[1].geometry), None
     pairs = Pairs(*geometries, blocks)
