@@ -57,7 +57,7 @@ def own_output(part: str, indent: int) -> str:
     )
 
 
-HEADS, PLANNER, PRECISION, STORED = (
+HEADS, SOLVER, PRECISION, STORED = (
     f"theseus_transport/{name}.py"
     for name in ("recipes/coherent_heads", "recipes/solver", "precision", "alignment/stored_maps")
 )
@@ -265,11 +265,11 @@ BUGS = [
         "energies((value.source, value.target),", "energies((key.source, key.target),"),
 
     # --- block by block ----------------------------------------------------------------------------------------------
-    Bug("sum over depth forgotten between processes", stopped("llama-few-coherent"), PLANNER,
+    Bug("sum over depth forgotten between processes", stopped("llama-few-coherent"), SOLVER,
         'held(n) if n in tensors else None for n in ("together", "toward")', 'None for n in ("together", "toward")'),
-    Bug("Grams forgotten between processes", stopped("llama-whitened"), PLANNER,
+    Bug("Grams forgotten between processes", stopped("llama-whitened"), SOLVER,
         "for i in range(3) if", "for i in range(1) if"),
-    Bug("maps of the end dropped with their block", stopped("tied-coherent"), PLANNER,
+    Bug("maps of the end dropped with their block", stopped("tied-coherent"), SOLVER,
         "is None or b >= self.ahead} | self._starts()", "is None or b >= self.ahead}"),
     Bug("keys planned without their queries",
         "tests/recipes/test_solver.py::test_a_layer_by_itself_needs_what_it_says_and_no_less[llama-few-regression]", COHERENT,

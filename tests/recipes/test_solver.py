@@ -1,4 +1,4 @@
-"""Solvers: block by block, interrupted anywhere or with part of the evidence, they plan what a whole run plans."""
+"""Solvers: block by block, interrupted anywhere or with part of the evidence, they decide what a whole run decides."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -188,7 +188,7 @@ def test_align_plans_the_same(tmp_path: Path) -> None:
 
 
 def alone(name: str, recipe: str, needed: set[str]) -> Ruleset:
-    """The plan where only these links arrive, and those behind norms where the first map asks for them."""
+    """The ruleset where only these links arrive, and those behind norms where the first map asks for them."""
     solver, seen = opened(name, recipe), evidence(name, recipe)
     for place, names in portions(name):
         given = [n for n in names if n in needed or (solver.wants_together and n in seen.moments)]

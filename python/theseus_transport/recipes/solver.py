@@ -47,7 +47,7 @@ class Solver(ABC):
         ruleset: filled as evidence arrives. Maps outside :attr:`keep` may be deleted from it.
         moments, energies, grams: what is held, by link.
         seen: names of all that arrived.
-        ahead: the first block that has not been planned.
+        ahead: the first target block whose rules are not made yet.
         method: of decompositions with a smaller side from ``ITERATE_FROM`` (see :func:`procrustes`).
     """
 
@@ -147,7 +147,7 @@ class Solver(ABC):
         log.warning("%s: the layers that read or make them get no update there", where)
 
     def block(self, b: int) -> None:
-        """Plan the layers of target block ``b`` from what arrived; a moment of it or a block before is held no more."""
+        """Make the rules of target block ``b`` from what arrived; its moments, and those before, are held no more."""
         self._block(b)
         self.ahead = b + 1
         self._release()
@@ -155,7 +155,7 @@ class Solver(ABC):
             self.energies.pop(layer.name, None)
 
     def finish(self) -> None:
-        """Plan what lies outside all blocks: the first map's completion, embeddings, heads, the final norm."""
+        """Make what lies outside all blocks: the first map's completion, rules of embeddings, heads, the final norm."""
         self._finish()
         self.finished = True
         self._release()
@@ -194,7 +194,7 @@ class Solver(ABC):
         return set() if self.finished else self.ruleset.maps.keys() & late
 
     def whole(self, moments: dict[str, CrossMoment], energies: dict[str, Energy], grams: dict[str, Grams]) -> Ruleset:
-        """The plan from all evidence, given as block after block would bring it; the three are emptied meanwhile."""
+        """The ruleset from all evidence, given as block after block would bring it; the three are emptied meanwhile."""
         for place, names in self.pairs.arrivals:
             self.add(_taken(moments, names), _taken(energies, names), _taken(grams, names))
             if place is not None:
@@ -214,7 +214,7 @@ class Solver(ABC):
             tensors[f"energies/{name}/centred"] = e.totals
         tensors |= {n: t for n, t in (("together", self.together), ("toward", self.toward)) if t is not None}
         return {
-            "plan": ruleset,
+            "ruleset": ruleset,
             "counts": {name: moment.count for name, moment in self.moments.items()},
             "energies": list(self.energies),
             "seen": sorted(self.seen),
@@ -234,7 +234,7 @@ class Solver(ABC):
         def held(name: str) -> Tensor:
             return tensors[name].to(device)
 
-        self.ruleset = Ruleset.restored(state["plan"], tensors)
+        self.ruleset = Ruleset.restored(state["ruleset"], tensors)
         self.moments, self.grams, self.energies = {}, {}, {}
         for name, count in state["counts"].items():
             there = [i for i in range(3) if f"moments/{name}/{i}/cross" in tensors]
@@ -277,7 +277,7 @@ class Solver(ABC):
 
     @abstractmethod
     def _held(self, name: str) -> bool:
-        """Whether a moment that arrived is still needed."""
+        """Whether the moment of a link that arrived is still needed."""
 
     def _release(self) -> None:
         for name in [n for n in self.moments if self.finished or not self._held(n)]:

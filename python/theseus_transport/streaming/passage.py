@@ -44,7 +44,7 @@ class Sink(Protocol):
     def expect(self, visit: Visit) -> None:
         """A visit begins: what will be wanted at its end may be read meanwhile."""
 
-    def take(self, plan: Ruleset, visit: Visit | None) -> None:
+    def take(self, ruleset: Ruleset, visit: Visit | None) -> None:
         """Use what maps and rules there are, up to this visit's blocks; None: all are there."""
 
     def wanted(self) -> set[str]:

@@ -65,8 +65,8 @@ class UpdateSink:
         if visit.source is not None:
             self._tuned.prefetch(self._tuned_names.get(visit.source, []))
 
-    def take(self, plan: Ruleset, visit: Visit | None) -> None:
-        with self.update.available.showing(plan):
+    def take(self, ruleset: Ruleset, visit: Visit | None) -> None:
+        with self.update.available.showing(ruleset):
             self.step(visit)
 
     def step(self, visit: Visit | None) -> None:
@@ -168,9 +168,9 @@ class MapSink:
     def expect(self, visit: Visit) -> None:
         pass
 
-    def take(self, plan: Ruleset, visit: Visit | None) -> None:
-        self._maps = plan.maps
-        for name, made in plan.maps.items():
+    def take(self, ruleset: Ruleset, visit: Visit | None) -> None:
+        self._maps = ruleset.maps
+        for name, made in ruleset.maps.items():
             if name not in self.stamps:
                 self.stamps[name] = stamp(made)
             for part in made.tensors():
