@@ -14,6 +14,7 @@ from theseus_transport.activations.capture import Capture, capture
 from theseus_transport.activations.links import Pairs
 from theseus_transport.activations.moments import CrossMoment, Energy
 from theseus_transport.models.geometry import Geometry
+from theseus_transport.models.pair import Pair
 from torch import Tensor, nn
 
 ROUNDING = dict(rtol=1e-11, atol=1e-11)  # float64 sums over up to 100 tokens, in another order
@@ -29,18 +30,22 @@ def text() -> Models:
     return TEXT[0].build(), TEXT[1].build()
 
 
-def geometries(models: Models) -> tuple[Geometry, Geometry]:
-    return Geometry.of(models[0].config), Geometry.of(models[1].config)
+def geometries(models: Models) -> Pair[Geometry]:
+    return Pair(*(Geometry.of(model.config) for model in models))
+
+
+def corresponding(models: Models) -> Pairs:
+    """Of two models of the same depth."""
+    return Pairs.by_position(*geometries(models))
 
 
 def both(models: Models) -> dict[str, tuple[int, ...]]:
     """All links, each with both sides."""
-    own, other = geometries(models)
-    return dict.fromkeys(Pairs(own, other, range(other.depth)).moments, (0, 1))
+    return dict.fromkeys(corresponding(models).moments, (0, 1))
 
 
 def seen(models: Models, *pairs: tuple[Mapping[str, Any], Mapping[str, Any]], energies: bool = True) -> Capture:
-    with capture(*models, geometries(models), energies=energies) as found:
+    with capture(*models, corresponding(models), energies=energies) as found:
         for source, target in pairs:
             found.run(source, target)
     return found
@@ -58,8 +63,8 @@ def activations(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]
     def keep(name: str, side: str) -> Callable:
         return lambda _, args, result: found.__setitem__(name, args[0] if side == "input" else result)
 
-    pairs = Pairs(geometry, geometry, range(geometry.depth))
-    links = {**pairs.moments, **pairs.energies}
+    same = Pairs.by_position(geometry, geometry)
+    links = {**same.moments, **same.energies}
     spaces = {name: link.target for name, link in links.items()}
     handles = [backbone.get_submodule(s.module).register_forward_hook(keep(n, s.side)) for n, s in spaces.items()]
     with torch.no_grad():
@@ -120,7 +125,7 @@ def test_spaces_added_together_are_those_added_alone(text: Models, together: int
     batch = {**ids(3, 7), "attention_mask": (torch.arange(7) < torch.tensor([[7], [3], [5]])).long()}
 
     def run(together: int) -> Capture:
-        with capture(*text, geometries(text), grams=both(text)) as found:
+        with capture(*text, corresponding(text), grams=both(text)) as found:
             found._together = together
             found.run(batch, batch)
             found.run(ids(2, 7), ids(2, 7))
@@ -218,7 +223,7 @@ def test_images_of_two_grids_are_interpolated() -> None:
 def test_grams_follow_their_own_mixing() -> None:
     """Of a source that is interpolated and a target that is not, each with the rows that moments take of it."""
     sides = [batches(spec, seed=1, count=1, shape=(3,))[0] for spec in IMAGES]
-    with capture(*IMAGE_MODELS, geometries(IMAGE_MODELS), grams=both(IMAGE_MODELS)) as found:
+    with capture(*IMAGE_MODELS, corresponding(IMAGE_MODELS), grams=both(IMAGE_MODELS)) as found:
         found.run(*sides)
     for name, moment in found.moments.items():
         energies = moment.source_energy, moment.target_energy
@@ -294,7 +299,7 @@ def test_a_model_that_is_not_what_its_config_says(text: Models) -> None:
     for message, wrong in cases.items():
         with (
             pytest.raises(InputRefused, match=message),
-            capture(*text, wrong, energies="embed" in message) as found,
+            capture(*text, Pairs.by_position(*wrong), energies="embed" in message) as found,
         ):
             found.run(ids(2, 3), ids(2, 3))
 
@@ -303,24 +308,24 @@ def test_a_model_that_is_not_what_its_config_says(text: Models) -> None:
 
 
 def succeed(models: Models) -> None:
-    with capture(*models, geometries(models), energies=True) as found:
+    with capture(*models, corresponding(models), energies=True) as found:
         assert not any(m.training for model in models for m in model.modules())
         found.run(ids(2, 3), ids(2, 3))
 
 
 def fail_in_a_batch(models: Models) -> None:
-    with pytest.raises(InputRefused), capture(*models, geometries(models), energies=True) as found:
+    with pytest.raises(InputRefused), capture(*models, corresponding(models), energies=True) as found:
         found.run(ids(2, 3), ids(2, 4))
 
 
 def fail_with_half_the_hooks_set(models: Models) -> None:
     deeper = tuple(replace(la, depth=3) for la in geometries(models))
-    with pytest.raises(InputRefused), capture(*models, deeper, energies=True):
+    with pytest.raises(InputRefused), capture(*models, Pairs.by_position(*deeper), energies=True):
         pass
 
 
 def fail_elsewhere(models: Models) -> None:
-    with pytest.raises(ZeroDivisionError), capture(*models, geometries(models), energies=True):
+    with pytest.raises(ZeroDivisionError), capture(*models, corresponding(models), energies=True):
         _ = 1 / 0
 
 

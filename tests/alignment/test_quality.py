@@ -7,10 +7,12 @@ import torch
 from helpers import tiny_models
 from theseus_transport import align
 from theseus_transport.activations.capture import capture
+from theseus_transport.activations.links import Pairs
 from theseus_transport.alignment.quality import Quality, matched, quality, warn
 from theseus_transport.linalg.procrustes import procrustes
 from theseus_transport.models.base import Base
 from theseus_transport.models.geometry import Geometry
+from theseus_transport.models.pair import Pair
 from theseus_transport.recipes.maps import Dense, Heads
 
 
@@ -72,8 +74,7 @@ def test_masked_tokens_are_no_rows():
     torch.manual_seed(0)
     model = tiny_models.llama("source").double()
     ids, mask = torch.randint(0, 300, (2, 8)), torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
-    geometries = (Geometry.of(model),) * 2
-    with capture(model, model, geometries) as seen:
+    with capture(model, model, Pairs.by_position(*[Geometry.of(model)] * 2)) as seen:
         seen.kept = {}
         seen.run(*[{"input_ids": ids, "attention_mask": mask}] * 2)
     assert {len(rows) for kept in seen.kept.values() for rows in kept} == {13}
@@ -90,10 +91,10 @@ def test_a_model_and_itself_match_and_shifted_rows_do_not(recipe, make):
     key = "input_ids" if text else "pixel_values"
     data = torch.randint(0, 300, (24, 16)) if text else torch.randn(64, 3, 8, 8, dtype=torch.float64)
     alignment = align(model, model, [{key: data[:16]}], recipe=recipe)
-    with capture(model, model, (alignment.source, alignment.target), energies=False) as seen:
+    with capture(model, model, alignment.pairs, energies=False) as seen:
         seen.kept = {}
         seen.run(*[{key: data[16:]}] * 2)
-    bases, samples = (Base.of(model, alignment.source),) * 2, len(data) - 16
+    bases, samples = Pair(*[Base.of(model, alignment.source)] * 2), len(data) - 16
     maps = {name: alignment.maps[name] for name in seen.kept if name in alignment.maps}
     solver = alignment.recipe.solver(*bases, alignment.blocks, alignment.recipe)
     mapped = {name: solver.as_mapped(seen.kept[name], seen.links[name]) for name in maps}

@@ -7,7 +7,7 @@ import pytest
 import theseus_transport as tt
 import torch
 from helpers.command import identical
-from helpers.large_pairs import MIDDLE, TINY, Pair, job_of, written
+from helpers.large_pairs import MIDDLE, TINY, job_of, written
 from random_checkpoint import GEOMETRIES, ModelSizes, parameters
 from theseus_transport.budget import plan as plan_module
 from theseus_transport.budget import terms as amounts
@@ -16,6 +16,7 @@ from theseus_transport.budget.sizes import Sizes
 from theseus_transport.calibration.extent import Extent
 from theseus_transport.jobs.transport_job import Session
 from theseus_transport.models.geometry import Geometry
+from theseus_transport.models.pair import Pair
 
 MIB = 1 << 20
 SMALL = ModelSizes("llama", 128, 384, 2, 4, 2, 300), ModelSizes("llama", 192, 512, 2, 6, 3, 300)
@@ -33,13 +34,13 @@ class Shapes(dict):
         self.config, self.shapes, self.dtypes = geometry.config(), dict(self), dict.fromkeys(self, torch.bfloat16)
 
 
-def sizes_of(pair: Pair, *, device: str = "cpu") -> Sizes:
+def sizes_of(pair: tuple[ModelSizes, ModelSizes], *, device: str = "cpu") -> Sizes:
     """Of a job with the default number of tokens, in samples of 512, and eight held out."""
-    opened = tuple(Shapes(geometry) for geometry in pair)
-    geometries = tuple(Geometry.of(checkpoint.config) for checkpoint in opened)
+    opened = Pair(*map(Shapes, pair))
+    geometries = opened.map(lambda checkpoint: Geometry.of(checkpoint.config))
     tokens = 4 * max(max(la.width, la.middle) for la in geometries)
     rows = -(-tokens // 512) + 8
-    extent = Extent(rows, (512, 512), rows * 512 * 16)
+    extent = Extent(rows, Pair(512, 512), rows * 512 * 16)
     return Sizes(opened, geometries, tt.Recipe(), opened[0], extent, torch.device(device))
 
 

@@ -12,7 +12,6 @@ from exact.models import LLAMA, base, batches, tune
 from helpers.tiny_models import adapter
 from theseus_transport import Delta, Recipe, align, transport
 from theseus_transport.activations.links import Pairs
-from theseus_transport.alignment.block_pairing import by_position
 from theseus_transport.budget import time as predict
 from theseus_transport.budget.choice import Choice
 from theseus_transport.budget.time import Effort, decompositions, forward, move_flops, polar_flops
@@ -23,6 +22,7 @@ from theseus_transport.jobs.settings import Job
 from theseus_transport.jobs.transport_job import Session
 from theseus_transport.machine import rate
 from theseus_transport.models.geometry import Geometry
+from theseus_transport.models.pair import SIDES, Pair
 from theseus_transport.updates.alpha import matched
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaModel, ViTModel
@@ -74,12 +74,11 @@ def test_flops_of_a_move(root):
 
 def test_flops_of_decompositions(root):
     """24 m k^2 + 9 k^3 for every map: two norms, middle, queries and context in each of two blocks, and final."""
-    geometries = tuple(Geometry.of(Checkpoint.open(root / "bare" / side).config) for side in ("source", "target"))
+    geometries = SIDES.map(lambda side: Geometry.of(Checkpoint.open(root / "bare" / side).config))
     assert polar_flops(768, 1024) == polar_flops(1024, 768) == 24 * 1024 * 768**2 + 9 * 768**3
     residual, middle = polar_flops(24, 40), polar_flops(32, 48)
     heads = 2 * 5 * polar_flops(6, 8)  # queries and context, per kv head of the target
-    pairs = Pairs(*geometries, by_position(*geometries))
-    assert decompositions(pairs, Recipe()) == 2 * (2 * residual + middle + heads) + residual
+    assert decompositions(Pairs.by_position(*geometries), Recipe()) == 2 * (2 * residual + middle + heads) + residual
 
 
 def test_a_bias_that_only_the_target_has_costs_nothing_and_counts_nowhere():
@@ -170,9 +169,9 @@ def test_a_lora_of_queries_is_a_small_part_of_a_full_tune(of_queries, root, tmp_
 
 
 def test_other_depths_and_completed_maps_take_passes_more(root):
-    sides = [Checkpoint.open(root / "causal" / side) for side in ("source", "target")]
-    geometries = tuple(Geometry.of(side.config) for side in sides)
-    there = Extent(4, (16, 16), 0, expected=4, held=1)
+    sides = SIDES.map(lambda side: Checkpoint.open(root / "causal" / side))
+    geometries = sides.map(lambda side: Geometry.of(side.config))
+    there = Extent(4, Pair(16, 16), 0, expected=4, held=1)
     (layer,) = (layer for layer in geometries[1].layers() if layer.name == "layers.1.mlp.down_proj")
 
     def passes(geometries, recipe, choice):
@@ -181,7 +180,7 @@ def test_other_depths_and_completed_maps_take_passes_more(root):
 
     assert passes(geometries, Recipe(), Choice(8)) == (1, 0, 48, 16, (64, 64))
     assert passes(geometries, Recipe(null="completed"), Choice(8, tiles=4))[:2] == (4, 1)
-    assert passes((replace(geometries[0], depth=1), geometries[1]), Recipe(), Choice(8))[:2] == (1, 1)
+    assert passes(Pair(replace(geometries[0], depth=1), geometries[1]), Recipe(), Choice(8))[:2] == (1, 1)
 
 
 def test_the_library_prints_nothing():

@@ -14,13 +14,14 @@ from theseus_transport.streaming import passage
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from random_checkpoint import ModelSizes, write_random  # noqa: E402
 
-Pair = tuple[ModelSizes, ModelSizes]
 TINY = ModelSizes("llama", 24, 32, 3, 4, 2, 300), ModelSizes("llama", 40, 48, 3, 5, 5, 300)
 MIDDLE = ModelSizes("llama", 512, 1408, 2, 8, 4, 1000), ModelSizes("llama", 768, 2048, 2, 12, 4, 1000)
 COMMIT = passage.Passage._commit
 
 
-def written(root: Path, pair: Pair, *, samples: int, length: int, dtype: torch.dtype = torch.float32) -> Path:
+def written(
+    root: Path, pair: tuple[ModelSizes, ModelSizes], *, samples: int, length: int, dtype: torch.dtype = torch.float32
+) -> Path:
     """A pair of random models, a shard a block, a tune of the first, and token ids [samples, length]."""
     write_random(root / "source", pair[0], dtype=dtype)
     write_random(root / "tuned", pair[0], dtype=dtype, tune=0.1)

@@ -53,11 +53,14 @@ class Case:
     def geometries(self) -> tuple[Geometry, Geometry]:
         return self.bases[0].geometry, self.bases[1].geometry
 
+    @property
+    def pairs(self) -> Pairs:
+        return Pairs(*self.geometries, self.blocks)
+
     def seen(self, recipe: Recipe) -> Capture:
         models = self.source.build(), self.target.build()
-        pairs, energies = Pairs(*self.geometries, self.blocks), recipe.solver.reads_energies
-        grams = recipe.solver.gram_sides(pairs, recipe, pairs.moments)
-        with capture(*models, self.geometries, energies=energies, grams=grams, blocks=self.blocks) as found:
+        grams = recipe.solver.gram_sides(self.pairs, recipe, self.pairs.moments)
+        with capture(*models, self.pairs, energies=recipe.solver.reads_energies, grams=grams) as found:
             for batch in batches(self.source, seed=3, **self.data):
                 found.run(self.source.seen(batch), self.target.seen(batch))
         return found
@@ -108,7 +111,7 @@ def whole(name: str, recipe: str) -> Ruleset:
 
 
 def portions(name: str) -> Sequence[tuple[Place, Sequence[str]]]:
-    return Pairs(*CASES[name].geometries, CASES[name].blocks).arrivals
+    return CASES[name].pairs.arrivals
 
 
 def give(solver: Solver, seen: Capture, names: Iterable[str]) -> None:
@@ -305,7 +308,7 @@ def test_the_sum_over_depth_may_be_made_in_portions() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_link_arrives_once_and_moments_in_the_order_of_a_pass(name: str) -> None:
-    pairs = Pairs(*CASES[name].geometries, CASES[name].blocks)
+    pairs = CASES[name].pairs
     found = [link for _, names in portions(name) for link in names]
     assert sorted(found) == sorted([*pairs.moments, *pairs.energies])
     assert [link for link in found if link in pairs.moments] == list(pairs.moments)

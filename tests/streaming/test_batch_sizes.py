@@ -11,6 +11,7 @@ from theseus_transport.calibration.calibration import batches_of
 from theseus_transport.files.checkpoint import Checkpoint
 from theseus_transport.jobs.align_job import AlignSession
 from theseus_transport.models.geometry import Geometry
+from theseus_transport.models.pair import Pair
 from theseus_transport.recipes.maps import Heads
 from theseus_transport.streaming.loop import Loop
 from theseus_transport.streaming.schedule import schedule
@@ -21,10 +22,10 @@ SIZES = 1, 3, 12
 
 def moments(folders, data, batch_size, hidden):
     opened = [Checkpoint.open(folder) for folder in folders]
-    geometries = tuple(Geometry.of(checkpoint.config) for checkpoint in opened)
+    geometries = Pair(*(Geometry.of(checkpoint.config) for checkpoint in opened))
     pairs, found = Pairs(*geometries, range(TINY[1].num_hidden_layers)), {}
     how = {"held": None, "grams": {}, "device": torch.device("cpu"), "folder": hidden, "resident": True}
-    loop = Loop([Window(c) for c in opened], geometries, batches_of({"input_ids": data}, batch_size=batch_size), **how)
+    loop = Loop(Pair(*map(Window, opened)), geometries, batches_of({"input_ids": data}, batch_size=batch_size), **how)
     for k, visit in enumerate(schedule(pairs, {*pairs.moments, *pairs.energies})):
         found |= loop.visit(visit, first=k == 0).moments
     return found

@@ -7,6 +7,7 @@ from test_loop import PAIRS, calibration
 from theseus_transport.activations.links import Pairs
 from theseus_transport.files.checkpoint import Checkpoint
 from theseus_transport.models.geometry import Geometry
+from theseus_transport.models.pair import Pair
 from theseus_transport.streaming.half_blocks import HALVES, of_half
 from theseus_transport.streaming.loop import Loop
 from theseus_transport.streaming.schedule import schedule
@@ -18,7 +19,7 @@ def opened(name, folder):
     for side, model in enumerate(PAIRS[name]()):
         tiny_models.randomised(model).save_pretrained(folder / str(side))
     checkpoints = [Checkpoint.open(folder / str(side)) for side in range(2)]
-    return checkpoints, tuple(Geometry.of(checkpoint.config) for checkpoint in checkpoints)
+    return checkpoints, Pair(*(Geometry.of(checkpoint.config) for checkpoint in checkpoints))
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -33,7 +34,7 @@ def test_halves_show_what_whole_blocks_do(name, tmp_path):
         grams = {name: (0, 1) if ".context" not in name else (1,) for name in pairs.moments}
         seen, states = {}, {}
         for halves in (False, True):
-            windows = [Window(checkpoint) for checkpoint in checkpoints]
+            windows = Pair(*map(Window, checkpoints))
             how |= {"resident": resident, "tiles": tiles, "grams": grams, "halves": halves}
             loop, found = Loop(windows, geometries, batches, **how), seen.setdefault(halves, {})
             for k, visit in enumerate(schedule(pairs, {*pairs.moments, *pairs.energies})):
@@ -71,8 +72,8 @@ def test_each_half_has_the_weights_of_its_layers_alone(name, tmp_path):
         assert matrices[0] | matrices[1] == {n for n in names if len(checkpoint.shapes[n]) > 1}
         inside = {geometry.family.canonical(n).removesuffix(".weight") for n in matrices[1]}
         assert inside == {geometry.block(0, n) for n in (*geometry.family.expand, geometry.family.contract)}
-        windows = [Window(checkpoint)] * 2
-        loop = Loop(windows, (geometry, geometry), [(b, b) for b in calibration(geometry.family.modality)],
+        windows = Pair(*[Window(checkpoint)] * 2)
+        loop = Loop(windows, Pair(geometry, geometry), [(b, b) for b in calibration(geometry.family.modality)],
                     held=None, grams={}, device=torch.device("cpu"), folder=tmp_path, resident=True)  # fmt: skip
         skeleton = loop.sides[0].skeleton
         for half, own in zip(HALVES, matrices, strict=True):

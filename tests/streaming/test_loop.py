@@ -9,6 +9,7 @@ from theseus_transport.activations.capture import capture
 from theseus_transport.activations.links import Pairs
 from theseus_transport.files.checkpoint import Checkpoint
 from theseus_transport.models.geometry import Geometry
+from theseus_transport.models.pair import Pair
 from theseus_transport.streaming.hidden_states import Hidden
 from theseus_transport.streaming.loop import Loop
 from theseus_transport.streaming.schedule import schedule
@@ -101,15 +102,15 @@ def test_the_loop_sees_what_whole_models_show(name, tmp_path):
     for side, model in enumerate(PAIRS[name]()):
         tiny_models.randomised(model).save_pretrained(tmp_path / str(side))
     opened = [Checkpoint.open(tmp_path / str(side)) for side in range(2)]
-    geometries = tuple(Geometry.of(checkpoint.config) for checkpoint in opened)
+    geometries = Pair(*(Geometry.of(checkpoint.config) for checkpoint in opened))
     batches = [(batch, batch) for batch in calibration(geometries[0].family.modality)]
     for blocks in ([0, 1, None], [None, 0, 1], [1, None, None], [0, None, 1]):
         whole = [load_model(*side) for side in zip(opened, geometries, strict=True)]
-        with capture(*whole, geometries, blocks=blocks) as seen:
+        pairs = Pairs(*geometries, blocks)
+        with capture(*whole, pairs) as seen:
             for batch in batches:
                 seen.run(*batch)
-        pairs = Pairs(*geometries, blocks)
-        windows, resident = [Window(checkpoint) for checkpoint in opened], blocks[0] is None
+        windows, resident = Pair(*map(Window, opened)), blocks[0] is None
         how = {"held": None, "grams": {}, "device": torch.device("cpu"), "folder": tmp_path / "hidden"}
         loop = Loop(windows, geometries, batches, **how, resident=resident)
         moments, energies = {}, {}
@@ -162,14 +163,14 @@ def test_tiles_of_columns_are_the_moments(tiles, tmp_path):
     for side, model in enumerate(PAIRS["llama"]()):
         tiny_models.randomised(model).save_pretrained(tmp_path / str(side))
     opened = [Checkpoint.open(tmp_path / str(side)) for side in range(2)]
-    geometries = tuple(Geometry.of(checkpoint.config) for checkpoint in opened)
+    geometries = Pair(*(Geometry.of(checkpoint.config) for checkpoint in opened))
     batches, pairs = [(batch, batch) for batch in calibration("text")], Pairs(*geometries, [0, 1, None])
     visits = schedule(pairs, {*pairs.moments, *pairs.energies})
     found = []
     for n in (1, tiles):
         grams = {"0.context": (1,), "1.attention": (0, 1)}
         how = {"held": 2, "grams": grams, "device": torch.device("cpu"), "folder": tmp_path, "resident": True}
-        loop = Loop([Window(checkpoint) for checkpoint in opened], geometries, batches, **how, tiles=n)
+        loop = Loop(Pair(*map(Window, opened)), geometries, batches, **how, tiles=n)
         seen = [loop.visit(visit, first=k == 0) for k, visit in enumerate(visits)]
         found.append((seen, [loop.sides[side].hidden[i] for side in range(2) for i in range(3)]))
     (whole, states), (tiled, again) = found

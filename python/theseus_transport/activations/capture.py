@@ -16,11 +16,11 @@ from ..models.family import Slot
 from ..models.forward import Batch, backbone, in_evaluation, run_model
 from ..models.geometry import Geometry, Space
 from ..models.open_attention import open_attention
-from .links import Blocks, Link, Pairs
+from ..models.pair import SIDES, Pair
+from .links import Link, Pairs
 from .moments import CrossMoment, Energy, Grams, add_energies, update_together
 from .pairing_tokens import Mixings, mixings
 
-SIDES = "source", "target"
 TOGETHER = 5  # spaces of a block: attention, context, MLP, middle and what follows
 ALIGNED = 64  # columns at which a tile may begin on a GPU: whole 16-byte vectors of any dtype, half of a kernel's tile
 
@@ -38,8 +38,8 @@ class Capture:
 
     def __init__(
         self,
-        models: tuple[nn.Module, nn.Module],
-        geometries: tuple[Geometry, Geometry],
+        models: Pair[nn.Module],
+        geometries: Pair[Geometry],
         *,
         moments: Mapping[str, Link],
         outputs: Mapping[str, Link],
@@ -54,18 +54,15 @@ class Capture:
             tile: (k, n): of every moment the k-th of n tiles of columns, to be :meth:`joined`.
         """
         self._models, self._geometries, self._device, self._tile = models, geometries, device, tile
-        self._mixings: Mixings = (None, None)
+        self._mixings: Mixings = Pair(None, None)
         self._side = 0  # whose modules run; source and target may be one module
         self._pending: dict[str, Tensor] = {}
-        self._waiting: dict[str, tuple[Tensor, Tensor]] = {}  # pairs of rows that are added together
+        self._waiting: dict[str, Pair[Tensor]] = {}  # pairs of rows that are added together
         self._outputs: dict[str, Tensor] = {}  # and those of the present side whose energies are
         self._together = TOGETHER if device.type == "cuda" else 1  # on the CPU waiting would only take memory
         self._seen: set[tuple[int, str]] = set()
         self.links = {**moments, **outputs}
-        self.kept: dict[str, tuple[Tensor, Tensor]] | None = None
-
-        def sizes(link: Link) -> tuple[int, int, torch.device]:
-            return link.source.width, link.target.width, device
+        self.kept: dict[str, Pair[Tensor]] | None = None
 
         def columns(width: int) -> int:
             return len(range(width)[self._columns(width)])
@@ -75,10 +72,8 @@ class Capture:
 
         spaces = {name: (link.source.width, columns(link.target.width)) for name, link in moments.items()}
         self.moments = {name: CrossMoment.zeros(*size, device) for name, size in spaces.items()}
-        self.energies = {name: Energy.zeros(*sizes(link)) for name, link in outputs.items()}
-        sides = {
-            name: {s: (link.source, link.target)[s] for s in grams.get(name, ())} for name, link in moments.items()
-        }
+        self.energies = {name: Energy.zeros(*link.widths, device) for name, link in outputs.items()}
+        sides = {name: {s: link[s] for s in grams.get(name, ())} for name, link in moments.items()}
         self.grams: dict[str, Grams] = {n: {s: gram(x) for s, x in own.items()} for n, own in sides.items() if own}
 
     def to(self, device: torch.device) -> None:
@@ -127,7 +122,7 @@ class Capture:
         self._waiting.clear()
         self._outputs.clear()
         self._seen.clear()
-        self._mixings = tuple(m and m.to(self._device) for m in rows)  # type: ignore[assignment]
+        self._mixings = rows.map(lambda mixing: mixing and mixing.to(self._device))
         with torch.no_grad():
             for self._side, run in enumerate((source, target)):
                 run()
@@ -163,10 +158,9 @@ class Capture:
             self._pair(name, self._pending.pop(name), rows)
 
     def _pair(self, name: str, source: Tensor, target: Tensor) -> None:
-        sides = source, target
+        sides = Pair(source, target)
         if self.kept is not None:
-            own, other = (x if m is None else m(x) for x, m in zip(sides, self._mixings, strict=True))
-            self.kept[name] = own, other
+            self.kept[name] = Pair(*(x if m is None else m(x) for x, m in sides.zip(self._mixings)))
             return
         self._waiting[name] = sides
         if len(self._waiting) == self._together:
@@ -208,7 +202,7 @@ class Capture:
         model, family = self._models[side], self._geometries[side].family
         slots = family.modules(name for name, _ in model.named_modules())
         for name, link in self.links.items():
-            space = link.target if side else link.source
+            space = link[side]
             if space.module not in slots:
                 raise InputRefused(f"{type(model).__name__} has no {space.module}; is it a {family.model_type}?")
             slot = slots[space.module]
@@ -224,28 +218,25 @@ class Capture:
 def capture(
     source: nn.Module,
     target: nn.Module,
-    geometries: tuple[Geometry, Geometry],
+    pairs: Pairs,
     *,
     energies: bool = True,
     grams: Mapping[str, Sequence[int]] = MappingProxyType({}),
-    blocks: Blocks | None = None,
 ) -> Iterator[Capture]:
     """Open hooks on both models, in evaluation mode; both are as they were afterwards.
 
     Args:
+        pairs: what of the two models is compared.
         energies: whether the energies of outputs are wanted.
         grams: name -> the sides, 0 for the source, whose moments with themselves are wanted.
-        blocks: for every target block the source block it is compared with, or None; by default the same one.
     """
     with ExitStack() as stack:
         stack.enter_context(in_evaluation(source, target))
         for model in {id(m): m for m in (source, target)}.values():
             stack.enter_context(open_attention(model))
-        pairs = Pairs(*geometries, range(geometries[1].depth) if blocks is None else blocks)
-        moments, outputs = pairs.moments, pairs.energies if energies else {}
-        inside = backbone(source, geometries[0]), backbone(target, geometries[1])
-        device = next(inside[1].parameters()).device
-        seen = Capture(inside, geometries, moments=moments, outputs=outputs, grams=grams, device=device)
+        inside = Pair(backbone(source, pairs.source), backbone(target, pairs.target))
+        outputs, device = pairs.energies if energies else {}, next(inside.target.parameters()).device
+        seen = Capture(inside, pairs.geometries, moments=pairs.moments, outputs=outputs, grams=grams, device=device)
         with seen.opened():
             yield seen
 

@@ -12,9 +12,8 @@ import torch
 from ..errors import InputRefused
 from ..models.forward import MAIN_INPUT, Batch
 from ..models.geometry import Geometry
+from ..models.pair import SIDES, Pair
 from .pairing_tokens import check_correspond
-
-SIDES = ("source", "target")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class SideInfo:
 
 
 def checked_batches(
-    batches: Iterable[Batch | tuple[Batch, Batch]], geometries: tuple[Geometry, Geometry]
+    batches: Iterable[Batch | tuple[Batch, Batch]], geometries: Pair[Geometry]
 ) -> list[tuple[Batch, Batch]]:
     """Pairs of batches, each of arguments that its model can read and that correspond.
 
@@ -63,7 +62,7 @@ def checked_batches(
             f"batches is a {type(batches).__name__}, and must be a list of batches, each a dict of forward arguments; "
             "give [batch]"
         )
-    infos = [SideInfo.of(geometry, f"the {side}") for geometry, side in zip(geometries, SIDES, strict=True)]
+    infos = [SideInfo.of(geometry, f"the {side}") for geometry, side in geometries.zip(SIDES)]
     pairs: list[tuple[Batch, Batch]] = []
     for i, batch in enumerate(batches):
         pair = batch if isinstance(batch, tuple) and len(batch) == 2 else (batch, batch)

@@ -7,23 +7,22 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..models.geometry import Geometry, Layer, Space
+from ..models.pair import Pair
 
 Blocks = Sequence["int | None"]  # for every target block the source block that feeds it
 PARTS = "attention", "context", "mlp", "middle"  # the spaces of a block, in the order of a forward pass
 Place = int | None  # a target block; None is what lies outside all blocks
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(Pair[Space]):
     """Two spaces, one of each model, whose tokens correspond."""
 
-    source: Space
-    target: Space
+    __slots__ = ()
 
     @property
-    def widths(self) -> tuple[int, int]:
+    def widths(self) -> Pair[int]:
         """Features of source and target."""
-        return self.source.width, self.target.width
+        return self.map(lambda space: space.width)
 
 
 def block_of(name: str) -> int | None:
@@ -44,6 +43,18 @@ class Pairs:
     source: Geometry
     target: Geometry
     blocks: Blocks
+
+    @classmethod
+    def by_position(cls, source: Geometry, target: Geometry) -> Pairs:
+        """Every target block's source block where depths agree; else a guess, evenly spread, before any is compared."""
+        if source.depth >= target.depth:
+            return cls(source, target, [(b * source.depth) // target.depth for b in range(target.depth)])
+        fed = {(b * target.depth) // source.depth: b for b in range(source.depth)}
+        return cls(source, target, [fed.get(b) for b in range(target.depth)])
+
+    @property
+    def geometries(self) -> Pair[Geometry]:
+        return Pair(self.source, self.target)
 
     @property
     def places(self) -> list[Place]:

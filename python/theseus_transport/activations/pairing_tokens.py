@@ -7,11 +7,12 @@ import torch
 from ..errors import InputRefused
 from ..models.forward import MAIN_INPUT, Batch
 from ..models.geometry import Geometry
+from ..models.pair import SIDES, Pair
 from . import row_mixing as tokens
 from .row_mixing import RowMixing
 
 Tensors = dict[str, torch.Tensor]  # a batch whose tensors are ready
-Mixings = tuple[RowMixing | None, RowMixing | None]
+Mixings = Pair[RowMixing | None]
 
 
 def check_correspond(key: str, source: Batch, target: Batch, where: str = "") -> None:
@@ -20,7 +21,7 @@ def check_correspond(key: str, source: Batch, target: Batch, where: str = "") ->
     Args:
         key: of the input both are read from. where: begins the message.
     """
-    for side, batch in (("source", source), ("target", target)):
+    for side, batch in SIDES.zip((source, target)):
         if key not in batch:
             raise InputRefused(f"{where}the {side} batch has no {key}, only {', '.join(batch) or 'nothing'}")
     samples = [len(batch[key]) for batch in (source, target)]
@@ -45,7 +46,7 @@ def check_correspond(key: str, source: Batch, target: Batch, where: str = "") ->
         )
 
 
-def mixings(geometries: tuple[Geometry, Geometry], source: Batch, target: Batch) -> Mixings:
+def mixings(geometries: Pair[Geometry], source: Batch, target: Batch) -> Mixings:
     """Which source tokens stand for which target tokens in one pair of batches.
 
     Images: the source's patch grid is interpolated to the target's. Text of one tokenizer: the unmasked tokens. Text of
@@ -54,7 +55,7 @@ def mixings(geometries: tuple[Geometry, Geometry], source: Batch, target: Batch)
     Raises:
         InputRefused: the two batches do not hold the same samples or tokens.
     """
-    key = MAIN_INPUT[geometries[0].family.modality]
+    key = MAIN_INPUT[geometries.source.family.modality]
     check_correspond(key, source, target)
     samples = len(source[key])
     if key == "pixel_values":
@@ -63,9 +64,9 @@ def mixings(geometries: tuple[Geometry, Geometry], source: Batch, target: Batch)
         return _by_characters(source, target)
     mask = target.get("attention_mask")
     if mask is None:
-        return None, None
+        return Pair(None, None)
     chosen = tokens.select(mask.cpu())
-    return chosen, chosen
+    return Pair(chosen, chosen)
 
 
 def _by_characters(source: Batch, target: Batch) -> Mixings:
@@ -81,15 +82,16 @@ def _by_characters(source: Batch, target: Batch) -> Mixings:
         entries += len(mixing.column)
         kept_rows.append(kept)
     mixed = RowMixing(torch.cat(columns), width * len(columns), torch.cat(pointers), torch.cat(weights))
-    return mixed, tokens.select(torch.stack(kept_rows))
+    return Pair(mixed, tokens.select(torch.stack(kept_rows)))
 
 
 def _by_patches(source: Geometry, target: Geometry, samples: int) -> Mixings:
     """The source's patch grid interpolated to the target's; class and register tokens where both sides have them."""
     if source.ahead == target.ahead:
         if source.grid == target.grid:
-            return None, None
-        return tokens.bilinear(source.grid, target.grid, prefix=sum(source.ahead)).batched(samples), None
+            return Pair(None, None)
+        mixing = tokens.bilinear(source.grid, target.grid, prefix=sum(source.ahead))
+        return Pair(mixing.batched(samples), None)
     shared = tuple(min(pair) for pair in zip(source.ahead, target.ahead, strict=True))
     kept = []
     for geometry in (source, target):
@@ -97,4 +99,4 @@ def _by_patches(source: Geometry, target: Geometry, samples: int) -> Mixings:
         ones = [i < shared[0] for i in range(classes)] + [i < shared[1] for i in range(registers)]
         kept.append(torch.tensor(ones + [True] * (rows * columns)))
     own = tokens.select(kept[0]).then(tokens.bilinear(source.grid, target.grid, prefix=sum(shared)))
-    return own.batched(samples), tokens.select(kept[1].repeat(samples))
+    return Pair(own.batched(samples), tokens.select(kept[1].repeat(samples)))

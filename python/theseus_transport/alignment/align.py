@@ -17,12 +17,13 @@ from ..machine import find_device
 from ..models.arguments import check_models, sample_of
 from ..models.base import Base
 from ..models.forward import Batch
+from ..models.pair import Pair
 from ..models.precision import in_float32
 from ..recipes.behind_norms import together
 from ..recipes.recipe import Recipe
 from ..recipes.registry import DEFAULT
 from .alignment import Alignment, check_pair, outline
-from .block_pairing import by_position, pair_blocks
+from .block_pairing import pair_blocks
 
 
 def align(
@@ -61,20 +62,19 @@ def align(
     double = all(p.dtype == torch.float64 for model in (source, target) for p in model.parameters())
     if floor is None and double:
         chosen = chosen.in_float64()
-    bases = Base.of(source), Base.of(target)
-    geometries = (bases[0].geometry, bases[1].geometry)
+    bases = Pair(source, target).map(Base.of)
+    geometries = bases.map(lambda base: base.geometry)
     check_pair(*geometries, chosen)
-    pairs = checked_batches(batches, geometries)
+    both = checked_batches(batches, geometries)
     if device is not None:
         source.to(place := find_device(device)), target.to(place)
     with in_float32(source, target):
-        same = geometries[0].depth == geometries[1].depth
-        blocks = by_position(*geometries) if same else pair_blocks(source, target, geometries, pairs)
-        paired = Pairs(*geometries, blocks)
-        grams = chosen.solver.gram_sides(paired, chosen, paired.moments)
-        energies = chosen.solver.reads_energies
-        with capture(source, target, geometries, energies=energies, grams=grams, blocks=blocks) as seen:
-            for pair in pairs:
+        pairs = Pairs.by_position(*geometries)
+        if geometries.source.depth != geometries.target.depth:
+            pairs = Pairs(*geometries, pair_blocks(source, target, geometries, both))
+        grams = chosen.solver.gram_sides(pairs, chosen, pairs.moments)
+        with capture(source, target, pairs, energies=chosen.solver.reads_energies, grams=grams) as seen:
+            for pair in both:
                 seen.run(*pair)
                 if progress:
                     progress()
@@ -82,7 +82,7 @@ def align(
     if not tokens:
         raise InputRefused("the calibration holds no token that is not masked, or (by offsets) none both models have")
     toward = together(*bases, seen.links, seen.moments) if chosen.solver.leans_on_depth(chosen) else None
-    solver = chosen.solver(*bases, blocks, chosen, toward=toward)
+    solver = chosen.solver(*bases, pairs.blocks, chosen, toward=toward)
     made = solver.whole(seen.moments, seen.energies, seen.grams)
-    known = {**sample_of(bases[0]), **(provenance or {})}
-    return outline(*geometries, chosen, blocks).filled(made, tokens=tokens, provenance=known)
+    known = {**sample_of(bases.source), **(provenance or {})}
+    return outline(*geometries, chosen, pairs.blocks).filled(made, tokens=tokens, provenance=known)

@@ -23,7 +23,6 @@ from ..recipes.maps import Map
 from ..recipes.recipe import Recipe
 from ..recipes.ruleset import MapReport, Rule, Ruleset
 from ..recipes.solver import PlannedMap
-from .block_pairing import by_position
 from .restored import Restored, check_blocks, check_restored
 from .stored_maps import MAPS, Stamp, StoredMaps, stamp
 
@@ -211,7 +210,7 @@ def outline(
         blocks: for every target block the source block that feeds it; None is a guess where depths differ.
     """
     check_pair(source, target, recipe)
-    pairs = Pairs(source, target, by_position(source, target) if blocks is None else blocks)
+    pairs = Pairs.by_position(source, target) if blocks is None else Pairs(source, target, blocks)
     fold = recipe.solver.folds
     layers = [pair for place in pairs.places for pair in pairs.layers(place)]
     embeddings = pairs.embeddings() if recipe.moves_embeddings else ()

@@ -20,12 +20,13 @@ from ..activations.row_mixing import RowMixing
 from ..errors import InputRefused, NumericalError
 from ..models.forward import Batch, backbone, hidden_of, in_evaluation, run_model, state_of
 from ..models.geometry import Geometry
+from ..models.pair import Pair
 
 TOKENS = 256  # rows compared, spread over all batches: 2 x depth x width x 1 KiB are kept
 
 
 def pair_blocks(
-    source: nn.Module, target: nn.Module, geometries: tuple[Geometry, Geometry], batches: Sequence[tuple[Batch, Batch]]
+    source: nn.Module, target: nn.Module, geometries: Pair[Geometry], batches: Sequence[tuple[Batch, Batch]]
 ) -> list[int | None]:
     """For every target block the source block that feeds it, or None; blocks that add nothing are never paired.
 
@@ -50,14 +51,6 @@ def _paired(updates: Sequence[Sequence[Sequence[Tensor]]]) -> list[int | None]:
     if not all(bool(u.isfinite().all()) for side in joined for u in side):
         raise NumericalError("blocks put NaN or Inf into the residual; check both bases and the calibration")
     return increasing(similarities(*joined))
-
-
-def by_position(source: Geometry, target: Geometry) -> list[int | None]:
-    """Every target block's source block where depths agree; else a guess, evenly spread, before any is compared."""
-    if source.depth >= target.depth:
-        return [(b * source.depth) // target.depth for b in range(target.depth)]
-    fed = {(b * target.depth) // source.depth: b for b in range(source.depth)}
-    return [fed.get(b) for b in range(target.depth)]
 
 
 def block_updates(model: nn.Module, geometry: Geometry, batch: Batch, keep: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -70,7 +70,7 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
     }
     tables = RUNTIME + a.hidden + sizes.extent.nbytes + a.tables
     host = {"calibration": RUNTIME + sizes.extent.loading, **host, "tables": tables}
-    paired = sizes.geometries[0].depth != sizes.geometries[1].depth
+    paired = sizes.geometries.source.depth != sizes.geometries.target.depth
     both = ({n: peak for n, peak in peaks.items() if peak and (paired or n != "pairing")} for peaks in (host, device))
     host, device = both
     return Plan(choice, host, device if gpu else {})

@@ -9,15 +9,15 @@ from math import prod
 import torch
 
 from ..activations.links import Pairs, block_of
-from ..alignment.block_pairing import by_position
 from ..calibration.extent import Extent
 from ..files.checkpoint import Checkpoint
 from ..models.geometry import Geometry
+from ..models.pair import Pair
 from ..recipes.recipe import Recipe
 from ..streaming.half_blocks import HALVES, Half, of_half
 from ..updates.merged import Merged
 
-Widths = tuple[int, int]  # of source and target
+Widths = Pair[int]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Sizes:
         wanted: links and layers of the target that something moves through; None: all.
     """
 
-    checkpoints: tuple[Checkpoint, Checkpoint]
-    geometries: tuple[Geometry, Geometry]
+    checkpoints: Pair[Checkpoint]
+    geometries: Pair[Geometry]
     recipe: Recipe
     tuned: Checkpoint | Merged | None
     extent: Extent
@@ -41,30 +41,30 @@ class Sizes:
     wanted: frozenset[str] | None = None
 
     @property
-    def elementwise(self) -> list[int]:
-        """Bytes of a number in each model's forward pass, source first."""
-        return [c.compute_dtype.itemsize for c in self.checkpoints]
+    def elementwise(self) -> Pair[int]:
+        """Bytes of a number in each model's forward pass."""
+        return self.checkpoints.map(lambda checkpoint: checkpoint.compute_dtype.itemsize)
 
     @cached_property
     def stored(self) -> list[int]:
         """Bytes of the largest block of each model as stored, source first."""
-        return [_largest(c, la, None) for c, la in zip(self.checkpoints, self.geometries, strict=True)]
+        return [_largest(c, la, None) for c, la in self.checkpoints.zip(self.geometries)]
 
     @cached_property
     def cast(self) -> int:
         """Bytes of what is converted of both models' largest blocks before they run, in the dtype they run in."""
-        return sum(_largest(*side, None, cast=True) for side in zip(self.checkpoints, self.geometries, strict=True))
+        return sum(_largest(*side, None, cast=True) for side in self.checkpoints.zip(self.geometries))
 
     @cached_property
     def cast_half(self) -> int:
         """As :attr:`cast`, of the larger half of each block: what is converted where halves run one after the other."""
-        sides = zip(self.checkpoints, self.geometries, strict=True)
+        sides = self.checkpoints.zip(self.geometries)
         return sum(max(_largest(*side, half, cast=True) for half in HALVES) for side in sides)
 
     @cached_property
     def tune(self) -> int:
         """Bytes of the largest block of a full tune as stored; 0 for an adapter, or where none moves."""
-        return _largest(self.tuned, self.geometries[0], None) if self.tuned else 0
+        return _largest(self.tuned, self.geometries.source, None) if self.tuned else 0
 
     @cached_property
     def table(self) -> int:
@@ -85,7 +85,7 @@ class Sizes:
     @cached_property
     def _pairs(self) -> Pairs:
         """As depths let guess."""
-        return Pairs(*self.geometries, by_position(*self.geometries))
+        return Pairs.by_position(*self.geometries)
 
     @cached_property
     def _links(self) -> dict[str, Widths]:
@@ -100,7 +100,7 @@ class Sizes:
     @cached_property
     def maps(self) -> int:
         """Bytes of the largest block's maps and of those outside all blocks, in float64."""
-        blocks = {layer.name: layer.block for layer in self.geometries[1].layers()}
+        blocks = {layer.name: layer.block for layer in self.geometries.target.layers()}
         found: dict[int | None, int] = {}
         for part, shape, dtype in self.recipe.solver.planned_maps(self._pairs, self.recipe):
             name = part.rpartition("/")[0]
@@ -111,10 +111,10 @@ class Sizes:
         return outside + max(found.values(), default=0)
 
     @property
-    def matrices(self) -> list[tuple[Widths, Widths]]:
+    def matrices(self) -> list[Pair[tuple[int, int]]]:
         """(source, target) shapes [out, in] of the weights of a block."""
         source, target = (geometry.weights() for geometry in self.geometries)
-        return [(source[role], target[role]) for role in source]
+        return [Pair(source[role], target[role]) for role in source]
 
     def _uses(self, name: str) -> bool:
         """Whether a link or a layer is wanted; heads' maps go by their block's context."""

@@ -9,6 +9,7 @@ from math import prod
 from ..linalg.polar import polar_bytes
 from ..linalg.whitening import whiten_bytes
 from ..models.geometry import Geometry
+from ..models.pair import Pair
 from ..models.tensors import TILE
 from ..updates.layer_moves import move_bytes
 from .choice import Choice
@@ -41,7 +42,7 @@ class Amounts:
     @property
     def masks(self) -> int:
         """A byte for every pair of tokens of a sample of text; rotary tables are far less."""
-        if self.sizes.geometries[0].family.modality != "text":
+        if self.sizes.geometries.source.family.modality != "text":
             return 0
         return self.sizes.extent.samples * sum(length**2 for length in self.sizes.extent.lengths)
 
@@ -59,13 +60,14 @@ class Amounts:
     @property
     def waiting(self) -> int:
         """Source rows that wait for the target's, of the spaces of a pair of blocks."""
-        return self.choice.batch_size * self.sizes.extent.lengths[0] * self._features[0] * self.sizes.elementwise[0]
+        (own, _), (n, _) = self._features, self.sizes.elementwise
+        return self.choice.batch_size * self.sizes.extent.lengths.source * own * n
 
     @property
     def kept(self) -> int:
         """Rows that are held out, of the spaces of a pair of blocks."""
         (own, other), (n, m) = self._features, self.sizes.elementwise
-        return self.choice.batch_size * self.sizes.extent.lengths[1] * (own * n + other * m)
+        return self.choice.batch_size * self.sizes.extent.lengths.target * (own * n + other * m)
 
     @cached_property
     def crosses(self) -> list[int]:
@@ -80,7 +82,7 @@ class Amounts:
     @property
     def product(self) -> int:
         """The product of a chunk of rows in float32, of the largest cross; on a GPU also the rows mixed ahead of it."""
-        ahead = min(ROWS_AHEAD, self.choice.batch_size * self.sizes.extent.lengths[1]) * 4 * sum(self._features)
+        ahead = min(ROWS_AHEAD, self.choice.batch_size * self.sizes.extent.lengths.target) * 4 * sum(self._features)
         return max(*self.crosses, *self.grams) // 2 + (ahead if self.gpu else 0)
 
     @property
@@ -146,9 +148,9 @@ class Amounts:
         return list(zip(sizes.geometries, sizes.extent.lengths, sizes.elementwise, strict=True))
 
     @cached_property
-    def _features(self) -> tuple[int, int]:
+    def _features(self) -> Pair[int]:
         """Features of all spaces of a pair of blocks together: source and target."""
-        return sum(own for own, _ in self.sizes.spaces), sum(other for _, other in self.sizes.spaces)
+        return Pair(*(sum(widths[side] for widths in self.sizes.spaces) for side in (0, 1)))
 
     @property
     def _square(self) -> int:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
-from ..activations.links import Blocks, Pairs
-from ..alignment.block_pairing import by_position
+from ..activations.links import Pairs
 from ..calibration.extent import Extent
 from ..files.checkpoint import Checkpoint
 from ..machine import rate
 from ..models.base import canonical_shapes
 from ..models.geometry import Geometry
+from ..models.pair import Pair
 from ..recipes.recipe import Recipe
 from ..streaming.schedule import schedule
 from ..updates.computed import ComputedUpdate
 from .choice import Choice
-
-Sides = Sequence[Checkpoint]
-Geometries = tuple[Geometry, Geometry]
 
 
 @dataclass(frozen=True)
@@ -29,20 +26,19 @@ class Effort:
     """What aligning two bases takes.
 
     Attributes:
-        blocks: for every target block the source block that feeds it, as far as it is known.
+        pairs: of blocks, as far as it is known which feeds which.
         needed: links and layers of the target that something moves through.
         tokens: pairs of tokens that are aligned on; held: that are held out.
         rows: tokens of each model's forward passes, held out ones and padding included.
         passes: over what is needed; whole: over all of both models.
     """
 
-    sides: Sides
-    geometries: Geometries
+    checkpoints: Pair[Checkpoint]
+    pairs: Pairs
     recipe: Recipe
-    blocks: Blocks
     needed: Collection[str]
     tokens: int
-    rows: tuple[int, int]
+    rows: Pair[int]
     held: int = 0
     passes: int = 1
     whole: int = 0
@@ -50,8 +46,8 @@ class Effort:
     @classmethod
     def of(
         cls,
-        sides: Sides,
-        geometries: Geometries,
+        checkpoints: Pair[Checkpoint],
+        geometries: Pair[Geometry],
         recipe: Recipe,
         needed: Collection[str],
         extent: Extent,
@@ -60,16 +56,15 @@ class Effort:
     ) -> Effort:
         """The effort of a run on calibration of this extent, of which ``tokens`` are wanted, as ``choice`` says."""
         lengths, fit = extent.lengths, extent.expected - extent.held
-        other_depths = geometries[0].depth != geometries[1].depth
+        other_depths = geometries.source.depth != geometries.target.depth
         return cls(
-            sides=sides,
-            geometries=geometries,
+            checkpoints=checkpoints,
+            pairs=Pairs.by_position(*geometries),
             recipe=recipe,
-            blocks=by_position(*geometries),
             needed=needed,
             tokens=min(tokens, fit * min(lengths)),
-            rows=(extent.expected * lengths[0], extent.expected * lengths[1]),
-            held=extent.held * lengths[1],
+            rows=lengths.map(lambda length: extent.expected * length),
+            held=extent.held * lengths.target,
             passes=choice.tiles,
             whole=other_depths + recipe.solver.leans_on_depth(recipe),
         )
@@ -77,11 +72,11 @@ class Effort:
     def seconds(self, device: torch.device) -> dict[str, float]:
         """Predicted seconds by stage, at this machine's rate; reading, writing and starting up are not in them."""
         single, double = rate(torch.float32, device), rate(torch.float64, device)
-        solver, pairs = self.recipe.solver, Pairs(*self.geometries, self.blocks)
+        solver, pairs = self.recipe.solver, self.pairs
         visits = schedule(pairs, self.needed)
         links = {name: link for visit in visits for name, link in visit.moments.items()}
         flops = 0
-        for k, side in enumerate(zip(self.sides, self.geometries, self.rows, strict=True)):
+        for k, side in enumerate(zip(self.checkpoints, pairs.geometries, self.rows, strict=True)):
             run = {b for visit in visits if (b := visit.blocks[k]) is not None}
             flops += self.passes * forward(*side, run) + self.whole * forward(*side)
         crosses = sum(prod(link.widths) for link in links.values())

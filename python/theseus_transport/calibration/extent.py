@@ -16,6 +16,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.companions import VOCABULARIES
 from ..files.headers import if_inside
 from ..models.forward import MAIN_INPUT
+from ..models.pair import Pair
 from .calibration import LENGTH, drawn_rows, held_of, images_wanted, in_random_order, with_held
 from .documents import LINES, PIECE, Size, measured, refuse_other_files
 from .images import find_images, largest
@@ -47,14 +48,14 @@ class Extent:
     """
 
     samples: int
-    lengths: tuple[int, int]
+    lengths: Pair[int]
     nbytes: int
     loading: int = 0
     expected: int = 0
     held: int = 0
 
 
-def extent(reference: str, infos: tuple[SideInfo, SideInfo], *, wanted: int, most: int, seed: int) -> Extent:
+def extent(reference: str, infos: Pair[SideInfo], *, wanted: int, most: int, seed: int) -> Extent:
     """Of what :func:`load_calibration` will give for these arguments; of a file that it will refuse, that or anything.
 
     Args:
@@ -68,7 +69,7 @@ def extent(reference: str, infos: tuple[SideInfo, SideInfo], *, wanted: int, mos
     return _of_text(path if reference != "builtin" else None, infos, wanted, most)
 
 
-def _of_images(folder: Path, infos: tuple[SideInfo, SideInfo], wanted: int, most: int, seed: int) -> Extent:
+def _of_images(folder: Path, infos: Pair[SideInfo], wanted: int, most: int, seed: int) -> Extent:
     samples, pixels = images_wanted(infos, wanted, most), 0
     if folder.is_dir():
         paths = in_random_order(find_images(folder), seed)
@@ -77,11 +78,11 @@ def _of_images(folder: Path, infos: tuple[SideInfo, SideInfo], wanted: int, most
     sides = infos[:1] if _same(infos, ["preprocessor_config.json"]) and _shown(infos[0]) == _shown(infos[1]) else infos
     one = REAL * sum(prod(_shown(info)) for info in sides)
     loading = (samples + 1) * one + OF_PIXEL * pixels
-    lengths = infos[0].tokens_per_image, infos[1].tokens_per_image
+    lengths = infos.map(lambda info: info.tokens_per_image)
     return Extent(samples, lengths, samples * one, loading, samples, held_of(samples, most))
 
 
-def _of_text(path: Path | None, infos: tuple[SideInfo, SideInfo], wanted: int, most: int) -> Extent:
+def _of_text(path: Path | None, infos: Pair[SideInfo], wanted: int, most: int) -> Extent:
     """Path: None for the built-in text."""
     length = min([LENGTH, *(info.max_positions for info in infos if info.max_positions)])
     expected, same = with_held(-(-wanted // length), most), _same(infos, VOCABULARIES)
@@ -102,14 +103,14 @@ def _of_text(path: Path | None, infos: tuple[SideInfo, SideInfo], wanted: int, m
         tokenizers.append(tokenizers[0])
     loading = read + 2 * batches + 2 * OF_TOKEN * tokens + OF_PIECE * min(pieces, tokens) + OF_CHUNK
     loading += OF_TOKENIZER * sum(tokenizers) + OF_LOADING * max(tokenizers)
-    return Extent(samples, (length, length), batches, loading, expected, held_of(expected, most))
+    return Extent(samples, Pair(length, length), batches, loading, expected, held_of(expected, most))
 
 
-def _of_tensors(file: Checkpoint, infos: Sequence[SideInfo], wanted: int, most: int, seed: int) -> Extent:
+def _of_tensors(file: Checkpoint, infos: Pair[SideInfo], wanted: int, most: int, seed: int) -> Extent:
     vision, key = infos[0].kind == "vision", MAIN_INPUT[infos[0].kind]
     names = [f"{prefix}{key}" if f"{prefix}{key}" in file else key for prefix in PREFIXES]
     if not all(len(file.shapes.get(name, ())) > 1 for name in names):
-        return Extent(1, (1, 1), 0)
+        return Extent(1, Pair(1, 1), 0)
     shapes = [file.shapes[name] for name in names]
     rows, lengths = min(shape[0] for shape in shapes), [shape[1] for shape in shapes]
     counts = torch.tensor([min(lengths)] * rows)
@@ -128,7 +129,7 @@ def _of_tensors(file: Checkpoint, infos: Sequence[SideInfo], wanted: int, most: 
         each = {name: file.shapes[name][1] * INTEGER * (2 if names[0] == names[1] else 4) for name in names}
     samples, one = len(drawn_rows(counts, wanted, most, seed)), sum(each.values())
     loading = (rows * 5 // 4 + samples) * one  # a quarter more for flags of what its values are
-    return Extent(samples, (lengths[0], lengths[1]), samples * one, loading, samples, held_of(samples, most))
+    return Extent(samples, Pair(*lengths), samples * one, loading, samples, held_of(samples, most))
 
 
 def _shown(info: SideInfo) -> tuple[int, ...]:

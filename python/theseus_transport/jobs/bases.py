@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from ..activations.inputs import SideInfo
-from ..activations.links import Blocks
+from ..activations.links import Blocks, Pairs
 from ..alignment.alignment import Alignment, outline
-from ..alignment.block_pairing import by_position
 from ..budget.needs import held_in_memory, needed, tokens_for
 from ..budget.plan import Plan, fitted
 from ..budget.sizes import Sizes
@@ -27,7 +26,7 @@ from ..files.earlier_runs import unfinished
 from ..files.journal import Work
 from ..machine import available_memory, find_device, free_device_memory, resident_memory
 from ..models.base import Base
-from ..models.geometry import Geometry
+from ..models.pair import SIDES, Pair
 from ..recipes.recipe import Recipe
 from ..recipes.solver import Solver
 from ..streaming.block_pairing import pair_streamed
@@ -40,14 +39,12 @@ from .checks import check_dtypes, read_geometry, trim_memory
 from .provenance import content_hash, recorded_base, reference_of, versions
 from .settings import AlignJob
 
-SIDES = ("source", "target")
-
 
 class Bases:
     """Source and target of a job, opened and checked; nothing is computed.
 
     Attributes:
-        checkpoints, layouts: of source and target.
+        checkpoints, geometries: of source and target.
         references: how a later command finds them.
     """
 
@@ -55,24 +52,25 @@ class Bases:
         asked = {} if job.tokens is None else {"tokens": (job.tokens, 1)}
         check_whole(**asked, batch_size=(job.batch_size, 1), seed=(job.seed, 0))
         self.job, self.device = job, find_device(job.device)
-        self.references = tuple(reference_of(r) for r in (job.source, job.target))
-        self.checkpoints = tuple(Checkpoint.open(r, allow_pickle=job.allow_pickle) for r in (job.source, job.target))
+        given = Pair(job.source, job.target)
+        self.references = given.map(reference_of)
+        self.checkpoints = given.map(lambda reference: Checkpoint.open(reference, allow_pickle=job.allow_pickle))
         for name, checkpoint in zip(("SOURCE", "TARGET"), self.checkpoints, strict=True):
             if checkpoint.kind == "adapter":
                 base = checkpoint.adapter_config.get("base_model_name_or_path") or "which it does not name"
                 raise InputRefused(f"{name} {checkpoint.folder} is an adapter; give the base it was trained on, {base}")
         first, second = (read_geometry(n, c) for n, c in zip(("SOURCE", "TARGET"), self.checkpoints, strict=True))
-        self.geometries: tuple[Geometry, Geometry] = (first, second)
+        self.geometries = Pair(first, second)
         check_dtypes(*self.checkpoints)
-        self.windows = Window(self.source), Window(self.target)
+        self.windows = self.checkpoints.map(Window)
 
     @property
     def source(self) -> Checkpoint:
-        return self.checkpoints[0]
+        return self.checkpoints.source
 
     @property
     def target(self) -> Checkpoint:
-        return self.checkpoints[1]
+        return self.checkpoints.target
 
     @property
     def inputs(self) -> list[Path]:
@@ -118,9 +116,9 @@ class Bases:
         """
         job, free = self.job, available_memory()
         self.needed = needed(self._solver(), keys)
-        self.extent = Extent(0, (0, 0), 0) if aligned else self._extent()
+        self.extent = Extent(0, Pair(0, 0), 0) if aligned else self._extent()
         sizes = Sizes(
-            checkpoints=(self.source, self.target),
+            checkpoints=self.checkpoints,
             geometries=self.geometries,
             recipe=self.recipe(),
             tuned=tuned,
@@ -146,17 +144,16 @@ class Bases:
     def _extent(self) -> Extent:
         job = self.job
         most = job.batch_size if job.held_out else 0
-        infos = self._side(0), self._side(1)
+        infos = Pair(self._side(0), self._side(1))
         return extent(job.calibration, infos, wanted=self.tokens_wanted, most=most, seed=job.seed)
 
     def _solver(self) -> Solver:
         """One that knows what is needed; depths may be paired otherwise."""
-        recipe, blocks = self.recipe(), by_position(*self.geometries)
+        recipe, blocks = self.recipe(), Pairs.by_position(*self.geometries).blocks
         return recipe.solver(*self._models(), blocks, recipe)
 
-    def _models(self) -> tuple[Base, Base]:
-        source, target = (Base.of(*side) for side in zip(self.windows, self.geometries, strict=True))
-        return source, target
+    def _models(self) -> Pair[Base]:
+        return self.windows.zip(self.geometries).map(lambda side: Base.of(*side))
 
     def draft(self, data: Calibration) -> Alignment:
         """The outline of the alignment, with the pairing of blocks."""
@@ -195,8 +192,8 @@ class Bases:
 
     def blocks(self, data: Calibration) -> Blocks:
         """For every target block the source block that feeds it; where depths differ, after a pass over both models."""
-        if self.geometries[0].depth == self.geometries[1].depth:
-            return by_position(*self.geometries)
+        if self.geometries.source.depth == self.geometries.target.depth:
+            return Pairs.by_position(*self.geometries).blocks
         options: dict[str, Any] = {"folder": self._hidden, "ahead": self.plan.choice.ahead}
         return pair_streamed(self.windows, self.geometries, data.batches, self.device, **options)
 
@@ -230,7 +227,7 @@ class Bases:
         folder, toward = self._hidden, None
         if recipe.solver.leans_on_depth(recipe) and not work.state:  # else it is in there
             toward = all_together(
-                bases, self.windows, draft.blocks, data, self.device, folder=folder, halves=choice.halves
+                bases, self.windows, draft.pairs, data, self.device, folder=folder, halves=choice.halves
             )
         if toward is not None and choice.polar == "cpu":
             toward = toward.cpu()

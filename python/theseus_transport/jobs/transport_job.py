@@ -155,7 +155,7 @@ class Session:
                 sink = UpdateSink(update, outputs, tensors, work, self.window, **how)
                 if data is None:
                     began = Clock()
-                    apply(sink, draft.blocks, self.bases.windows, self.bases.geometries, work)
+                    apply(sink, draft.pairs, self.bases.windows, work)
                     began.lap("move and write")
                     alignment, seconds = draft, began.seconds
                 else:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..activations.links import Link
 from ..activations.moments import CrossMoment
 from ..models.base import Base
+from ..models.pair import Pair
 from .solver import Rows
 
 
@@ -43,7 +44,5 @@ def together(
 
 def normalised_rows(source: Base, target: Base, link: Link, rows: Rows) -> Rows:
     """Rows of z, of a link behind norms."""
-    spaces = ((source, link.source), (target, link.target))
-    norms = (base.norm(space.norm, space.width) for base, space in spaces)
-    own, other = ((x - shift.to(x)) / gain.to(x) for x, (gain, shift) in zip(rows, norms, strict=True))
-    return own, other
+    norms = (base.norm(space.norm, space.width) for base, space in Pair(source, target).zip(link))
+    return Pair(*((x - shift.to(x)) / gain.to(x) for x, (gain, shift) in zip(rows, norms, strict=True)))

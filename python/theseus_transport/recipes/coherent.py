@@ -35,7 +35,8 @@ class Coherent(Solver):
     @classmethod
     def planned_maps(cls, pairs: Pairs, recipe: RecipeChoices) -> list[PlannedMap]:
         links, target = pairs.moments, pairs.target
-        dense = [(f"{name}/matrix", link.widths) for name, link in links.items() if not name.endswith(".context")]
+        dense: list[tuple[str, Widths]] = []
+        dense += [(f"{name}/matrix", link.widths) for name, link in links.items() if not name.endswith(".context")]
         if recipe.completion == "deeper":
             first = [name for name in ("0.attention", "embedding") if name in links and _starts(pairs, name)]
             dense += [(f"{name}.completed/matrix", links[name].widths) for name in first]

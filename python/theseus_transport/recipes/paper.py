@@ -27,7 +27,7 @@ class Paper(Solver):
 
     @classmethod
     def planned_maps(cls, pairs: Pairs, recipe: RecipeChoices) -> list[PlannedMap]:
-        found = [(f"{name}/matrix", link.widths) for name, link in pairs.moments.items()]
+        found: list[tuple[str, Widths]] = [(f"{name}/matrix", link.widths) for name, link in pairs.moments.items()]
         for layer, (own, into) in _augmented(pairs):
             (out_s, _), (out_t, k) = own, into
             if expands(own, into, recipe):
@@ -38,7 +38,7 @@ class Paper(Solver):
 
     @classmethod
     def decompositions(cls, pairs: Pairs, recipe: RecipeChoices) -> list[tuple[str, Widths]]:
-        found = [(name, link.widths) for name, link in pairs.moments.items()]
+        found: list[tuple[str, Widths]] = [(name, link.widths) for name, link in pairs.moments.items()]
         for layer, shapes in _augmented(pairs):
             (out_s, k_s), (out_t, k_t) = shapes
             found.append((layer.reads, (k_s, k_t) if expands(*shapes, recipe) else (out_s, out_t)))
@@ -50,8 +50,7 @@ class Paper(Solver):
         return dict.fromkeys(links, (0, 1)) if recipe.whiten_power else {}
 
     def as_mapped(self, rows: Rows, link: Link) -> Rows:
-        own, other = rows
-        return (own - own.mean(0), other - other.mean(0)) if self.recipe.center else rows
+        return rows.map(lambda x: x - x.mean(0)) if self.recipe.center else rows
 
     def needs(self, layers: Iterable[Layer], vectors: Iterable[str]) -> set[str]:
         fed = (la for la in layers if la.role == "head" or self.pairs.blocks[la.block] is not None)

@@ -17,13 +17,14 @@ from ..errors import InputRefused, NumericalError
 from ..linalg.procrustes import ITERATE_FROM, Method, Polar, procrustes
 from ..models.base import Base
 from ..models.geometry import Geometry, Layer
+from ..models.pair import Pair
 from .choices import RecipeChoices
 from .ruleset import Ruleset
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Widths = tuple[int, int]  # of source and target
-Rows = tuple[Tensor, Tensor]  # of source and target, as they pair
+Rows = Pair[Tensor]  # as they pair
 PlannedMap = tuple[str, tuple[int, ...], torch.dtype]  # name/part, shape, dtype of a tensor that is stored
 PARTS = [f.name for f in fields(CrossMoment) if f.name != "count"]
 

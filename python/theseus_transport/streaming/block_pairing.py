@@ -12,14 +12,15 @@ from ..activations.pairing_tokens import mixings
 from ..alignment.block_pairing import TOKENS, _paired, _spread
 from ..models.forward import Batch
 from ..models.geometry import Geometry
+from ..models.pair import Pair
 from .hidden_states import temporary
 from .loop import alone
 from .window import Window
 
 
 def pair_streamed(
-    windows: Sequence[Window],
-    geometries: tuple[Geometry, Geometry],
+    windows: Pair[Window],
+    geometries: Pair[Geometry],
     batches: Sequence[tuple[Batch, Batch]],
     device: torch.device,
     *,

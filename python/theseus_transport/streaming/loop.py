@@ -15,13 +15,13 @@ from ..activations.capture import Capture
 from ..activations.pairing_tokens import mixings
 from ..models.forward import Batch, Call, state_of
 from ..models.geometry import Geometry
+from ..models.pair import SIDES, Pair
 from .half_blocks import Half, layers_of
 from .hidden_states import Hidden
 from .schedule import Visit
 from .skeleton import Skeleton
 from .window import Window
 
-SIDES = ("source", "target")
 Step = Callable[[], object]
 Run = Callable[..., Any]  # a block, or a half of it
 
@@ -60,8 +60,8 @@ class Loop:
 
     def __init__(
         self,
-        windows: Sequence[Window],
-        geometries: tuple[Geometry, Geometry],
+        windows: Pair[Window],
+        geometries: Pair[Geometry],
         batches: Sequence[tuple[Batch, Batch]],
         *,
         held: int | None,
@@ -81,7 +81,7 @@ class Loop:
             halves: attention and MLP of a block run one after the other, over all batches each.
         """
         sides = zip(windows, geometries, zip(*batches, strict=True), strict=True)
-        self.sides = tuple(Side(window, geometry, own, device) for window, geometry, own in sides)
+        self.sides = Pair(*(Side(window, geometry, own, device) for window, geometry, own in sides))
         self._geometries, self._held, self._grams, self._device = geometries, held, grams, device
         self._rows = [mixings(geometries, *pair) for pair in batches]
         self._folder, self._resident, self._tiles = folder, resident, tiles
@@ -95,11 +95,11 @@ class Loop:
         """
         if first:
             return self._embed(visit, done)
-        for side, b in zip(self.sides, visit.blocks, strict=True):
+        for side, b in self.sides.zip(visit.blocks):
             side.window.hold(side.names(b))
         if not self._halves or visit.blocks == (None, None):
             return self._run(visit, None, done)
-        attention, mlp = visit.halved(layers_of(self._geometries[1], "attention"))
+        attention, mlp = visit.halved(layers_of(self._geometries.target, "attention"))
         seen = self._run(attention, "attention", lambda: None)
         return self._run(mlp, "mlp", done).behind(seen)
 
@@ -129,12 +129,12 @@ class Loop:
 
     def _embed(self, visit: Visit, done: Step) -> Capture:
         seen = self._capture(visit)
-        for side, name in zip(self.sides, SIDES, strict=True):
+        for side, name in self.sides.zip(SIDES):
             side.hidden, side.calls = Hidden(self._folder, name, resident=self._resident), []
         with ExitStack() as stack:
             stack.enter_context(seen.opened())
             runs = []
-            for side, names in zip(self.sides, visit.norms, strict=True):
+            for side, names in self.sides.zip(visit.norms):
                 norms = [side.skeleton.norm(name) for name in sorted(names)]
                 runs.append((side, stack.enter_context(side.skeleton.ahead(side.batches)), norms))
             for i, rows in enumerate(self._rows):
@@ -144,7 +144,7 @@ class Loop:
         return seen
 
     def _capture(self, visit: Visit, tile: tuple[int, int] = (0, 1)) -> Capture:
-        models = self.sides[0].skeleton.model, self.sides[1].skeleton.model
+        models = self.sides.map(lambda side: side.skeleton.model)
         links: dict[str, Mapping[str, Any]] = {"moments": visit.moments, "outputs": visit.outputs}
         return Capture(models, self._geometries, **links, grams=self._grams, device=self._device, tile=tile)
 
@@ -163,12 +163,12 @@ class Loop:
 
     def record(self) -> dict[str, Any]:
         """What :meth:`resume` needs beside these files, as JSON."""
-        return {name: side.hidden.record() for name, side in zip(SIDES, self.sides, strict=True)}
+        return {name: side.hidden.record() for name, side in SIDES.zip(self.sides)}
 
     @torch.no_grad()
     def resume(self, record: Mapping[str, Any]) -> None:
         """Go on from recorded hidden states; what blocks are called with is found again by running the embeddings."""
-        for name, side in zip(SIDES, self.sides, strict=True):
+        for name, side in SIDES.zip(self.sides):
             side.hidden = Hidden.restored(self._folder, name, record[name], resident=self._resident)
             with side.skeleton.ahead(side.batches) as embed:
                 side.calls = [embed(i)[1] for i in range(len(side.batches))]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..activations.capture import Capture
-from ..activations.links import Blocks, Pairs
+from ..activations.links import Pairs
 from ..alignment.quality import Quality, quality, warn
 from ..calibration.calibration import Calibration
 from ..errors import InputRefused, NumericalError
@@ -24,6 +24,7 @@ from ..files.result_folder import refuse_foreign
 from ..models.base import Base
 from ..models.forward import samples_of
 from ..models.geometry import Geometry
+from ..models.pair import Pair
 from ..recipes.behind_norms import together
 from ..recipes.ruleset import Ruleset
 from ..recipes.solver import Solver
@@ -50,7 +51,7 @@ class Sink(Protocol):
     def wanted(self) -> set[str]:
         """Maps that are still to be used."""
 
-    def held(self) -> tuple[set[str], set[str]]:
+    def held(self) -> Pair[set[str]]:
         """Stored tensors of source and target that are still to be used, of blocks that were visited."""
 
     def state(self) -> dict[str, Any]:
@@ -75,8 +76,8 @@ class Passage:
         rows, visits: how well maps fit, and what was visited, once the pass is over; seconds: by stage.
     """
 
-    windows: tuple[Window, Window]
-    geometries: tuple[Geometry, Geometry]
+    windows: Pair[Window]
+    geometries: Pair[Geometry]
     data: Calibration
     solver: Solver
     sink: Sink
@@ -138,7 +139,7 @@ class Passage:
         read = {visit.target for visit in visits} - {None}
         if compared == links.keys():
             return ""
-        depth, spaces = self.geometries[1].depth, len(links)
+        depth, spaces = self.geometries.target.depth, len(links)
         unmapped = f"{spaces - len(compared)} of {spaces} spaces not mapped"
         return f"{depth - len(read)} of {depth} blocks were not run, {unmapped}"
 
@@ -188,10 +189,10 @@ class Passage:
         visit = visits[k]
         # Weights: of this visit in memory, of the next on their way while this one computes; of the tune as well.
         self.sink.expect(visit)
-        for side, b in zip(loop.sides, visit.blocks, strict=True):
+        for side, b in loop.sides.zip(visit.blocks):
             side.window.hold(side.names(b))
         if self.ahead and k + 1 < len(visits):
-            for side, b in zip(loop.sides, visits[k + 1].blocks, strict=True):
+            for side, b in loop.sides.zip(visits[k + 1].blocks):
                 side.window.prefetch(side.names(b))
         # All batches through the blocks: sums of what is seen, and the rows of the batch that is held out.
         with self._timed("forward and moments"):
@@ -213,7 +214,7 @@ class Passage:
             self.sink.take(solver.ruleset, visit)
             for name in solver.ruleset.maps.keys() - self.sink.wanted() - solver.keep - {"identity"}:
                 del solver.ruleset.maps[name]
-            for window, kept in zip(self.windows, self.sink.held(), strict=True):
+            for window, kept in self.windows.zip(self.sink.held()):
                 window.release(keep=kept)
         with self._timed("commits"):
             self._commit(loop)  # counts the step: the next visit is the next in the list
@@ -258,9 +259,9 @@ class Passage:
 
 
 def all_together(
-    bases: tuple[Base, Base],
-    windows: tuple[Window, Window],
-    blocks: Blocks,
+    bases: Pair[Base],
+    windows: Pair[Window],
+    pairs: Pairs,
     data: Calibration,
     device: torch.device,
     *,
@@ -276,13 +277,12 @@ def all_together(
     Returns:
         [width_S, width_T] in float64; None where no space behind a norm is compared.
     """
-    geometries, found = (bases[0].geometry, bases[1].geometry), None
-    pairs = Pairs(*geometries, blocks)
+    found = None
     behind_norms = {name for name, link in pairs.moments.items() if link.target.norm}
     visits = schedule(pairs, behind_norms)
     with temporary(folder) as place:
         how: dict[str, Any] = {"held": None, "grams": {}, "device": device, "halves": halves}
-        loop = Loop(windows, geometries, data.batches, **how, folder=place or Path(), resident=place is None)
+        loop = Loop(windows, pairs.geometries, data.batches, **how, folder=place or Path(), resident=place is None)
         for k, visit in enumerate(visits):
             seen = loop.visit(visit, first=k == 0)
             found = together(*bases, pairs.moments, seen.moments, found)

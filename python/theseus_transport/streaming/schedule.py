@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from ..activations.links import Link, Pairs
 from ..models.geometry import Space
+from ..models.pair import Pair
 
 Links = dict[str, Link]
+NO_NORMS = Pair[frozenset[str]](frozenset(), frozenset())
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Visit:
     target: int | None = None
     moments: Links = field(default_factory=dict)
     outputs: Links = field(default_factory=dict)
-    norms: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+    norms: Pair[frozenset[str]] = NO_NORMS
 
     @property
     def links(self) -> Links:
@@ -47,11 +49,11 @@ class Visit:
             )
             for inside in (True, False)
         )
-        return replace(first, norms=(frozenset(), frozenset())), second
+        return replace(first, norms=NO_NORMS), second
 
     @property
-    def blocks(self) -> tuple[int | None, int | None]:
-        return self.source, self.target
+    def blocks(self) -> Pair[int | None]:
+        return Pair(self.source, self.target)
 
 
 def schedule(pairs: Pairs, wanted: Collection[str]) -> list[Visit]:
@@ -72,7 +74,7 @@ def schedule(pairs: Pairs, wanted: Collection[str]) -> list[Visit]:
         return own, other
 
     start, end = Visit(None, None, *seen(first)), Visit(None, None, *seen(last))
-    run_ahead = {pairs.source.family.embedding_norm, pairs.target.family.embedding_norm}  # with the embeddings
+    run_ahead = {geometry.family.embedding_norm for geometry in pairs.geometries}  # with the embeddings
     visits, at = [replace(start, norms=_norms(start.links.values(), run_ahead))], 0
     for b, own in enumerate(pairs.blocks):
         if own is None:
@@ -89,15 +91,14 @@ def schedule(pairs: Pairs, wanted: Collection[str]) -> list[Visit]:
     return visits
 
 
-def _norms(links: Collection[Link], but: Collection[str | None] = ()) -> tuple[frozenset[str], frozenset[str]]:
-    sides = zip(*((link.source.module, link.target.module) for link in links), strict=True)
-    source, target = (frozenset(side) - {*but} for side in sides) if links else (frozenset(), frozenset())
-    return source, target
+def _norms(links: Collection[Link], but: Collection[str | None] = ()) -> Pair[frozenset[str]]:
+    """Of each side the norms whose output these links compare."""
+    return Pair(*(frozenset(link[side].module for link in links) - {*but} for side in (0, 1)))
 
 
 def _unpooled(link: Link) -> Link:
     """Between blocks the final norm runs over all tokens by itself, also where the model pools first."""
-    return Link(*(_plain(space) for space in (link.source, link.target)))
+    return Link(*link.map(_plain))
 
 
 def _plain(space: Space) -> Space:

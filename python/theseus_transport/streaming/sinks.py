@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..activations.links import Blocks
+from ..activations.links import Pairs
 from ..alignment.alignment import Alignment
 from ..alignment.stored_maps import Stamp, stamp
 from ..files.journal import Work
 from ..files.writer import Planned
-from ..models.geometry import Geometry
+from ..models.pair import Pair
 from ..recipes.maps import Map
 from ..recipes.ruleset import Ruleset
 from ..recipes.solver import Solver
@@ -94,9 +94,9 @@ class UpdateSink:
         rules = map(self.update.available.rule, keys)
         return {name for rule in rules if rule is not None for name in (rule.input, rule.output)}
 
-    def held(self) -> tuple[set[str], set[str]]:
+    def held(self) -> Pair[set[str]]:
         origin = getattr(self.update.target.tensors, "origin", str)  # the names the windows know
-        return {self.update.source.slots[n].stored for n in self._late()}, set(map(origin, self._waiting()))
+        return Pair({self.update.source.slots[n].stored for n in self._late()}, set(map(origin, self._waiting())))
 
     def state(self) -> dict[str, Any]:
         rounding = [out.rounding.sums for out in self._outputs]
@@ -181,8 +181,8 @@ class MapSink:
     def wanted(self) -> set[str]:
         return set()
 
-    def held(self) -> tuple[set[str], set[str]]:
-        return set(), set()
+    def held(self) -> Pair[set[str]]:
+        return Pair(set(), set())
 
     def state(self) -> dict[str, Any]:
         return {"stamps": self.stamps}
@@ -191,27 +191,19 @@ class MapSink:
         self.stamps = {name: Stamp(*stamped) for name, stamped in state["stamps"].items()}
 
 
-def apply(
-    sink: UpdateSink, blocks: Blocks, windows: Sequence[Window], geometries: Sequence[Geometry], work: Work
-) -> None:
-    """Write all of an update whose maps are there, block by block.
-
-    Args:
-        blocks: for every target block the source block that feeds it, or None.
-    """
-    full = sink.update.delta.tuned is not None
-    stored = [
-        geometry.family.by_block(window) if full else {} for geometry, window in zip(geometries, windows, strict=True)
-    ]
+def apply(sink: UpdateSink, pairs: Pairs, windows: Pair[Window], work: Work) -> None:
+    """Write all of an update whose maps are there, block by block."""
+    blocks, full = pairs.blocks, sink.update.delta.tuned is not None
+    stored = [geometry.family.by_block(window) if full else {} for geometry, window in pairs.geometries.zip(windows)]
     visits = [Visit(source=own, target=b) for b, own in enumerate(blocks)]
-    visits += [Visit(source=own) for own in sorted(set(range(geometries[0].depth)) - set(blocks))]
+    visits += [Visit(source=own) for own in sorted(set(range(pairs.source.depth)) - set(blocks))]
     if work.state:
         sink.restore(work.state["sink"])
     for visit in visits[work.step :]:
         for window, names, b in zip(windows, stored, visit.blocks, strict=True):
             window.hold([] if b is None else names.get(b, []))
         sink.step(visit)
-        for window, kept in zip(windows, sink.held(), strict=True):
+        for window, kept in windows.zip(sink.held()):
             window.release(keep=kept)
         work.commit({"sink": sink.state()}, {})
     sink.step(None)
