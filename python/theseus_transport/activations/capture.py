@@ -83,14 +83,14 @@ class Capture:
         self.grams = {name: {s: gram.to(device) for s, gram in own.items()} for name, own in self.grams.items()}
 
     def joined(self, tiles: Sequence[Capture]) -> Capture:
-        """Itself, with the moments of all tiles, its own the last; crosses of the tiles are freed meanwhile."""
+        """This capture with the moments of all tiles put together, its own the last; each tile's crosses are freed."""
         self.moments = {n: CrossMoment.joined([tile.moments.pop(n) for tile in tiles]) for n in list(self.moments)}
         for name, own in self.grams.items():
             self.grams[name] = {s: CrossMoment.joined([tile.grams[name].pop(s) for tile in tiles]) for s in list(own)}
         return self
 
     def behind(self, other: Capture) -> Capture:
-        """Itself, with what another one saw of other links in front of what this one did."""
+        """This capture with what ``other`` saw, of other links, in front of what it saw itself."""
         for name in ("links", "moments", "energies", "grams", "kept"):
             own, before = getattr(self, name), getattr(other, name)
             setattr(self, name, own if before is None else {**before, **own})

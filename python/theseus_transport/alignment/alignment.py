@@ -64,7 +64,7 @@ class Alignment:
 
     @property
     def pairs(self) -> Pairs:
-        """What of the two models corresponds."""
+        """What of the two models corresponds, block by block, by :attr:`blocks`."""
         return Pairs(self.source, self.target, self.blocks)
 
     @property

@@ -54,7 +54,11 @@ def _paired(updates: Sequence[Sequence[Sequence[Tensor]]]) -> list[int | None]:
 
 
 def block_updates(model: nn.Module, geometry: Geometry, batch: Batch, keep: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What each block adds to the residual in one forward pass: of [samples * tokens, width] what ``keep`` keeps."""
+    """What each block adds to the residual in one forward pass, one tensor a block, first to last.
+
+    Args:
+        keep: is given each update [samples * tokens, width] and returns what of it is kept.
+    """
     inside = backbone(model, geometry)
     found: dict[int, Tensor] = {}
 

@@ -14,7 +14,7 @@ LARGEST = 2**63  # no number is; nor is NaN below it
 
 
 class Restored(NamedTuple):
-    """What is read of an alignment, before it is trusted; fields as of :class:`Alignment`."""
+    """What a record tells of an alignment before it is trusted; the fields are those of :class:`Alignment`."""
 
     source: Geometry
     target: Geometry
@@ -115,7 +115,7 @@ def _paired(blocks: Iterable[int | None]) -> set[int]:
 
 
 def _check_provenance(told: Any) -> None:
-    """What reports and model cards print of it; the rest is free-form."""
+    """Refuse a provenance whose entries that reports and model cards print are not theirs; the rest is free-form."""
     if not isinstance(told, dict):
         raise InputRefused(f"provenance is a {type(told).__name__}, expected an object; {AGAIN}")
     for name, kind in (("quality", list), ("warnings", list), ("calibration", str), ("tokens", int)):

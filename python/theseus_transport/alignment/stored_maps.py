@@ -26,7 +26,7 @@ class Stamp(NamedTuple):
 
 
 def stamp(made: Map) -> Stamp:
-    """Of a map as it is written, and again as it is read."""
+    """The stamp of a map: the same of one that is written and of the one read back."""
     running = hashlib.blake2b(digest_size=32)
     for part, tensor in made.tensors().items():
         running.update(f"{part} {tensor.dtype} {list(tensor.shape)}".encode())

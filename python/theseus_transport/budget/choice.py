@@ -30,7 +30,7 @@ class Choice:
 
     @property
     def rounding(self) -> dict[str, Any]:
-        """What of it decides the rounding of a result; a run goes on as it was begun."""
+        """The fields that decide how results round, as JSON; a resumed run goes on with those it was begun with."""
         return {"batch size": self.batch_size, "maps by": self.method, "maps on": self.polar, "tiles": self.tiles}
 
     @property

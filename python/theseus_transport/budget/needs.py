@@ -25,7 +25,7 @@ def needed(solver: Solver, keys: Collection[str] | None) -> frozenset[str]:
 
 
 def held_in_memory(solver: Solver, keys: Collection[str]) -> frozenset[str]:
-    """What memory depends on: what is needed, and all that few token types may add."""
+    """Links and layers that memory is planned for: what is needed, and all that a text of few token types may add."""
     behind_norms = {name for name, link in solver.links.items() if link.target.norm}
     return needed(solver, keys) | behind_norms | frozenset(keys)
 

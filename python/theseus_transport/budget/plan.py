@@ -35,7 +35,7 @@ class Plan:
         return max(self.device.values(), default=0)
 
     def as_dict(self, seconds: dict[str, float]) -> dict[str, Any]:
-        """As JSON, with predicted seconds by stage."""
+        """The plan as JSON, sizes in bytes, with predicted ``seconds`` by stage."""
         peaks = {"peak": self.peak, "device_peak": self.device_peak}
         return {**asdict(self.choice), "host": self.host, "device": self.device, **peaks, "seconds": seconds}
 

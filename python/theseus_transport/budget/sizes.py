@@ -84,7 +84,7 @@ class Sizes:
 
     @cached_property
     def _pairs(self) -> Pairs:
-        """As depths let guess."""
+        """What corresponds, by blocks as their depths let guess."""
         return Pairs.by_position(*self.geometries)
 
     @cached_property

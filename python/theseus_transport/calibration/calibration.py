@@ -134,7 +134,7 @@ def held_of(rows: int, most: int) -> int:
 
 
 def with_held(rows: int, most: int) -> int:
-    """So many rows, and beside them those that are :func:`held_of` all."""
+    """How many rows to draw for ``rows`` to calibrate on and, beside them, those that :func:`held_of` holds out."""
     return rows + min(most, rows // 2)
 
 
@@ -196,7 +196,7 @@ def _ready_tensors(path: Path, source: SideInfo, target: SideInfo) -> tuple[Tens
 
 
 def images_wanted(infos: Sequence[SideInfo], tokens: int, most: int) -> int:
-    """As many as hold so many tokens, and those to be held out."""
+    """How many images hold ``tokens`` tokens (patches) of the model with fewer a picture, and are held out beside."""
     return with_held(-(-tokens // min(info.tokens_per_image for info in infos)), most)
 
 

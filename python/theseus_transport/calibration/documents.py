@@ -167,7 +167,7 @@ class Records(Sequence[str]):
 
 
 class Size(NamedTuple):
-    """Of a file of text: lines, and bytes of the longest."""
+    """How long a file of text is: its lines, and the bytes of the longest."""
 
     lines: int
     longest: int

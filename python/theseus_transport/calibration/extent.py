@@ -38,7 +38,7 @@ BUILTIN = 32 << 20  # the text that Python ships
 
 @dataclass(frozen=True)
 class Extent:
-    """At most so much.
+    """How much calibration there will be at most.
 
     Attributes:
         samples: rows or images, what is held out included.
@@ -56,7 +56,7 @@ class Extent:
 
 
 def extent(reference: str, infos: Pair[SideInfo], *, wanted: int, most: int, seed: int) -> Extent:
-    """Of what :func:`load_calibration` will give for these arguments; of a file that it will refuse, that or anything.
+    """The extent of what :func:`load_calibration` gives for these arguments; of a file that it refuses, anything.
 
     Args:
         wanted: tokens; most: samples that may be held out.

@@ -21,7 +21,7 @@ class Example(NamedTuple):
     tools: Any = None
 
     def text(self, template: Template | None = None) -> str:
-        """In one piece: a chat through `template`, or as `role: content`; ValueError if the template refuses it."""
+        """The example as one text: a chat through `template`, or as `role: content`; ValueError if that refuses it."""
         if isinstance(self.said, str):
             return self.said
         if template is None:

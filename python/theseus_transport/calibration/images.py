@@ -40,7 +40,7 @@ class Preprocessor:
 
     @classmethod
     def of(cls, folder: Path, name: str, image: Size, channels: int) -> Preprocessor:
-        """From preprocessor_config.json; without one the shortest edge fits, means and deviations are 0.5.
+        """Read preprocessor_config.json of a folder; without one the shortest edge fits, means and deviations are 0.5.
 
         Raises InputRefused if it makes images of another size or number of channels than the model reads.
         """

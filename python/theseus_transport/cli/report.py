@@ -63,7 +63,7 @@ def maps_table(maps: list[dict[str, Any]]) -> Table:
 
 
 def quality_table(quality: list[dict[str, Any]]) -> Table:
-    """How maps do on held-out rows, one line per kind of space: the worst of all blocks."""
+    """A table of how maps do on held-out rows, one line per kind of space: the worst of all blocks."""
     table = Table(
         "space",
         "maps",
@@ -122,7 +122,7 @@ def report(outcome: Outcome) -> RenderableType:
 
 
 def plan_table(plan: Plan, seconds: dict[str, float]) -> RenderableType:
-    """How a run would fit its memory."""
+    """A table of the memory of every stage, with the choices, the peak and the time predicted, for a terminal."""
     table = Table("stage", "host memory", title="Plan", title_justify="left", box=SIMPLE_HEAD)
     if plan.device:
         table.add_column("device memory")
@@ -174,7 +174,7 @@ def warnings(messages: list[str], label: str = "[yellow]warning[/]") -> list[Ren
 
 
 def next_steps(outcome: Outcome) -> list[str]:
-    """What to do with the result, line by line."""
+    """What to do with the result, in lines of commands and Python to be copied."""
     job, out = outcome.job, outcome.written
     if out is None:
         return ["nothing was computed or written (--dry-run); run the same command without it"]
@@ -194,7 +194,7 @@ def next_steps(outcome: Outcome) -> list[str]:
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people."""
+    """A number of bytes for people, as `3.2 GiB`."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

@@ -56,7 +56,7 @@ class Reader:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where all that the command says and logs goes, but for JSON, which escapes by itself; see :func:`say`."""
+    """The console for all that the command says and logs, but for JSON, which escapes by itself; see :func:`say`."""
     return Terminal(file=Reader("stderr" if stderr else "stdout"))  # type: ignore[arg-type]
 
 

@@ -91,7 +91,7 @@ class DemoResult:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """What demo.json holds."""
+        """The result as demo.json holds it."""
         return as_dict(self)
 
 
@@ -142,7 +142,7 @@ def groups(result: DemoResult) -> dict[tuple[str, str, str], list[Cell]]:
 
 
 def as_dict(result: DemoResult) -> dict[str, Any]:
-    """Everything, as plain JSON; intervals as mean and half width in percentage points, null where undefined."""
+    """The result as plain JSON; intervals as mean and half width in percentage points, null where undefined."""
     return {
         "format": 1,
         "settings": asdict(result.settings),

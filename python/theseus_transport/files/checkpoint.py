@@ -228,7 +228,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of forward passes: float64 where any tensor is, else float32."""
+        """The dtype of forward passes: float64 where any tensor is float64, else float32."""
         return torch.float64 if torch.float64 in self.dtypes.values() else torch.float32
 
     @refuse_unreadable()

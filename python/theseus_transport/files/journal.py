@@ -112,12 +112,12 @@ class Work:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Of the last commit; {} before the first."""
+        """The JSON state of the last commit; {} before the first."""
         return self._record.state
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Of the last commit, read from disk at each access; to be used before the next."""
+        """The tensors of the last commit, each read from disk at each access; to be used before the next commit."""
         return Checkpoint.open(self._place.state(self.step)) if self._record.tensors else {}
 
     @property

@@ -99,7 +99,7 @@ def _left_by_others(target: Path, kind: str) -> list[Path]:
 
 
 def remove_replaced(target: Path) -> None:
-    """What a process that was killed had put aside for a folder which is written now."""
+    """Remove what a killed process had put aside for a folder which is written now."""
     for path in _left_by_others(target, "old"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -167,7 +167,7 @@ def seal(staging: Path, metadata: Mapping[str, Any], **more: Any) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """What lies in a folder, and in folders in it as "inner/name"; of an empty folder its own name."""
+    """Names of what lies in a folder, and in folders in it as "inner/name"; an empty folder in it by its own name."""
     found = []
     for path in sorted(folder.iterdir()):
         inner = sorted(path.iterdir()) if path.is_dir() and not path.is_symlink() else []

@@ -74,11 +74,11 @@ class Workplace:
         return [self.folder / f"staged-{i}" for i in range(len(self.targets))]
 
     def final(self, dropped: Collection[str]) -> list[Path]:
-        """What gets its name at the end."""
+        """The folders that get the outputs' names at the end: those without the ``dropped`` tensors, if any are."""
         return [self.folder / f"final-{i}" for i in range(len(self.targets))] if dropped else self.staged()
 
     def state(self, step: int) -> Path:
-        """The tensors of a commit."""
+        """The file of the tensors of a commit, by its number."""
         return self.folder / f"state-{step}.safetensors"
 
     def find(self, *, resume: bool) -> Record | None:
@@ -113,7 +113,7 @@ class Workplace:
         return None
 
     def lying(self, record: Record) -> str:
-        """Where all of a run lies that a commit needs."""
+        """The folders, in words, in which all lies that a resume from ``record`` needs."""
         other = record.state.get("folder")  # the loop's own
         places = [self.folder, *([Path(other)] if isinstance(other, str) else [])]
         return " and ".join(str(place) for place in places if place == self.folder or self.folder not in place.parents)
@@ -176,7 +176,7 @@ class Workplace:
         self.remove()
 
     def remove(self) -> None:
-        """The folder, and the parents made for it."""
+        """Remove the folder, and the parents that were made for it."""
         with suppress(OSError):
             self._empty()
             (self.folder / LOCK).unlink()

@@ -42,7 +42,7 @@ class Planned(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
+        """Bytes of the tensor on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

@@ -41,7 +41,7 @@ class Place:
 
 
 def place(name: str, ndim: int, opened: Set[str] = frozenset()) -> Place | None:
-    """Of the tensor of that name within its scope, or None where it stays.
+    """The place of the tensor of that name within its scope, or None where the tensor stays.
 
     Args:
         opened: names of attentions whose fused q, k, v is a module ``in_proj`` of theirs.
@@ -68,7 +68,7 @@ class OwnMaps:
 
     @classmethod
     def of(cls, taps: Taps, scopes: tuple[nn.Module, nn.Module], recipe: Recipe, opened: Set[str]) -> OwnMaps:
-        """Of every tap that was seen in both models."""
+        """The maps of every tap that was seen in both models."""
         modules = [dict(scope.named_modules()) for scope in scopes]
         maps: dict[Tap, Map] = {}
         for tap, moment in taps.moments.items():
@@ -79,7 +79,7 @@ class OwnMaps:
         return cls(maps, {tap: tuple(m.cross.shape) for tap, m in taps.moments.items()}, opened)  # type: ignore[misc]
 
     def move(self, delta: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What becomes of a delta on the target, by name within the scope; a tensor that stays is missing.
+        """The delta moved to the target, by name within the scope; a tensor that stays is missing.
 
         Args:
             delta: tensors of the source; target: the target's tensors of the same names.

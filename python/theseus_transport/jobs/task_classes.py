@@ -72,7 +72,7 @@ class NewHead:
 
     @property
     def options(self) -> str:
-        """Of ``from_pretrained`` of the target, so that it has such a head."""
+        """Arguments of ``from_pretrained`` of the target, as text, with which it has such a head."""
         if self.task == "CausalLM":
             return ""
         other_size = ", ignore_mismatched_sizes=True" if self.replaces else ""

@@ -31,7 +31,7 @@ def check_kinds(**given: tuple[object, type]) -> None:
 
 
 def sample_of(base: Base) -> dict[str, str]:
-    """What tells a source from its tunes, for its alignment's provenance."""
+    """The entry of an alignment's provenance that tells a source from its tunes: a digest of a row of every tensor."""
     return {SAMPLE: sampled(first_rows(base))}
 
 

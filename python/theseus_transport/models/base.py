@@ -47,7 +47,7 @@ class Base:
         *,
         device: torch.device = CPU,
     ) -> Base:
-        """From a module, or from tensors (a state dict, a lazy checkpoint) with a geometry or a config.
+        """A base of a module, or of tensors (a state dict, a lazy checkpoint) with their geometry or a config.
 
         Raises:
             InputRefused: the config is of no family, or the tensors have other shapes than it says.

@@ -24,9 +24,10 @@ CURE = "--out-dtype float32 or --output delta keeps it"
 
 @contextmanager
 def in_float32(*models: nn.Module) -> Iterator[None]:
-    """With all parameters and buffers of 16 bits in float32, as the command runs them: activations are not rounded.
+    """A context in which all parameters and buffers of 16 bits are in float32, as the command runs them.
 
-    The copies take twice the memory of the originals, which are put back on leaving, the very tensors.
+    So activations are not rounded. The copies take twice the memory of the originals, which are put back on leaving,
+    the very tensors.
     """
     held: list[tuple[Tensor, Tensor]] = []
     try:
@@ -83,7 +84,7 @@ class Rounding:
 
     @property
     def shares(self) -> dict[str, float]:
-        """|round(W + d) - W - d| / |d| by tensor, of those that moved."""
+        """The share of its update that rounding took of every tensor that moved: |round(W + d) - W - d| / |d|."""
         return {name: (lost / moved) ** 0.5 for name, (lost, moved) in sorted(self.sums.items()) if moved}
 
     @property

@@ -37,7 +37,7 @@ class HeadPairing:
     lost: list[int]
 
     def plain(self) -> dict[str, Any]:
-        """As JSON, to the bit; :meth:`restored` reads it."""
+        """The pairing as JSON, to the bit; :meth:`restored` reads it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in values.items()}
 

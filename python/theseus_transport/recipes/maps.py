@@ -16,7 +16,7 @@ class Map(Protocol):
     def __call__(self, rows: Tensor) -> Tensor: ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What to store, by name."""
+        """The tensors to store of the map, by name; :func:`from_tensors` makes it of them again."""
         ...
 
 
@@ -102,7 +102,7 @@ class Heads:
         return int(found.clamp(max=self.blocks.shape[1]).sum())
 
     def by_head(self, features: Tensor) -> Tensor:
-        """Of source features [heads * head_dim_S] those each target head reads, [heads_T, head_dim_S]."""
+        """Source features [heads * head_dim_S] as each target head reads them, [heads_T, head_dim_S]."""
         per_head: Tensor = features.unflatten(0, (self.heads, -1))
         return per_head[self.source_head.to(features.device)]
 

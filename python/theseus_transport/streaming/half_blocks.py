@@ -27,7 +27,7 @@ def layers_of(geometry: Geometry, half: Half) -> set[str]:
 
 
 def of_half(geometry: Geometry, names: Iterable[str], half: Half | None) -> list[str]:
-    """Of tensors of blocks, by the names they are stored under, those one half needs; norms and factors serve both."""
+    """Those of the stored ``names`` of blocks' tensors that one half needs; norms and factors serve both halves."""
     family = geometry.family
     other = set[str]().union(*(layers_of(geometry, each) for each in HALVES if half not in (None, each)))
     return [n for n in names if not other & family.parts(family.canonical(n).rpartition(".")[0]).keys()]
@@ -47,7 +47,7 @@ class Halves:
         self._parts = 0
 
     def attention(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Up to the residual in front of the MLP."""
+        """Run the block up to the residual in front of the MLP, [samples, tokens, width], and return that."""
 
         def stop(module: nn.Module, given: tuple[Tensor, ...]) -> None:
             raise Reached(given[0])
@@ -70,7 +70,7 @@ class Halves:
         raise AssertionError("the norm in front of the MLP did not run")
 
     def mlp(self, *args: Any, **kwargs: Any) -> Tensor:
-        """From there on; to be called after :meth:`attention`, which shows how attention returns its result."""
+        """Run the rest of the block, after :meth:`attention`, which shows how attention returns its result."""
         attention = getattr(self._parent, self._own)
         setattr(self._parent, self._own, Nothing(self._parts))
         try:

@@ -21,7 +21,7 @@ from ..files.result_folder import FULL, make_private
 
 
 def own_folder(offload: Path, out: Path) -> Path:
-    """Where the run that writes ``out`` keeps its files in an offload folder; the same for one that goes on."""
+    """The folder in ``offload`` where the run that writes ``out`` keeps its files; the same when the run is resumed."""
     return offload / f"theseus-{digest(os.fsencode(real(out)))[:12]}"
 
 
@@ -122,7 +122,7 @@ class Hidden:
         return self._path(self._at)
 
     def committed(self) -> None:
-        """What :meth:`save` named is durable: earlier files are not needed any more."""
+        """Remove earlier files, now that the one :meth:`save` named is durable."""
         for number in range(self._saved, self._at):
             self._remove(number)
         self._saved = self._at

@@ -162,7 +162,7 @@ class Loop:
             side.hidden.committed()
 
     def record(self) -> dict[str, Any]:
-        """What :meth:`resume` needs beside these files, as JSON."""
+        """What :meth:`resume` needs beside the files of hidden states, as JSON."""
         return {name: side.hidden.record() for name, side in SIDES.zip(self.sides)}
 
     @torch.no_grad()

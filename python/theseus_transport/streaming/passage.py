@@ -55,14 +55,14 @@ class Sink(Protocol):
         """Stored tensors of source and target that are still to be used, of blocks that were visited."""
 
     def state(self) -> dict[str, Any]:
-        """As JSON, for :meth:`restore` in another process."""
+        """What the sink knows, as JSON, for :meth:`restore` in another process."""
 
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
 class Passage:
-    """What one pass needs.
+    """One pass over both models, block by block: what it needs, and how it is carried out.
 
     Attributes:
         windows, geometries: of source and target.
@@ -133,7 +133,7 @@ class Passage:
 
     @property
     def skipped(self) -> str:
-        """What nothing that moves needed, in words; empty where all was visited."""
+        """How many blocks and spaces nothing that moves needed, in words; "" where all were visited."""
         visits, links = self.visits, self.solver.links
         compared = {name for visit in visits for name in visit.moments}
         read = {visit.target for visit in visits} - {None}

@@ -35,7 +35,7 @@ class Visit:
         return self.moments | self.outputs
 
     def halved(self, layers: Collection[str]) -> tuple[Visit, Visit]:
-        """What is seen up to the end of attention, and what behind it.
+        """This visit as two, one of what is seen up to the end of attention and one of what is seen behind it.
 
         Args:
             layers: those of the target's attention.

@@ -26,7 +26,7 @@ class Rows(nn.Module):
     """An embedding of which only some rows are there."""
 
     def __init__(self, ids: Tensor, weight: Tensor) -> None:
-        """With sorted ids [n] and their rows [n, width]."""
+        """An embedding of the sorted ids [n] that occur, with their rows [n, width]."""
         super().__init__()
         self.ids, self.weight = ids, weight
 
@@ -76,10 +76,10 @@ class Recorder(nn.Module):
 
 
 class Nothing(nn.Module):
-    """In place of attention: adds zeros of the shape of the hidden states."""
+    """In place of attention: returns zeros of the shape of the hidden states, which the residual takes."""
 
     def __init__(self, parts: int) -> None:
-        """In so many parts of a tuple, of which the first is hidden states; 0: by itself."""
+        """Return a tuple of ``parts``, of which the first is the zeros, the others None; 0: the zeros by themselves."""
         super().__init__()
         self._parts = parts
 

@@ -142,7 +142,7 @@ class Upload:
 
 
 def machine_of(device: torch.device) -> Cuda | None:
-    """Of a device that weights are uploaded to; None: they stay where they are."""
+    """The calls to a device that weights are uploaded to; None for the CPU, where they stay where they are."""
     return Cuda(device) if device.type == "cuda" else None
 
 

@@ -45,7 +45,7 @@ def chosen(alpha: Alpha | Sequence[Alpha]) -> list[Strength]:
 
 
 def folders(out: Path, alphas: Sequence[Strength]) -> list[Path]:
-    """Where each strength is written: ``out`` for one, ``out/alpha-...`` for several; other numbers, other names."""
+    """The folder of each strength: ``out`` for one, ``out/alpha-...`` for several; other numbers have other names."""
     return [out] if len(alphas) == 1 else [out / f"alpha-{str(a.asked).removesuffix('.0')}" for a in alphas]
 
 

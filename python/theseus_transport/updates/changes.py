@@ -33,7 +33,7 @@ def changes(update: ComputedUpdate, stays: Stays, *, presumed: bool) -> set[str]
 
 
 def _shape_wanted(update: ComputedUpdate, name: str) -> tuple[int, ...] | None:
-    """Of the base's tensor; of a bias only the tune has, as many as its layer has outputs; None: not known."""
+    """The shape a tuned tensor must have: its base's; of a bias the base lacks, its layer's outputs; None: unknown."""
     source, weight = update.source, f"{name.removesuffix('.bias')}.weight"
     if name in source:
         return source.shape(name)

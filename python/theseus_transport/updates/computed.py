@@ -222,7 +222,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
         self.carried.sums.update(state["carried"])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of the update's value: float64 where the target is, else float32."""
+        """The dtype of a stored tensor's update: float64 where the target's is float64, else float32."""
         return torch.float64 if dtype_of(self.target.tensors, name) == torch.float64 else torch.float32
 
     def __contains__(self, name: object) -> bool:

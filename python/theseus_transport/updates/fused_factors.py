@@ -101,5 +101,5 @@ def _first_block(kind: str) -> dict[str, Slot]:
 
 
 def _plain(kind: str) -> str:
-    """As transformers calls it."""
+    """The ``model_type`` as transformers calls it."""
     return kind.removesuffix("_swiglu")

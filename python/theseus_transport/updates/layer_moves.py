@@ -99,7 +99,7 @@ class Move:
 
     @property
     def write(self) -> Map:
-        """T_out, on the device."""
+        """The map T_out of the layer's outputs, on the device of the bases."""
         return on(self.available.maps[self.rule.output], self.source.device)
 
     def dense(self, tuned: Tensors, rows: slice | None = None) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ class Merged(Mapping[str, Tensor]):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of forward passes, as :attr:`Checkpoint.compute_dtype`."""
+        """The dtype of forward passes: float64 where any tensor is float64, else float32."""
         return torch.float64 if torch.float64 in self.dtypes.values() else torch.float32
 
     def rows(self, name: str, rows: slice) -> Tensor:
