@@ -179,37 +179,37 @@ def test_bad_text_file(tmp_path: Path, small: Path, content: bytes, message: str
 
 def test_text_with_one_tokenizer(tmp_path: Path, large: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    found = load(tmp_path / "a.txt", text_side(large), text_side(large, "B"), tokens_wanted=200, sequence_length=32)
+    found = load(tmp_path / "a.txt", text_side(large, max_positions=32), text_side(large, "B"), tokens_wanted=200)
     assert found.tokens == 224 and all(pair[0] is pair[1] for pair in found.batches)
     rows = torch.cat([pair[0]["input_ids"] for pair in found.batches])
     assert rows.shape == (7, 32) and (rows[:, 0] == 0).all() and (rows[:, 1:] != 0).all(), "<s> begins every row"
     engine = Engine.from_file(str(large / "tokenizer.json"))
     assert all(engine.decode(row[1:].tolist()).strip("�") in TEXT for row in rows)
-    short = load(tmp_path / "a.txt", text_side(large, max_positions=8), tokens_wanted=20, sequence_length=32)
+    short = load(tmp_path / "a.txt", text_side(large, max_positions=8), tokens_wanted=20)
     assert short.batches[0][0]["input_ids"].shape == (3, 8)
     with pytest.raises(InputRefused, match="the tokenizer of B holds ids 0 to .* B has a vocabulary of 20"):
         load(tmp_path / "a.txt", text_side(large), text_side(large, "B", 20))
     with pytest.raises(InputRefused, match="sequence length 1 leaves no room"):
-        load(tmp_path / "a.txt", text_side(large), sequence_length=1)
+        load(tmp_path / "a.txt", text_side(large, max_positions=1))
 
 
 def test_text_shorter_than_a_row(tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.txt").write_text("The quick")
-    found = load(tmp_path / "a.txt", text_side(small), tokens_wanted=100, sequence_length=64)
+    found = load(tmp_path / "a.txt", text_side(small, max_positions=64), tokens_wanted=100)
     assert found.tokens == found.batches[0][0]["input_ids"].numel() < 10 and caplog.records
 
 
 def test_equal_tokenizers_in_two_folders(tmp_path: Path, small: Path) -> None:
     twin = make_tokenizer(tmp_path / "twin", 270)
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    found = load(tmp_path / "a.txt", text_side(small), text_side(twin, "B"), tokens_wanted=100, sequence_length=16)
+    found = load(tmp_path / "a.txt", text_side(small, max_positions=16), text_side(twin, "B"), tokens_wanted=100)
     assert all(pair[0] is pair[1] and "offsets" not in pair[0] for pair in found.batches)
 
 
 def test_text_with_two_tokenizers(tmp_path: Path, small: Path, large: Path) -> None:
     """Row i is the same text on both sides, and the offsets say where in it each token lies."""
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    found = load(tmp_path / "a.txt", text_side(small), text_side(large, "B"), tokens_wanted=300, sequence_length=24)
+    found = load(tmp_path / "a.txt", text_side(small, max_positions=24), text_side(large, "B"), tokens_wanted=300)
     assert 300 <= found.tokens < 300 + 24
     engines = [Engine.from_file(str(folder / "tokenizer.json")) for folder in (small, large)]
     for pair in found.batches:
@@ -233,7 +233,7 @@ def test_text_with_two_tokenizers(tmp_path: Path, small: Path, large: Path) -> N
 
 def test_rows_of_two_tokenizers_cover_the_text(tmp_path: Path, small: Path, large: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    found = load(tmp_path / "a.txt", text_side(small), text_side(large, "B"), tokens_wanted=10**6, sequence_length=50)
+    found = load(tmp_path / "a.txt", text_side(small, max_positions=50), text_side(large, "B"), tokens_wanted=10**6)
     for side in (0, 1):
         assert sum(int(pair[side]["offsets"][..., 1].amax(dim=1).sum()) for pair in found.batches) == len(TEXT)
 
@@ -241,17 +241,17 @@ def test_rows_of_two_tokenizers_cover_the_text(tmp_path: Path, small: Path, larg
 def test_tokenizers_that_differ_only_in_specials(tmp_path: Path, small: Path) -> None:
     begins = make_tokenizer(tmp_path / "begins", 270, begin=True)
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    pair = load(tmp_path / "a.txt", text_side(small), text_side(begins, "B"), sequence_length=16).batches[0]
+    pair = load(tmp_path / "a.txt", text_side(small, max_positions=16), text_side(begins, "B")).batches[0]
     assert torch.equal(pair[0]["input_ids"], pair[1]["input_ids"][:, 1:]) and (pair[1]["input_ids"][:, 0] == 0).all()
     assert torch.equal(pair[0]["offsets"], pair[1]["offsets"][:, 1:])
 
 
 def test_builtin(small: Path, large: Path) -> None:
-    found = load("builtin", text_side(small), tokens_wanted=500, sequence_length=64)
+    found = load("builtin", text_side(small, max_positions=64), tokens_wanted=500)
     assert 500 <= found.tokens < 564 and found.description.startswith("text of Python 3.")
-    again, other = (load("builtin", text_side(small), tokens_wanted=500, sequence_length=64, seed=s) for s in (0, 1))
+    again, other = (load("builtin", text_side(small, max_positions=64), tokens_wanted=500, seed=s) for s in (0, 1))
     assert found.fingerprint == again.fingerprint != other.fingerprint
-    apart = load("builtin", text_side(small), text_side(large, "B"), tokens_wanted=500, sequence_length=64)
+    apart = load("builtin", text_side(small, max_positions=64), text_side(large, "B"), tokens_wanted=500)
     assert "offsets" in apart.batches[0][0]
 
 

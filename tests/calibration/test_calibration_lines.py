@@ -175,7 +175,7 @@ def test_tools_without_a_template(tmp_path: Path, small: Path) -> None:
 def test_the_report_counts_records_used_and_skipped(tmp_path: Path, small: Path) -> None:
     texts = [{"text": f"{i} " * 500} for i in range(40)]
     path = lines(tmp_path, *texts, "{", {"messages": [USER, REPLY]})
-    told = load(path, text_side(small), skip_bad=True, tokens_wanted=600, sequence_length=64).description
+    told = load(path, text_side(small, max_positions=64), skip_bad=True, tokens_wanted=600).description
     used = int(told.partition(": ")[2].partition(" of 41 records, 1 skipped): ")[0])
     assert 1 <= used <= 8 and told.startswith("data.jsonl (text")  # one draw of pieces holds enough
     everything = load(path, text_side(small), skip_bad=True, tokens_wanted=10**6).description
@@ -186,9 +186,9 @@ def test_a_long_record_is_used_in_pieces_and_a_mark_of_bytes_is_no_text(tmp_path
     said = "The quick brown fox. " * 4000
     path = tmp_path / "data.jsonl"
     path.write_text("\ufeff" + json.dumps({"text": said}) + "\n\n", encoding="utf-8")
-    found = load(path, text_side(small), tokens_wanted=10**6, sequence_length=8)
+    found = load(path, text_side(small, max_positions=8), tokens_wanted=10**6)
     assert decoded(found, small) in said.rstrip() + "\n" and found.tokens > 15_000
-    some = load(path, text_side(small), tokens_wanted=100, sequence_length=8)
+    some = load(path, text_side(small, max_positions=8), tokens_wanted=100)
     assert some.tokens < 200
 
 

@@ -16,12 +16,17 @@ from theseus_transport.linalg.procrustes import FLOOR, procrustes
 
 SINGLE = torch.finfo(torch.float32).eps
 # both ways to lift small values, both ways to decide which count
-PATHS = {
-    f"{lift}-{decide}": {"polynomial": lift == "polynomials", "eigh": decide == "eigenvectors"}
-    for lift in ("polynomials", "rational")
-    for decide in ("eigenvectors", "sign")
-}
-paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+PATHS = [(lift, decide) for lift in ("polynomials", "rational") for decide in ("eigenvectors", "sign")]
+paths = pytest.mark.parametrize("path", PATHS, indirect=True, ids="-".join)
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Arguments of polar_factor; it lifts by rational steps as if the small matrices of these tests were large."""
+    lift, decide = request.param
+    if lift == "rational":
+        monkeypatch.setattr(polar, "POLYNOMIAL_UP_TO", 0)
+    return {"eigh": decide == "eigenvectors"}
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -170,11 +175,11 @@ def afar(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(place, "remote", lambda x: True)
 
 
-@pytest.mark.parametrize("polynomial", [True, False])
-def test_no_value_is_read_on_the_host(polynomial: bool, afar: None) -> None:
+@pytest.mark.parametrize("path", [("polynomials", "sign"), ("rational", "sign")], indirect=True, ids="-".join)
+def test_no_value_is_read_on_the_host(path: dict, afar: None) -> None:
     c = draw(3, 9, 6)
     with NoHost():
-        polar_factor(c, floor=FLOOR, eigh=False, polynomial=polynomial)
+        polar_factor(c, floor=FLOOR, **path)
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (3, 9, 6)], ids=str)

@@ -487,7 +487,7 @@ BUGS = [
         "theseus_transport/recipes/maps.py",
         "own, other = t.by_head(own),", "own, other = own.unflatten(0, (t.heads, -1))[[0, 1, 1]],"),
     Bug("every strength moved anew", "tests/jobs/test_apply.py::test_several_strengths_move_each_layer_once[lora]",
-        "theseus_transport/updates/output.py", "compute=partial(last, moved.compute)", "compute=moved.compute"),
+        "theseus_transport/updates/output.py", "compute=partial(last.of, moved.compute)", "compute=moved.compute"),
     Bug("what only a guess would lose is refused",
         "tests/jobs/test_across.py::test_a_block_that_only_a_guess_would_lose_is_moved", "theseus_transport/updates/computed.py",
         "any(reason.endswith(GUESSED) for reason in reasons)", "False"),

@@ -82,17 +82,16 @@ class Alignment:
         *,
         overwrite: bool = False,
         metadata: Mapping[str, Any] | None = None,
-        inputs: Sequence[Path] = (),
     ) -> Path:
         """Write ``alignment.json``, ``maps.safetensors`` and a manifest as ``folder``: all of it or, on error, nothing.
 
         Args:
             overwrite: replace a folder that is not empty.
-            metadata: what the manifest should record; inputs: folders that must not be written into.
+            metadata: what the manifest should record.
         """
         tensors = {f"{name}/{part}": t for name, m in self.maps.items() for part, t in m.tensors().items()}
         nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
-        with new_folder(folder, nbytes=nbytes, metadata=metadata, overwrite=overwrite, inputs=inputs) as place:
+        with new_folder(folder, nbytes=nbytes, metadata=metadata, overwrite=overwrite) as place:
             save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, place / MAPS)
             stored = {name: stamp(m) for name, m in self.maps.items()}
             (place / RECORD).write_text(json.dumps(self.record(stored), indent=1))

@@ -52,7 +52,6 @@ def load_calibration(
     *,
     tokens_wanted: int,
     batch_size: int,
-    sequence_length: int = LENGTH,
     seed: int = 0,
     hold_out: bool = False,
     skip_bad: bool = False,
@@ -63,11 +62,11 @@ def load_calibration(
     A tensor file holds `input_ids` [n, tokens] with optional `attention_mask` [n, tokens], or `pixel_values`
     [n, c, h, w]; names may carry `source.` and `target.` where the sides differ, then `offsets` [n, tokens, 2] may join
     (see Calibration). Text (utf-8, or `.jsonl` of records, as :mod:`formats` says) is tokenized by each model's own
-    tokenizer and packed into rows of `sequence_length`; images are preprocessed as each preprocessor_config.json says.
-    Of more data than `tokens_wanted` a sample drawn with `seed` is used, in its order; of less, all, with a warning.
-    With `hold_out` some more rows are drawn and held out, as :func:`drawn_rows` says. `skip_bad` leaves out images
-    and lines that cannot be read, and counts them, rather than refusing them. Chats are told by the chat template of
-    the tokenizer in the folder `chats`, else by the source's, else by the target's.
+    tokenizer and packed into rows of `LENGTH` tokens, or as many as both can read; images are preprocessed as each
+    preprocessor_config.json says. Of more data than `tokens_wanted` a sample drawn with `seed` is used, in its order,
+    of less all, with a warning. With `hold_out` some more rows are drawn and held out, as :func:`drawn_rows` says.
+    `skip_bad` leaves out images and lines that cannot be read, and counts them, rather than refusing them. Chats are
+    told by the chat template of the tokenizer in the folder `chats`, else by the source's, else by the target's.
 
     Raises InputRefused, with values and the cure, for data that do not fit the models.
     """
@@ -93,7 +92,7 @@ def load_calibration(
             "give --calibration a folder of images, or a .safetensors with pixel_values [n, c, h, w]"
         )
     else:
-        length = min([sequence_length, *(side.max_positions for side in infos if side.max_positions)])
+        length = min([LENGTH, *(side.max_positions for side in infos if side.max_positions)])
         own = Tokenizer(source.folder, source.name, source.vocab_size)
         same = Path(source.folder).resolve() == Path(target.folder).resolve()
         tokenizers = (own, own if same else Tokenizer(target.folder, target.name, target.vocab_size))

@@ -134,13 +134,13 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.files = (*weights, *([index] if index else []), *(folder / name for name in present))
 
     @classmethod
-    def open(cls, reference: str | Path, *, allow_pickle: bool = False, revision: str | None = None) -> Checkpoint:
+    def open(cls, reference: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
         """Open a folder, a .safetensors file or a hub id; headers and indexes are validated, no tensor is read.
 
         Raises InputRefused, with the cure, for what is unreachable, hostile, damaged, quantised, or a pickle without
         `allow_pickle` (then torch.load with weights_only=True).
         """
-        path = located(reference, allow_pickle=allow_pickle, revision=revision)
+        path = located(reference, allow_pickle=allow_pickle)
         if path.is_dir():
             kind, name = _weight_file(path, allow_pickle=allow_pickle)
             file = inside(path, name)

@@ -13,9 +13,7 @@ from .companions import PATTERNS
 KINDS = {"checkpoint": "model", "adapter": "adapter_model"}  # kind -> stem of its weight files
 
 
-def located(
-    reference: str | Path, *, allow_pickle: bool = False, revision: str | None = None, download: bool = True
-) -> Path:
+def located(reference: str | Path, *, allow_pickle: bool = False, download: bool = True) -> Path:
     """The folder or file that a reference means; without ``download`` a hub id only where it was fetched before.
 
     What a user named may be downloaded; what a file names, which others may have written, calls nobody.
@@ -25,8 +23,6 @@ def located(
     """
     path = Path(os.path.expanduser(reference))
     if os.path.exists(path):  # unlike Path.exists it answers False to any impossible name
-        if revision is not None:
-            raise InputRefused(f"{path} is local, revision {revision!r} has no meaning there; leave it out")
         return path
     unreachable = (
         f"{str(reference)!r} is neither a folder, nor a .safetensors file, nor a hub id within reach ({{}}); "
@@ -42,6 +38,6 @@ def located(
     local: dict[str, Any] = {} if download else {"local_files_only": True}
     patterns = [*weights, "config.json", "adapter_config.json", *PATTERNS]
     try:
-        return Path(snapshot_download(str(reference), revision=revision, allow_patterns=patterns, **local))
+        return Path(snapshot_download(str(reference), allow_patterns=patterns, **local))
     except Exception as error:  # the hub client raises errors of several libraries; each means: not within reach
         raise InputRefused(unreachable.format(f"{type(error).__name__}: {str(error).splitlines()[0]}")) from error

@@ -44,7 +44,6 @@ def polar_factor(
     least: int = 0,
     start: float = START,
     mixed: bool = False,
-    polynomial: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The partial polar factor of float64 C [..., dS, dT] on the directions above ``floor`` times the largest.
 
@@ -55,7 +54,6 @@ def polar_factor(
         least: that many directions are kept even below the floor; only with ``eigh``.
         start: share of the bound on the largest singular value from which values are brought to 1.
         mixed: quintic steps in float32, for devices whose float64 is slow: T is then right to float32, not float64.
-        polynomial: no Cholesky factors; None: by the size.
 
     Returns:
         map [..., dS, dT], rank int64 [...], gap [...] (to a percent without ``eigh``). Without a certificate.
@@ -64,8 +62,7 @@ def polar_factor(
     k, m = wide.shape[-2:]
     wide = wide.reshape(-1, k, m)
     unit = magnitude(wide).clamp(min=torch.finfo(c.dtype).tiny)
-    polynomial = k <= POLYNOMIAL_UP_TO if polynomial is None else polynomial
-    x = orthogonalise(wide / unit, start, mixed=mixed, polynomial=polynomial)
+    x = orthogonalise(wide / unit, start, mixed=mixed)
     h = torch.empty_like(wide[:, :, :k])
     for rows in blocks(k, x):
         h[:, rows] = (wide[:, rows] / unit) @ x.mT
@@ -77,16 +74,16 @@ def polar_factor(
     return t, rank.reshape(c.shape[:-2]), gap.reshape(c.shape[:-2])
 
 
-def orthogonalise(x: Tensor, start: float, *, mixed: bool, polynomial: bool) -> Tensor:
+def orthogonalise(x: Tensor, start: float, *, mixed: bool) -> Tensor:
     """X [batch, k, m], k <= m, with its singular values from ``start`` on brought to 1. In place."""
-    tiny = torch.finfo(x.dtype).tiny
+    tiny, k = torch.finfo(x.dtype).tiny, x.shape[1]
     gram = x @ x.mT
     bound = torch.linalg.matrix_norm(gram @ gram).sqrt().sqrt()  # |G^2|_F^(1/4) >= |X|_2
     x /= bound.clamp(min=tiny)[:, None, None]
     del gram
     low = start
     while low < ENTRY:
-        if polynomial:
+        if k <= POLYNOMIAL_UP_TO:
             _quintic(x, LIFT)
             low = _value(LIFT, low)
         else:
@@ -165,11 +162,11 @@ def _by_sign(h: Tensor, floor: float, start: float) -> tuple[Tensor, Tensor, Ten
 
     By products alone: (1 + sign(H - floor |H|)) / 2, where the sign is the polar factor of a symmetric matrix.
     """
-    k, tiny = h.shape[-1], torch.finfo(h.dtype).tiny
+    tiny = torch.finfo(h.dtype).tiny
     h = h / largest_eigenvalue(lambda v: h @ v, h).clamp(min=tiny)[:, None, None]
     shifted = h.clone()
     shifted.diagonal(dim1=-2, dim2=-1).sub_(floor)
-    p = orthogonalise(shifted, start, mixed=False, polynomial=k <= POLYNOMIAL_UP_TO)
+    p = orthogonalise(shifted, start, mixed=False)
     p = (p + p.mT).div_(4)
     p.diagonal(dim1=-2, dim2=-1).add_(0.5)
     rank = p.diagonal(dim1=-2, dim2=-1).sum(-1).round().long()

@@ -156,7 +156,7 @@ class MapSink:
         """For all maps the alignment of this outline may have."""
         self.tensors = [Planned(*planned, partial(self._made, planned[0])) for planned in draft.planned_maps]
         self.stamps: dict[str, Stamp] = {}
-        self._draft, self._maps = draft, dict[str, Map]()
+        self._maps = dict[str, Map]()
 
     def _made(self, name: str, rows: slice | None) -> Tensor:
         of, _, part = name.rpartition("/")

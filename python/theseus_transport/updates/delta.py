@@ -33,14 +33,13 @@ class Delta:
     base: Tensors
     tuned: Tensors | None = None
     adapter: Adapter | None = None
-    label: str = field(default="", compare=False)
     adapted: Merged | None = field(default=None, compare=False)
     config: Any = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         if self.adapter is None:
             return f"Delta(full tune, {len(self.tuned or ())} tensors)"
-        return f"Delta(LoRA adapter{f' {self.label}' if self.label else ''}, {len(self.adapter.tensors)} tensors)"
+        return f"Delta(LoRA adapter, {len(self.adapter.tensors)} tensors)"
 
     @classmethod
     def between(cls, base: nn.Module | Tensors, tuned: nn.Module | Tensors) -> Delta:
@@ -50,7 +49,7 @@ class Delta:
     @classmethod
     def from_adapter(cls, folder: str | Path, base: nn.Module | Tensors) -> Delta:
         """A PEFT LoRA adapter in ``folder``, trained on ``base``."""
-        return cls(tensors_of(base), adapter=Adapter.open(folder), label=str(folder))
+        return cls(tensors_of(base), adapter=Adapter.open(folder))
 
     @classmethod
     def from_lora(cls, config: Mapping[str, Any], tensors: Tensors, base: nn.Module | Tensors) -> Delta:

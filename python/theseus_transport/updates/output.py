@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,8 +51,6 @@ def write_updates(
     dtype: torch.dtype | None = None,
     base_name: str | None = None,
     overwrite: bool = False,
-    inputs: Sequence[Path] = (),
-    progress: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Write the update, each folder whole or not at all; values are computed one layer at a time while writing.
 
@@ -61,14 +59,12 @@ def write_updates(
         kind: ``adapter`` (for a LoRA), ``checkpoint`` (target base plus update) or ``delta``.
         dtype: of what is written; None keeps the base's (checkpoint), the adapter's own, or float32 (delta).
         base_name: what an adapter's configuration should name as its base.
-        progress: called after every tensor of the first folder.
 
     Returns:
         The manifests.
     """
     stem, made = described_outputs(update, outputs, kind, dtype=dtype, base_name=base_name)
-    told = [tensor._replace(make=partial(_then, tensor, progress)) for tensor in made[0].tensors]
-    return write_checkpoints([made[0]._replace(tensors=told), *made[1:]], stem=stem, overwrite=overwrite, inputs=inputs)
+    return write_checkpoints(made, stem=stem, overwrite=overwrite)
 
 
 def described_outputs(
@@ -95,10 +91,23 @@ def described_outputs(
     return {"adapter": "adapter_model", "checkpoint": "model", "delta": "delta"}[kind], made
 
 
+class LastFactors:
+    """The factors computed last, kept since A and B of a layer, and its several strengths, come one after another."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Callable[[], Factors], Factors] | None = None
+
+    def of(self, compute: Callable[[], Factors]) -> Factors:
+        """What ``compute`` gives; computed anew only where another came between."""
+        if self._kept is None or self._kept[0] != compute:
+            self._kept = compute, compute()
+        return self._kept[1]
+
+
 def at_alphas(update: ComputedUpdate, alphas: Sequence[float]) -> list[ComputedUpdate]:
     """The update at several strengths; the last tensor moved is kept, so that asking each in turn moves it once."""
-    last: Any = lru_cache(maxsize=1)(lambda compute: compute())
-    factors = {n: replace(moved, compute=partial(last, moved.compute)) for n, moved in update.factors.items()}
+    last = LastFactors()
+    factors = {n: replace(moved, compute=partial(last.of, moved.compute)) for n, moved in update.factors.items()}
     return [replace(update, alpha=alpha, factors=factors) for alpha in alphas]
 
 
@@ -116,14 +125,13 @@ def planned(
 
 
 def _adapter(update: ComputedUpdate, dtype: torch.dtype | None, rounding: Rounding) -> Iterator[Planned]:
-    last: Any = lru_cache(maxsize=1)(lambda compute: compute())  # A and B come one after another
     for layer, moved in update.factors.items():
         out_features, in_features = moved.shape
         own = dtype or moved.dtype
         for part, size in {"a": (moved.rank, in_features), "b": (out_features, moved.rank)}.items():
-            once, alpha = partial(last, moved.compute), 1.0 if part == "a" else update.alpha
+            alpha = 1.0 if part == "a" else update.alpha
             name = f"{PREFIX}{layer}.lora_{part.upper()}.weight"
-            yield Planned(name, size, own, partial(_factor, once, part, own, alpha), needs=moved.needs)
+            yield Planned(name, size, own, partial(_factor, moved.compute, part, own, alpha), needs=moved.needs)
     for name, stored in saved_whole(update).items():
         yield _whole(update, stored, dtype, rounding)._replace(name=f"{PREFIX}{name}")
 
@@ -167,16 +175,9 @@ def _tuned(update: ComputedUpdate, name: str, dtype: torch.dtype, rounding: Roun
     return rounded
 
 
-def _factor(once: Callable[[], Factors], part: str, dtype: torch.dtype, alpha: float, rows: slice | None) -> Tensor:
-    factor: Tensor = getattr(once(), part)
+def _factor(compute: Callable[[], Factors], part: str, dtype: torch.dtype, alpha: float, rows: slice | None) -> Tensor:
+    factor: Tensor = getattr(compute(), part)
     return (factor * alpha).to(dtype).contiguous()
-
-
-def _then(planned: Planned, progress: Callable[[], object], rows: slice | None) -> Tensor:
-    tensor = planned.make(rows)
-    if rows is None or rows.stop == planned.shape[0]:
-        progress()
-    return tensor
 
 
 def kind_of(asked: Literal["auto"] | Kind, tuned: Checkpoint) -> Kind:
