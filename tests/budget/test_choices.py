@@ -28,7 +28,8 @@ def root(tmp_path_factory):
 def carried_out(job, **choice):
     """The outcome of a job whose plan is changed so."""
     session = Session(job)
-    session.plan = session.bases.plan = replace(session.plan, choice=replace(session.plan.choice, **choice))
+    plan = replace(session.plan, choice=replace(session.plan.choice, **choice))
+    session.fitted = replace(session.fitted, plan=plan)
     return session.run()
 
 
@@ -148,9 +149,9 @@ def test_room_is_checked_for_what_is_copied_at_the_end(what, root, tmp_path, mon
     """Optional tensors are left out by a copy; with a matched strength all maps lie beside the output."""
     options = {"delta": {"output": "delta"}, "match": {"alpha": "match"}}.get(what, {})
     job = job_of(root, tmp_path / "out", **options)
-    session, maps = Session(job), AlignSession(replace(job.alignment, out=tmp_path / "maps")).bytes_out
-    needed = {"align": 2 * maps, "delta": 2 * session.bytes_out, "checkpoint": session.bytes_out}
-    needed["match"] = max(2 * maps, maps + session.bytes_out)
+    session, maps = Session(job), AlignSession(replace(job.alignment, out=tmp_path / "maps")).bases.bytes_of_maps
+    needed = {"align": 2 * maps, "delta": 2 * session.prepared.bytes_out, "checkpoint": session.prepared.bytes_out}
+    needed["match"] = max(2 * maps, maps + session.prepared.bytes_out)
     usage = folder_module.shutil.disk_usage("/")
     opened = (lambda: AlignSession(job.alignment)) if what == "align" else lambda: Session(job)
     for free, enough in ((needed[what] - 1, False), (4 * needed[what], True)):

@@ -144,9 +144,9 @@ def test_a_job_predicts_what_it_needs_alone(of_queries, root, monkeypatch):
     session = Session(of_queries)
     sides = [Checkpoint.open(root / "causal" / side) for side in ("source", "target")]
     geometries = [Geometry.of(side.config) for side in sides]
-    assert session.bases.tokens_wanted == 4 * 40  # heads' outputs; the MLP's middle has 48
+    assert session.fitted.tokens == 4 * 40  # heads' outputs; the MLP's middle has 48
     rows, held = 10 + 5, 5  # of 16 tokens; a third of all is held out
-    assert (session.bases.extent.samples, session.bases.extent.held) == (rows, held)
+    assert (session.fitted.extent.samples, session.fitted.extent.held) == (rows, held)
     both = list(zip(sides, geometries, strict=True))
     blocks = [forward(*side, 16 * rows, {0}) for side in both]
     assert session.seconds["forward"] == sum(blocks) == sum(forward(*s, 16 * rows) for s in both) / 2

@@ -31,7 +31,8 @@ def test_same_bytes_as_a_write_in_one_go(tmp_path: Path, alphas: int, dropped: t
         held = Checkpoint.open(output.folder)
         kept = [t for t in output.tensors if t.name in held]
         kept = [t._replace(make=lambda rows, t=t, c=held: c[t.name][rows or ...]) for t in kept]
-        again.append(Output(tmp_path / "again" / Path(output.folder).relative_to(tmp_path), kept, output.files))
+        files = {**output.files, **stepped.ending.files}
+        again.append(Output(tmp_path / "again" / Path(output.folder).relative_to(tmp_path), kept, files))
     write_checkpoints(again, shard_size=100)
     for one, two in zip(stepped.outputs, again, strict=True):
         found, expected = content(Path(one.folder)), content(Path(two.folder))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from theseus_transport.files.journal import Work
-from theseus_transport.files.writer import Output, Planned
+from theseus_transport.files.writer import Ending, Output, Planned
 
 STEPS = 3
 KEY = {
@@ -25,10 +25,7 @@ class Loop:
         self.out, self.dropped, self.hook = out, dropped, hook
         self.total, self.count = torch.zeros(3, dtype=torch.float64), 0
         folders = [out] if alphas == 1 else [out / f"alpha-{i}" for i in range(alphas)]
-        files = {"config.json": "{}", "README.md": lambda: f"total {self.total.tolist()}"}
-        self.outputs = [
-            Output(folder, self.plan(i + 1), files, lambda: {"count": self.count}) for i, folder in enumerate(folders)
-        ]
+        self.outputs = [Output(folder, self.plan(i + 1), {"config.json": "{}"}) for i, folder in enumerate(folders)]
 
     def plan(self, alpha: int) -> list[Planned]:
         def make(name: str, *shape: int) -> Callable[[slice | None], torch.Tensor]:
@@ -72,7 +69,11 @@ class Loop:
             for name in work.pending:
                 work.write(name)
             self.hook("finish")
-            return work.finish()
+            return work.finish([self.ending] * len(self.outputs))
+
+    @property
+    def ending(self) -> Ending:
+        return Ending({"README.md": f"total {self.total.tolist()}"}, {"count": self.count})
 
 
 class Stop:

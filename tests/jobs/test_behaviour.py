@@ -220,7 +220,7 @@ def test_a_tune_brings_its_behaviour_along(job, tmp_path, tuned):
 def test_chats_are_told_by_the_tunes_own_template(job):
     wrote(Path(job.source), chat_template__jinja="{{ messages[0].role }}")
     assert job.alignment.tuned == job.tuned  # also where all is aligned before anything moves
-    ids = Session(job).bases.calibration().batches[0][0]["input_ids"]
+    ids = Session(job).fitted.calibration().batches[0][0]["input_ids"]
     assert "<turn>user: the q" in AutoTokenizer.from_pretrained(job.source).decode(ids[0])
 
 
@@ -230,6 +230,6 @@ def test_a_template_that_has_to_be_asked_for_tells_nothing(job, name, told):
     (Path(job.tuned) / TEMPLATE).unlink()
     settings = {**told_in(Path(job.tuned), SETTINGS), "chat_template": [{"name": name, "template": CHAT}]}
     wrote(Path(job.tuned), **{SETTINGS: settings})
-    ids = Session(job).bases.calibration().batches[0][0]["input_ids"]
+    ids = Session(job).fitted.calibration().batches[0][0]["input_ids"]
     text = AutoTokenizer.from_pretrained(job.source).decode(ids[0])
     assert told in text and ("<turn>" in text) == (name == "default")

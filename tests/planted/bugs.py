@@ -410,7 +410,7 @@ BUGS = [
 
     # --- moves on a device -------------------------------------------------------------------------------------------
     Bug("a job's moves on the CPU", "tests/updates/test_layer_moves_device.py::test_a_job_moves_on_its_device",
-        "theseus_transport/jobs/transport_job.py", "leave=job.leave, device=job.device, **how)", "leave=job.leave, **how)"),
+        "theseus_transport/jobs/prepared.py", "leave=job.leave, device=job.device, **how)", "leave=job.leave, **how)"),
     Bug("weights converted before they cross", f"{ELSEWHERE}[llama-full-coherent-torch.bfloat16]", MODELS,
         "return tensor.detach().to(device).to(torch.float64, copy=True)",
         "return tensor.detach().to(torch.float64, copy=True).to(device)"),
@@ -455,8 +455,8 @@ BUGS = [
         'torch.float64, copy=True)', "torch.float64)"),
 
     # --- the command -------------------------------------------------------------------------------------------------
-    Bug("another base accepted", "tests/jobs/test_apply.py::test_moved_and_changed_bases", "theseus_transport/jobs/bases.py",
-        "                if recorded.get(kind) != now:\n", "                if False:\n"),
+    Bug("another base accepted", "tests/jobs/test_apply.py::test_moved_and_changed_bases", "theseus_transport/jobs/provenance.py",
+        "            if recorded.get(kind) != now:\n", "            if False:\n"),
     Bug("rows held out are aligned on too", "tests/calibration/test_calibration.py::test_a_batch_is_held_out_where_that_leaves_two",
         "theseus_transport/calibration/calibration.py", "batches_of(*_rows(sides, slice(rows)),", "batches_of(*sides,"),
     Bug("the end of the data held out",
@@ -495,7 +495,7 @@ BUGS = [
         "tests/cli/test_command.py::test_refused_with_one_message[NaN in tuned, matched]", "theseus_transport/jobs/transport_job.py",
         "(AlreadyDone, InputRefused, NumericalError)", "(AlreadyDone, NumericalError)"),
     Bug("integers aligned", "tests/jobs/test_apply.py::test_align_refuses_and_leaves_nothing", "theseus_transport/jobs/bases.py",
-        "        check_dtypes(*self.checkpoints)\n", ""),
+        "        check_dtypes(*checkpoints)\n", ""),
     Bug("every unit counts in 1024", "tests/cli/test_memory_options.py::test_sizes[8GB-8000000000]",
         "theseus_transport/cli/options.py", "1000 if match[4] and not match[3] else 1024", "1024"),
     Bug("a budget not kept to",

@@ -16,7 +16,7 @@ RECORD_BUGS = [
     ("a rule of another layer followed", f"{RESTORED}test_what_does_not_fit_is_refused[a rule of another layer]",
      "theseus_transport/alignment/restored.py", "rule.source != known[into].source or", "False or"),
     ("apply forgets what align warned of", "tests/jobs/test_apply.py::test_apply_tells_what_align_warned_of",
-     "theseus_transport/jobs/transport_job.py", 'said += self.alignment.provenance.get("warnings", [])', "pass"),
+     "theseus_transport/jobs/transport_job.py", 'said += prepared.alignment.provenance.get("warnings", [])', "pass"),
     ("positions of GPT-2 not read", "tests/models/test_positions.py::test_text_is_packed_to_what_both_read",
      "theseus_transport/models/text_families.py", '"max_position_embeddings": positions}', '"max_position_embeddings": None}'),
     ("a template that names other tokens carried",

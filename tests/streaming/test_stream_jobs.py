@@ -34,10 +34,10 @@ def job_of(root, tmp_path, tuned, **options):
 def of_whole_models(job, folder, kind):
     """What the library makes of the same job with both models whole in memory."""
     session = Session(replace(job, out=folder))
-    data = session.bases.calibration()
-    models = [load_model(*side) for side in zip(session.bases.checkpoints, session.bases.geometries, strict=True)]
+    data, bases = session.fitted.calibration(), session.inputs.bases
+    models = [load_model(*side) for side in zip(bases.checkpoints, bases.geometries, strict=True)]
     alignment = tt.align(*models, data.batches, recipe=job.recipe)
-    update = tt.transport(alignment, session.delta, session.bases.target)
+    update = tt.transport(alignment, session.inputs.delta, bases.target)
     write_update(update, folder, kind, base_name=job.target)
     return alignment
 
@@ -72,7 +72,7 @@ def test_a_job_writes_what_whole_models_give(name, root, tmp_path):
 def test_every_weight_is_read_once(root, tmp_path):
     """Of all three checkpoints, but for vectors read again by every layer that needs them and rows of a check."""
     session = Session(job_of(root, tmp_path, "causal/tuned"))
-    windows = (*session.bases.windows, session.window)
+    windows = (*session.inputs.bases.windows, session.inputs.window)
     matrices = [{n: [] for n, shape in w.shapes.items() if len(shape) > 1} for w in windows]
     for window, reads in zip(windows, matrices, strict=True):
         read = window.checkpoint.__class__.__getitem__
@@ -169,7 +169,7 @@ def test_blocks_that_no_adapter_touches_are_not_read(root, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["v_proj"]}))
     session = Session(replace(job_of(root, tmp_path, "lora"), tuned=str(folder)))
     held_names = []
-    for window in session.bases.windows:
+    for window in session.inputs.bases.windows:
         hold = window.hold
         window.hold = lambda names, hold=hold: (held_names.extend(names), hold(names))
     outcome = session.run()

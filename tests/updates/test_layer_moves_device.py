@@ -12,8 +12,9 @@ from exact.models import LLAMA, VIT, Spec, base, batches, tune
 from test_presumed import CONFIG
 from test_tiles import big
 from theseus_transport import Alignment, Delta, InputRefused, Update, align, transport
-from theseus_transport.jobs.transport_job import Session
+from theseus_transport.jobs.prepared import Inputs
 from theseus_transport.models import tensors as models
+from theseus_transport.models.pair import Pair
 from theseus_transport.models.tensors import CPU
 from theseus_transport.recipes.maps import Dense, Factored, Heads, Identity, Map, on
 from theseus_transport.updates.adapter import PREFIX
@@ -138,9 +139,9 @@ def test_a_job_moves_on_its_device() -> None:
     source, target = sides("llama")
     tuned = Delta.between(source.state, tune(source, "everything").state)
     asked = SimpleNamespace(device="meta", leave=())
-    bases = SimpleNamespace(windows=(source.state, target.state))
-    session = SimpleNamespace(job=asked, delta=tuned, bases=bases, one_tokenizer=False, kind="checkpoint")
-    update = Session.transport(session, aligned("llama"))  # type: ignore[arg-type]
+    bases = SimpleNamespace(windows=Pair(source.state, target.state))
+    inputs = SimpleNamespace(job=asked, delta=tuned, bases=bases, one_tokenizer=False, kind="checkpoint")
+    update = Inputs.transport(inputs, aligned("llama"))  # type: ignore[arg-type]
     assert update.source.device == update.target.device == META
 
 

@@ -219,7 +219,7 @@ def test_the_line_of_a_refusal_merges(models: Path, tmp_path: Path, name: str) -
         found = cls.from_pretrained(tmp_path / "it's-merged")(input_ids=IDS).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     if not classes:
-        assert Session(job(models, tmp_path / "it's-merged", tmp_path / "out")).coverage
+        assert Session(job(models, tmp_path / "it's-merged", tmp_path / "out")).prepared.coverage
 
 
 def test_what_chance_decided_is_saved_again_by_its_trainer(models: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from .headers import digest, head, real
 from .result_folder import FULL, read_manifest, seal, sync
 from .run_folder import Workplace
 from .run_record import Record
-from .writer import Output, copy_tensors, laid_out, write_plain, write_tensor
+from .writer import Ending, Output, copy_tensors, laid_out, write_plain, write_tensor
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +158,11 @@ class Work:
         self._save(step=step, state=json.loads(json.dumps(state)), tensors=headers)
         self._place.state(step - 1).unlink(missing_ok=True)
 
-    def finish(self) -> list[dict[str, Any]]:
+    def finish(self, endings: Sequence[Ending] = ()) -> list[dict[str, Any]]:
         """Put the outputs in place, each by one rename, and remove the rest; returns their manifests.
+
+        Args:
+            endings: of every output, where there is more to tell than was known when it was begun.
 
         Raises ValueError if a planned tensor is neither written nor dropped, or all are dropped.
         """
@@ -170,14 +173,14 @@ class Work:
         if not layout.places:
             raise ValueError("no tensor to write")
         places = self._place.final(self.dropped)
-        for staged, place, output in zip(self._place.staged(), places, self._outputs, strict=True):
+        endings = endings or [Ending({}, {})] * len(places)
+        for staged, place, output, end in zip(self._place.staged(), places, self._outputs, endings, strict=True):
             if place != staged:
                 shutil.rmtree(place, ignore_errors=True)
                 place.mkdir()
                 copy_tensors(self._layout, staged, layout, place)
-            layout.complete(place, output.files or {})
-            metadata = output.metadata() if callable(output.metadata) else output.metadata or {}
-            seal(place, metadata, run=self._place.run, key=self._record.key)
+            layout.complete(place, {**(output.files or {}), **end.files})
+            seal(place, {**(output.metadata or {}), **end.metadata}, run=self._place.run, key=self._record.key)
         self._save(whole=True)
         self._place.put_in_place(self.dropped)
         return [read_manifest(target) for target in self._place.targets]

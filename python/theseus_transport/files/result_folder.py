@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def new_folder(
     folder: str | Path,
     *,
     nbytes: int = 0,
-    metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
 ) -> Iterator[Path]:
@@ -133,8 +133,8 @@ def new_folder(
     After any error nothing is left, and an old folder is untouched. Arguments and errors as `write_checkpoint`;
     `nbytes` is about what will be written.
     """
-    described = metadata if callable(metadata) else lambda: metadata or {}
-    json.dumps(described())  # raises TypeError now rather than after the computation
+    described = metadata or {}
+    json.dumps(described)  # raises TypeError now rather than after the computation
     check_writable(folder, nbytes, overwrite=overwrite, inputs=inputs)
     target = real(folder)
     created = [parent for parent in target.parents if not parent.exists()]
@@ -144,7 +144,7 @@ def new_folder(
     try:
         staging.mkdir()
         yield staging
-        seal(staging, described())
+        seal(staging, described)
         put_in_place(staging, target, overwrite=overwrite)
     except BaseException as error:  # KeyboardInterrupt too: nothing may be left behind
         shutil.rmtree(staging, ignore_errors=True)

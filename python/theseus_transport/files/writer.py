@@ -18,8 +18,7 @@ from .checkpoint import count_nonfinite
 from .headers import DTYPES, read_header, read_json, real
 from .result_folder import MANIFEST, new_folder, write_file
 
-Files = Mapping[str, bytes | str | Path | Callable[[], str]]
-Metadata = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+Files = Mapping[str, bytes | str | Path]
 PIECE = 1 << 22  # bytes copied at once
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -52,7 +51,14 @@ class Output(NamedTuple):
     folder: str | Path
     tensors: Sequence[Planned]
     files: Files | None = None
-    metadata: Metadata | None = None
+    metadata: Mapping[str, Any] | None = None
+
+
+class Ending(NamedTuple):
+    """What is told beside an output's tensors once all are written: more texts, and more of the manifest."""
+
+    files: Mapping[str, str]
+    metadata: Mapping[str, Any]
 
 
 def planned_bytes(tensors: Iterable[Planned]) -> int:
@@ -105,9 +111,8 @@ class ShardLayout:
             listing = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
             write_file(folder / self.index, json.dumps(listing, indent=2) + "\n")
         for name in sorted(files, key=lambda name: name == "config.json"):  # what makes it a model comes last
-            content = files[name]
             (folder / name).parent.mkdir(exist_ok=True)
-            write_file(folder / name, content() if callable(content) else content)
+            write_file(folder / name, files[name])
 
 
 def write_checkpoint(
@@ -117,7 +122,7 @@ def write_checkpoint(
     stem: str = "model",
     shard_size: int = 5_000_000_000,
     files: Files | None = None,
-    metadata: Metadata | None = None,
+    metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
 ) -> dict[str, Any]:
@@ -125,8 +130,8 @@ def write_checkpoint(
 
     `make` is called once per tensor or tile, on writing it; no more than one result is held. Shards hold at most
     `shard_size` bytes, or one tensor; an adapter (`stem="adapter_model"`) is never split, since PEFT reads one file.
-    `files` maps a name (config.json, inner/one.jinja, ...) to bytes, text, a Path to copy or a function that makes the
-    text once all tensors are written. `metadata` (JSON, or a function that makes it as late) goes to the manifest.
+    `files` maps a name (config.json, inner/one.jinja, ...) to bytes, text, or a Path to copy; `metadata` (JSON) goes to
+    the manifest.
     The folder appears by one rename when all is on disk; after any error nothing is left, an old folder is untouched.
 
     Raises InputRefused and ResourceError as `check_writable`; NumericalError for a NaN or Inf; ValueError if a tensor

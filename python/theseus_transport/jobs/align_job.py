@@ -3,71 +3,103 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from ..alignment.alignment import RECORD, Alignment
+from ..alignment.alignment import RECORD
+from ..budget.plan import Plan
 from ..files.earlier_runs import check_room
 from ..files.journal import Work
-from ..files.writer import Output
+from ..files.writer import Ending, Output
+from ..models.pair import SIDES
 from ..progress import Progress, quiet
 from ..streaming.sinks import MapSink
-from .bases import Bases
+from .bases import Bases, Fit
 from .checks import check_values
 from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
 from .provenance import content_hash
 from .settings import AlignJob, options_of
 
 
+def check(bases: Bases) -> None:
+    """Refuse a folder that cannot be written, or has no room for all that an alignment may hold."""
+    room = 2 * bases.bytes_of_maps  # maps not made are left out by a copy
+    check_room([bases.job.out], room, bases.job, inputs=bases.inputs)
+
+
+def rehearse(fitted: Fit) -> Outcome:
+    """What :func:`carry_out` would do; all weights are read once, nothing is computed or written."""
+    with collected_warnings() as warnings:
+        data = fitted.calibration()
+        check_values(*fitted.bases.checkpoints)
+    return _outcome(fitted, calibration=data.description, tokens=data.tokens, warnings=warnings)
+
+
+def carry_out(fitted: Fit, progress: Progress = quiet, *, finished: Callable[[], None] = lambda: None) -> Outcome:
+    """Align and save, with fingerprints of both bases.
+
+    Args:
+        finished: called once all is written.
+
+    Raises:
+        InputRefused, NumericalError: nothing is left behind.
+        ResourceError: what was done is kept; the same job with ``resume`` goes on.
+    """
+    bases, job, clock = fitted.bases, fitted.bases.job, Clock()
+    with collected_warnings() as warnings:
+        data = fitted.calibration()
+        draft = fitted.draft(data)
+        clock.lap("calibration")
+        sink = MapSink(draft)
+        key = fitted.key(data, recipe=asdict(draft.recipe), **options_of(job))
+        writing = bases.writing(key, stem="maps", shard_size=2**62)
+        with Work.open(job.out, [Output(job.out, sink.tensors)], **writing) as work:
+            sink.work = work
+            alignment, passage = fitted.align(data, draft, sink, work, partial(progress, "align"))
+            for side, checkpoint in zip(SIDES, bases.checkpoints, strict=True):
+                alignment.provenance[side]["content_hash"] = content_hash(checkpoint)
+            alignment.provenance["warnings"] = list(warnings)  # for those who apply it
+            outcome = _outcome(fitted, **told(alignment), warnings=warnings)
+            outcome.job["recipe"] = asdict(alignment.recipe)
+            record = json.dumps(alignment.record(sink.stamps), indent=1)
+            work.finish([Ending({RECORD: record}, {"outcome": told_in_manifest(outcome)})])
+            finished()
+        clock.stages(passage.seconds)
+    return clock.finish(outcome, job.out, *bases.windows)
+
+
 class AlignSession:
-    """The checked inputs of an :class:`AlignJob`; opening it refuses what cannot work, before anything heavy runs."""
+    """Two bases that are opened, checked and fitted; that refuses what cannot work, before anything heavy runs.
+
+    Attributes:
+        done: all is written.
+    """
 
     def __init__(self, job: AlignJob) -> None:
-        self.job, self.bases, self.done = job, Bases(job), False
-        self.bytes_out = self.bases.bytes_of_maps
-        check_room([job.out], 2 * self.bytes_out, job, inputs=self.bases.inputs)  # maps not made are left out by a copy
-        self.plan = self.bases.fitted()
-        self.seconds = self.bases.seconds()
+        self.job, self.bases, self.done = job, Bases.open(job), False
+        check(self.bases)
+        self.fitted = self.bases.fit()
 
-    def outcome(self, **known: Any) -> Outcome:
-        return begun(self, kind="alignment", job=describe(self.job, *self.bases.checkpoints), **known)
+    @property
+    def plan(self) -> Plan:
+        """How it fits the memory it may take."""
+        return self.fitted.plan
 
     def rehearse(self) -> Outcome:
-        """What :meth:`run` would do; all weights are read once, nothing is computed or written."""
-        with collected_warnings() as warnings:
-            data = self.bases.calibration()
-            check_values(*self.bases.checkpoints)
-        return self.outcome(calibration=data.description, tokens=data.tokens, warnings=warnings)
+        """See :func:`rehearse`."""
+        return rehearse(self.fitted)
 
     def run(self, progress: Progress = quiet) -> Outcome:
-        """Align and save, with fingerprints of both bases.
+        """See :func:`carry_out`."""
+        return carry_out(self.fitted, progress, finished=self._finish)
 
-        Raises:
-            InputRefused, NumericalError: nothing is left behind.
-            ResourceError: what was done is kept; the same job with ``resume`` goes on.
-        """
-        job, clock = self.job, Clock()
-        with collected_warnings() as warnings:
-            data = self.bases.calibration()
-            draft = self.bases.draft(data)
-            clock.lap("calibration")
-            made: list[Alignment] = []
-            outcome = self.outcome(calibration=data.description, tokens=data.tokens, warnings=warnings)
-            sink = MapSink(draft)
-            files = {RECORD: lambda: json.dumps(made[0].record(sink.stamps), indent=1)}
-            described = Output(job.out, sink.tensors, files, lambda: {"outcome": told_in_manifest(outcome)})
-            key = self.bases.key(data, recipe=asdict(draft.recipe), **options_of(job))
-            with Work.open(job.out, [described], **self.bases.writing(key, stem="maps", shard_size=2**62)) as work:
-                sink.work = work
-                alignment, passage = self.bases.align(data, draft, sink, work, partial(progress, "align"))
-                for side, checkpoint in zip(("source", "target"), self.bases.checkpoints, strict=True):
-                    alignment.provenance[side]["content_hash"] = content_hash(checkpoint)
-                alignment.provenance["warnings"] = list(warnings)  # for those who apply it
-                made.append(alignment)
-                outcome = self.outcome(**told(alignment), warnings=warnings)
-                outcome.job["recipe"] = asdict(alignment.recipe)
-                work.finish()
-                self.done = True
-            clock.stages(passage.seconds)
-        return clock.finish(outcome, job.out, *self.bases.windows)
+    def _finish(self) -> None:
+        self.done = True
+
+
+def _outcome(fitted: Fit, **known: Any) -> Outcome:
+    bases = fitted.bases
+    job = describe(bases.job, *bases.checkpoints)
+    return begun(fitted, kind="alignment", job=job, bytes_out=bases.bytes_of_maps, **known)

@@ -16,6 +16,7 @@ from ..alignment.alignment import Alignment
 from ..files.checkpoint import Checkpoint
 from ..machine import peak_memory
 from ..streaming.window import Window
+from .bases import Fit
 from .provenance import versions
 
 RUNS = ("overwrite", "resume", "max_ram", "max_memory", "offload_folder")  # of a job, what its result does not show
@@ -76,18 +77,17 @@ class Clock:
         return outcome
 
 
-def begun(session: Any, **known: Any) -> Outcome:
+def begun(fitted: Fit, **known: Any) -> Outcome:
     """What is known of a job before it runs, and what else is ``known``."""
     start: dict[str, Any] = {
         "coverage": [],
         "warnings": [],
-        "calibration": session.job.calibration,
-        "tokens": session.bases.tokens_wanted,
-        "bytes_out": session.bytes_out,
-        "plan": session.plan.choice.words,
-        "predicted_bytes": session.plan.peak,
-        "predicted_device_bytes": session.plan.device_peak,
-        "predicted_seconds": session.seconds,
+        "calibration": fitted.bases.job.calibration,
+        "tokens": fitted.tokens,
+        "plan": fitted.plan.choice.words,
+        "predicted_bytes": fitted.plan.peak,
+        "predicted_device_bytes": fitted.plan.device_peak,
+        "predicted_seconds": fitted.seconds,
     }
     return Outcome(**{**start, **known})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputRefused
 from ..files.checkpoint import Checkpoint
-from ..files.writer import Output, Planned, write_checkpoints
+from ..files.writer import Files, Output, Planned, write_checkpoints
 from ..models.precision import Rounding
 from ..models.tensors import dtype_of, rows_of, shape_of
 from .adapted import adapter_config, saved_whole
@@ -21,7 +21,6 @@ from .adapter import PREFIX, Factors
 from .computed import ComputedUpdate
 
 Kind = Literal["adapter", "checkpoint", "delta"]
-Files = Mapping[str, bytes | str | Path | Callable[[], str]]
 
 
 @dataclass
@@ -31,7 +30,6 @@ class Written:
     folder: str | Path
     alpha: float
     files: Files | None = None
-    metadata: Callable[[], Mapping[str, Any]] | None = None
     rounding: Rounding = field(default_factory=Rounding)
 
 
@@ -87,7 +85,7 @@ def described_outputs(
         files: dict[str, Any] = dict(out.files or {})
         if kind == "adapter":
             files["adapter_config.json"] = adapter_config(view, base_name)
-        made.append(Output(out.folder, planned(view, kind, dtype, out.rounding), files, out.metadata))
+        made.append(Output(out.folder, planned(view, kind, dtype, out.rounding), files))
     return {"adapter": "adapter_model", "checkpoint": "model", "delta": "delta"}[kind], made
 
 
