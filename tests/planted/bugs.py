@@ -398,7 +398,7 @@ BUGS = [
     # --- fates -------------------------------------------------------------------------------------------------------
     Bug("a changed tensor without a rule dropped", "tests/updates/test_update.py::test_tuned_models_that_do_not_fit", TRANSPORT,
         """raise InputRefused(f"{name} changed but has no rule; {leaving_alone(self.update, name)}")""",
-        'self._row(name, "unchanged")'),
+        'self._decide(name, "unchanged")'),
     Bug("alpha ignored", "tests/updates/test_transport.py::test_transport_is_linear", "theseus_transport/updates/computed.py",
         "into.copy_((piece * strength).to(into.dtype))", "into.copy_(piece)"),
     Bug("head of other classes moved", "tests/updates/test_transport.py::test_every_tensor_has_one_fate", TRANSPORT,
@@ -429,7 +429,7 @@ BUGS = [
     Bug("a bias the target cannot take decides", presumed("whole-no-bias-5-checkpoint"), TRANSPORT,
         "({weight, bias} if takes_bias else {weight})", "{weight, bias}"),
     Bug("presumed coverage told as final", presumed("whole-llama-5-checkpoint"), "theseus_transport/updates/computed.py",
-        'TensorFate(row.tensor, "unchanged") if row.tensor in self.unchanged else row', "row"),
+        'TensorFate(told.tensor, "unchanged") if told.tensor in same else told', "told"),
     Bug("rules looked up at planning", presumed("whole-llama-1-checkpoint"), MOVES,
         "return self.available.rules[self.into.name]",
         'return self.__dict__.setdefault("early", self.available.rules.get(self.into.name))'),

@@ -53,12 +53,12 @@ def matched(t: Map, source: Tensor, target: Tensor) -> float:
     return cosine(t, lambda t: sum(float((t(x.double()) * y.double()).sum()) for x, y in pairs), (own, other))
 
 
-def warn(rows: Sequence[Quality]) -> None:
+def warn(qualities: Sequence[Quality]) -> None:
     """Say which maps are near chance."""
-    if poor := [row for row in rows if row.near_chance]:
+    if poor := [one for one in qualities if one.near_chance]:
         first = poor[0]
         log.warning(
             "%d of %d maps are near chance on held-out data, first %s (%.2f, shifted rows %.2f): give more "
             "calibration, or the two bases have little in common",
-            len(poor), len(rows), first.space, first.held, first.shifted,
+            len(poor), len(qualities), first.space, first.held, first.shifted,
         )  # fmt: skip

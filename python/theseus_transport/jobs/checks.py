@@ -76,7 +76,7 @@ def check_tune(source: Checkpoint, tuned: Checkpoint, geometry: Geometry) -> Non
 
 def check_left(patterns: Sequence[str], coverage: Sequence[TensorFate], source: Checkpoint, tuned: Checkpoint) -> None:
     """Refuse a pattern of --leave that matches no tensor (for an adapter: no layer) at all."""
-    names = {row.tensor for row in coverage}
+    names = {told.tensor for told in coverage}
     if tuned.kind == "adapter":
         family = Geometry.of(source.config).family
         for name in map(family.canonical, source):

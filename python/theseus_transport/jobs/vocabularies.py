@@ -65,13 +65,13 @@ def check_rows(
     """
     family = Geometry.of(source.config).family
     token, heads = family.embedding("token"), family.heads
-    moved = {_layer(row.tensor) for row in coverage if row.fate == "transported"}
+    moved = {_layer(told.tensor) for told in coverage if told.fate == "transported"}
     tables = sorted(moved & {token and _layer(token.name), heads.get("vocabulary")})
     if tables:
         own, trained, theirs = tokens_of(source), tokens_of(tuned) if tuned else {}, tokens_of(target)
         _compare("tokenizers", tables, own | trained, theirs, tuned="TUNED" if trained else "SOURCE")
         _tell_added({i: t for i, t in trained.items() if own and t not in set(own.values())}, theirs)
-    new = {_layer(row.tensor) for row in coverage if row.note.startswith("new ")}
+    new = {_layer(told.tensor) for told in coverage if told.note.startswith("new ")}
     if classes := sorted((moved - new) & {heads.get("classes")}):
         ours, theirs = (_classes(checkpoint) for checkpoint in (source, target))
         _compare("classes (id2label)", classes, ours, theirs)

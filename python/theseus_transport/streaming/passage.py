@@ -73,7 +73,7 @@ class Passage:
         tiles: of columns in which moments are added up, each by a pass of its own through the blocks.
         halves: attention and MLP of a block run one after the other.
         resident: keep hidden states in memory; folder: for their files, of this run alone, by default the work's.
-        rows, visits: how well maps fit, and what was visited, once the pass is over; seconds: by stage.
+        qualities, visits: how well maps fit, and what was visited, once the pass is over; seconds: by stage.
     """
 
     windows: Pair[Window]
@@ -89,14 +89,14 @@ class Passage:
     tiles: int = 1
     halves: bool = False
     folder: Path | None = None
-    rows: list[Quality] = field(default_factory=list)
+    qualities: list[Quality] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, steps: Steps) -> list[Quality]:
         """Visit all blocks; returns how well maps fit the batch that was held out, if one was."""
         try:
-            rows = self._run(steps)
+            found = self._run(steps)
         except BaseException as error:
             # Hidden states stay for a run that goes on; after an error that would come again there is none.
             if isinstance(error, (InputRefused, NumericalError)) or not self.work.step:
@@ -106,7 +106,7 @@ class Passage:
             for window in self.windows:
                 window.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-        return rows
+        return found
 
     def _run(self, steps: Steps) -> list[Quality]:
         batches = [*self.data.batches, *([self.data.held] if self.data.held else [])]
@@ -128,8 +128,8 @@ class Passage:
         with self._timed("moves and writing"):
             self.sink.take(self.solver.ruleset, None)
         self.seconds["of these waiting for reads"] = sum(window.seconds_waiting for window in self.windows)
-        warn(self.rows)
-        return self.rows
+        warn(self.qualities)
+        return self.qualities
 
     @property
     def skipped(self) -> str:
@@ -232,13 +232,13 @@ class Passage:
         for name in (n for n in seen.links if n in seen.kept):
             if (t := self.solver.ruleset.maps.get(name)) is not None:
                 mapped = self.solver.as_mapped(seen.kept[name], seen.links[name])
-                self.rows.append(Quality(name, *quality(t, mapped, samples)))
+                self.qualities.append(Quality(name, *quality(t, mapped, samples)))
 
     def _commit(self, loop: Loop) -> None:
         state, tensors = self.solver.state()
-        rows = [(r.space, r.held, r.shifted) for r in self.rows]
+        quality = [(one.space, one.held, one.shifted) for one in self.qualities]
         files = loop.files()
-        record = {"solver": state, "sink": self.sink.state(), "hidden": loop.record(), "quality": rows}
+        record = {"solver": state, "sink": self.sink.state(), "hidden": loop.record(), "quality": quality}
         self.work.commit({"folder": str(self._folder), **record}, tensors, files)
         loop.committed()
 
@@ -255,7 +255,7 @@ class Passage:
         with self._damage_refused():
             self.solver.restore(state["solver"], self.work.tensors, device=self.decompose or self.device)
             self.sink.restore(state["sink"])
-            self.rows = [Quality(*row) for row in state["quality"]]
+            self.qualities = [Quality(*row) for row in state["quality"]]
 
 
 def all_together(

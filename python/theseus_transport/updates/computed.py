@@ -200,14 +200,15 @@ class ComputedUpdate(Mapping[str, Tensor]):
         into = {part for computations in self._computations.values() for part in computations}
         for name in [name for name, part in self.moved.items() if part not in into]:
             del self.moved[name]
-        rows = [TensorFate(row.tensor, "unchanged") if row.tensor in self.unchanged else row for row in self.coverage]
-        self.coverage[:] = rows
-        reasons = sorted({row.note for row in rows if row.fate == "left"})
+        same = self.unchanged
+        fates = [TensorFate(told.tensor, "unchanged") if told.tensor in same else told for told in self.coverage]
+        self.coverage[:] = fates
+        reasons = sorted({told.note for told in fates if told.fate == "left"})
         if not (self._computations or self.carried_apart or any(reason.endswith(GUESSED) for reason in reasons)):
             left = f"every changed tensor was left behind ({'; '.join(reasons)})"
             what = left if reasons else "no tensor differs from the base"
             raise InputRefused(f"nothing to transport: {what}; was the right base given?")
-        return rows
+        return fates
 
     def state(self) -> dict[str, Any]:
         """What was found out so far, as JSON; :meth:`restore` takes it up in another process."""

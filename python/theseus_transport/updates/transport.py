@@ -99,13 +99,13 @@ class _Fates:
         available = Available.of(alignment)
         self.update = Update(self.source, self.target, delta, alpha, available, tuned=self.tuned, new=self.ends.new)
         self.update.shared, self.update.said, self.update.lone = self.ends.shared, self.ends.said, self.ends.lone
-        self.rows: dict[str, TensorFate] = {}
+        self.fates: dict[str, TensorFate] = {}
         self.moves = self._paired_layers()
         for name in [n for n in self.tuned.slots if self.stays.asked(n)]:
             del self.tuned.slots[name]  # as if the tuned model had not changed it
-            self._row(name, "left", "left on request")
+            self._decide(name, "left", "left on request")
         for name, why in self.ends.left.items():
-            self._row(name, "left", why)
+            self._decide(name, "left", why)
         self.presumed = presumed and delta.adapter is None
         self.changed = changes(self.update, self.stays, presumed=self.presumed)
 
@@ -127,7 +127,7 @@ class _Fates:
         self._settle()
         order = {name: i for i, name in enumerate(self.source.slots)}
         self.update.coverage = sorted(
-            self.rows.values(), key=lambda row: order.get(self.family.canonical(row.tensor), -1)
+            self.fates.values(), key=lambda told: order.get(self.family.canonical(told.tensor), -1)
         )
         if not (self.update or self.presumed or self.alignment.draft):
             self.update.settled()
@@ -135,14 +135,14 @@ class _Fates:
 
     def _check_complete(self) -> None:
         if self.delta.tuned is not None:
-            for name in self.source.slots.keys() - self.tuned.slots.keys() - self.rows.keys():
+            for name in self.source.slots.keys() - self.tuned.slots.keys() - self.fates.keys():
                 if not self.stays.by_rule(name) and not self.stays.asked(name) and not self.stays.of_head(name):
                     raise InputRefused(
                         f"the tuned model has no tensor {name}; is it complete, and is it a tune of the source?"
                     )
 
-    def _row(self, name: str, fate: Fate, note: str = "") -> None:
-        self.rows[name] = TensorFate(name, fate, note)
+    def _decide(self, name: str, fate: Fate, note: str = "") -> None:
+        self.fates[name] = TensorFate(name, fate, note)
 
     def _plan_layer(self, move: Move) -> None:
         own, into, rule = move.own, move.into, move.rule
@@ -152,7 +152,7 @@ class _Fates:
             return
         if reason := self._unfit(move):
             for name in {weight, bias} & self.changed:
-                self._row(name, "left", reason)
+                self._decide(name, "left", reason)
             if reason == TIES and weight in self.changed:
                 self.update.apart.add(weight)
             return
@@ -161,7 +161,7 @@ class _Fates:
         norm = self.alignment.target.family.norm
         takes_bias = its_bias in self.target or (norm == "layer" and rule.fold and into.norm is not None)
         if bias in self.changed and not takes_bias:
-            self._row(bias, "left", "the target has no bias to take it")
+            self._decide(bias, "left", "the target has no bias to take it")
             if not ({weight} | around) & self.changed:
                 return
         kept = {part for part in ("weight", "bias") if self.stays.asked(f"{own.name}.{part}")}
@@ -175,10 +175,10 @@ class _Fates:
             self.update.plan(f"{into.name}.{part}", computation)
             if f"{own.name}.{part}" in self.source:
                 self.update.moved[f"{own.name}.{part}"] = f"{into.name}.{part}"
-        for name in ({weight, bias} & self.changed) - self.rows.keys():
-            self._row(name, "transported", self.ends.notes.get(name, ""))
+        for name in ({weight, bias} & self.changed) - self.fates.keys():
+            self._decide(name, "transported", self.ends.notes.get(name, ""))
         for name in around:
-            self._row(name, "folded", "into the layer in front" if name == own.scale else "into its readers")
+            self._decide(name, "folded", "into the layer in front" if name == own.scale else "into its readers")
 
     def _unfit(self, move: Move) -> str | None:
         weight, into = f"{move.own.name}.weight", f"{move.into.name}.weight"
@@ -204,20 +204,20 @@ class _Fates:
     def _plan_vector(self, rule: Rule, into: str) -> None:
         """An embedding, or a norm's own gain or bias where no linear layer took it up."""
         name = rule.source
-        if name not in self.changed or (name in self.rows and rule.kind != "linear"):
+        if name not in self.changed or (name in self.fates and rule.kind != "linear"):
             return
         if why := self.stays.by_rule(name):
-            return self._row(name, "left", why)
+            return self._decide(name, "left", why)
         if name not in self.source or into not in self.target:
             side = "target" if name in self.source else "source base"
-            return self._row(name, "left", f"the {side} has no such tensor")
+            return self._decide(name, "left", f"the {side} has no such tensor")
         move = VectorMove(into, self.update.available, self.source, self.target)
         if why := move.unfit():
-            return self._row(name, "left", why)
+            return self._decide(name, "left", why)
         computation = Computation(lambda rows: {into: move(self.tuned, rows)}, into, frozenset({name}), move.tiles)
         self.update.plan(into, computation)
         self.update.moved[name] = into
-        self._row(name, "transported", "; ".join(filter(None, (move.note, self.ends.notes.get(name)))))
+        self._decide(name, "transported", "; ".join(filter(None, (move.note, self.ends.notes.get(name)))))
 
     def _plan_factors(self) -> None:
         adapter = self.delta.adapter
@@ -228,17 +228,17 @@ class _Fates:
         for spelled in adapter.layers():
             name = self.family.canonical(spelled)
             if self.stays.asked(name) or self.stays.asked(f"{name}.weight"):
-                self._row(name, "left", "left on request")
+                self._decide(name, "left", "left on request")
                 continue
             for part, slot in self.family.parts(name).items():
                 if self.stays.asked(part) or self.stays.asked(f"{part}.weight"):
-                    self._row(part, "left", "left on request")
+                    self._decide(part, "left", "left on request")
                 else:
                     self._plan_piece(adapter, spelled, part, slot, found)
         for own, pieces in found.items():
             self.update.factors[own] = fused(pieces)
         names = {piece.needs: piece.spelled for pieces in found.values() for piece in pieces}
-        silent = [row.tensor for row in self.rows.values() if row.fate == "unchanged"]
+        silent = [told.tensor for told in self.fates.values() if told.fate == "unchanged"]
         if silent and len(silent) == len(names) and not self.changed:
             raise InputRefused(
                 "nothing to transport: every LoRA of the adapter is zero (lora_B is as it was made); was it trained?"
@@ -251,7 +251,7 @@ class _Fates:
         move = self.moves.get(part)
         if move is None:
             if why := self.stays.by_rule(f"{part}.weight"):
-                return self._row(part, "left", why)
+                return self._decide(part, "left", why)
             cure = leaving(part) if changed_by(adapter, self.family) & self.moves.keys() else "nothing of it can move"
             raise InputRefused(f"the adapter changes {spelled}, which has no rule; {cure}")
         weight, into = f"{part}.weight", f"{move.into.name}.weight"
@@ -259,7 +259,7 @@ class _Fates:
             raise InputRefused(f"the adapter both factors {spelled} and saves it whole")
         reason = self._unfit(move)
         if reason and reason != TIES:
-            return self._row(part, "left", reason)
+            return self._decide(part, "left", reason)
         factors, columns = adapter.factors(spelled), self.source.shape(weight)[1]
         rows = self.source.shape(weight)[0] * slot.parts
         if (len(self.ends.fitted(part, factors.b)), factors.a.shape[1]) != (rows, columns):
@@ -274,7 +274,7 @@ class _Fates:
         name, place = family.home(move.into.name) if head else module_in(self.target, move.into.name)
         found.setdefault(name, []).append(Piece(spelled, place, *kept, compute, move.into.name))
         zero = not (bool(factors.a.any()) and bool(factors.b.any()))
-        self._row(part, *(("unchanged", "its factors are zero") if zero else ("transported", "as factors")))
+        self._decide(part, *(("unchanged", "its factors are zero") if zero else ("transported", "as factors")))
         if reason:  # no tensor of the target, but an adapter carries it
             self.update.carried_apart[part] = name
             return
@@ -290,14 +290,14 @@ class _Fates:
     def _settle(self) -> None:
         """Every tensor has a fate; a changed one without a rule is an error."""
         for name in {**self.source.slots, **dict.fromkeys(self.tuned)}:
-            if name in self.rows or (self.delta.adapter is not None and name not in self.tuned):
+            if name in self.fates or (self.delta.adapter is not None and name not in self.tuned):
                 continue
             why = self.stays.by_rule(name) or self.stays.unmoved(name, is_new=name not in self.source)
             if not why:
                 self.update.compare([name])
             if name not in self.changed - self.update.unchanged:
-                self._row(name, "unchanged")
+                self._decide(name, "unchanged")
             elif why:
-                self._row(name, "left", why)
+                self._decide(name, "left", why)
             else:
                 raise InputRefused(f"{name} changed but has no rule; {leaving_alone(self.update, name)}")

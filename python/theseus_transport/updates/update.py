@@ -28,7 +28,7 @@ class Update(ComputedUpdate):
     """
 
     def __repr__(self) -> str:
-        fates = Counter(row.fate for row in self.coverage)
+        fates = Counter(told.fate for told in self.coverage)
         told = f"alpha {self.alpha:g}: " + ", ".join(f"{n} {fate}" for fate, n in sorted(fates.items()))
         return f"Update({self.source.geometry.words} -> {self.target.geometry.words}, {told})"
 
