@@ -156,7 +156,12 @@ class Solver(ABC):
             self.energies.pop(layer.name, None)
 
     def finish(self) -> None:
-        """Make what lies outside all blocks: the first map's completion, rules of embeddings, heads, the final norm."""
+        """Make what no visit made: rules of blocks that did not run, the first map's completion, embeddings, heads.
+
+        A block that need not run may still have layers whose input arrived, with the block before.
+        """
+        for b in (b for b in self.pairs.places if b is not None and b >= self.ahead):
+            self.block(b)
         self._finish()
         self.finished = True
         self._release()
