@@ -15,10 +15,10 @@ from theseus_transport.jobs.settings import AlignJob, Job
 from theseus_transport.jobs.transport_job import Session
 from theseus_transport.models.geometry import Layer
 from theseus_transport.recipes.choices import RecipeChoices
-from theseus_transport.recipes.maps import Dense
+from theseus_transport.recipes.maps import Dense, PlannedMap, doubles
 from theseus_transport.recipes.registry import DEFAULT, SOLVERS
 from theseus_transport.recipes.ruleset import Rule
-from theseus_transport.recipes.solver import PlannedMap, Solver, Widths, doubles
+from theseus_transport.recipes.solver import Solver, Widths
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]

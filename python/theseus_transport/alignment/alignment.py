@@ -19,10 +19,9 @@ from ..files.headers import inside, read_json
 from ..files.result_folder import new_folder
 from ..models.geometry import Geometry
 from ..recipes import maps
-from ..recipes.maps import Map
+from ..recipes.maps import Map, PlannedMap
 from ..recipes.recipe import Recipe
 from ..recipes.ruleset import MapReport, Rule, Ruleset
-from ..recipes.solver import PlannedMap
 from .restored import Restored, check_blocks, check_restored
 from .stored_maps import MAPS, Stamp, StoredMaps, stamp
 

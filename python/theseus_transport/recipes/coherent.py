@@ -22,9 +22,10 @@ from . import maps
 from .behind_norms import normalised, normalised_rows
 from .choices import RecipeChoices
 from .coherent_heads import QKV, head_maps, planned_heads, scale_of
+from .maps import PlannedMap, doubles
 from .regression import fit_input, fit_output
 from .ruleset import Rule
-from .solver import PlannedMap, Rows, Solver, Widths, doubles
+from .solver import Rows, Solver, Widths
 
 
 class Coherent(Solver):

@@ -15,8 +15,9 @@ from ..models.geometry import Role
 from . import maps
 from .choices import RecipeChoices
 from .head_pairing import pair_heads
+from .maps import PlannedMap, doubles
 from .ruleset import Ruleset
-from .solver import PlannedMap, Solver, doubles
+from .solver import Solver
 
 QKV: tuple[Role, ...] = ("query", "key", "value")
 Names = dict[Role, tuple[str, str]]  # (source, target) layer of each role

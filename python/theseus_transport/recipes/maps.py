@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+PlannedMap = tuple[str, tuple[int, ...], torch.dtype]  # name/part, shape, dtype of a tensor that is stored
 
 
 class Map(Protocol):
@@ -132,6 +134,11 @@ def from_tensors(kind: str, tensors: dict[str, Tensor]) -> Map:
 
 
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Identity, Dense, Factored, Heads)}
+
+
+def doubles(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[PlannedMap]:
+    """Tensors in float64, as maps are."""
+    return [(name, shape, torch.float64) for name, shape in shapes]
 
 
 def cosine(t: Map, trace: Callable[[Map], float], energies: tuple[Tensor, Tensor]) -> float:

@@ -15,9 +15,9 @@ from ..linalg.whitening import whiten
 from ..models.geometry import Layer
 from . import maps
 from .choices import RecipeChoices
-from .maps import Map
+from .maps import Map, PlannedMap, doubles
 from .ruleset import Rule
-from .solver import PlannedMap, Rows, Solver, Widths, doubles
+from .solver import Rows, Solver, Widths
 
 
 class Paper(Solver):

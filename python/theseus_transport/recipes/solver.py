@@ -19,13 +19,13 @@ from ..models.base import Base
 from ..models.geometry import Geometry, Layer
 from ..models.pair import Pair
 from .choices import RecipeChoices
+from .maps import PlannedMap
 from .ruleset import Ruleset
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Widths = tuple[int, int]  # of source and target
 Rows = Pair[Tensor]  # as they pair
-PlannedMap = tuple[str, tuple[int, ...], torch.dtype]  # name/part, shape, dtype of a tensor that is stored
 PARTS = [f.name for f in fields(CrossMoment) if f.name != "count"]
 
 
@@ -289,11 +289,6 @@ class Solver(ABC):
         for name in [n for n in self.moments if self.finished or not self._held(n)]:
             del self.moments[name]
             self.grams.pop(name, None)
-
-
-def doubles(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[PlannedMap]:
-    """Tensors in float64, as maps are."""
-    return [(name, shape, torch.float64) for name, shape in shapes]
 
 
 def _taken(store: dict[str, T], names: Iterable[str]) -> dict[str, T]:
