@@ -49,9 +49,7 @@ class SideInfo:
         return MAIN_INPUT[self.kind]
 
 
-def checked_batches(
-    batches: Iterable[Batch | tuple[Batch, Batch]], geometries: Pair[Geometry]
-) -> list[tuple[Batch, Batch]]:
+def checked_batches(batches: Iterable[Batch | tuple[Batch, Batch]], geometries: Pair[Geometry]) -> list[Pair[Batch]]:
     """Pairs of batches, each of arguments that its model can read and that correspond.
 
     Raises:
@@ -62,20 +60,19 @@ def checked_batches(
             f"batches is a {type(batches).__name__}, and must be a list of batches, each a dict of forward arguments; "
             "give [batch]"
         )
-    infos = [SideInfo.of(geometry, f"the {side}") for geometry, side in geometries.zip(SIDES)]
-    pairs: list[tuple[Batch, Batch]] = []
+    infos = geometries.zip(SIDES).map(lambda of: SideInfo.of(of[0], f"the {of[1]}"))
+    pairs: list[Pair[Batch]] = []
     for i, batch in enumerate(batches):
-        pair = batch if isinstance(batch, tuple) and len(batch) == 2 else (batch, batch)
-        for info, side in zip(infos, pair, strict=True):
+        pair = Pair(*batch) if isinstance(batch, tuple) and len(batch) == 2 else Pair(batch, batch)
+        for info, side in infos.zip(pair):
             if not isinstance(side, Mapping):
                 raise InputRefused(
                     f"batch {i} of {info.name} is {_described(side)}; give a dict of forward arguments, as "
                     f"{{{info.main!r}: ...}}, or a pair (source, target) of these"
                 )
             _check_arguments(f"batch {i} of {info.name}", side, info)
-        own, other = pair
-        check_correspond(infos[0].main, own, other, where=f"batch {i}: ")
-        pairs.append((own, other))
+        check_correspond(infos.source.main, *pair, where=f"batch {i}: ")
+        pairs.append(pair)
     if not pairs:
         raise InputRefused("no calibration batches were given; a few unlabelled ones are needed")
     return pairs

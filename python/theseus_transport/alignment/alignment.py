@@ -18,6 +18,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.headers import inside, read_json
 from ..files.result_folder import new_folder
 from ..models.geometry import Geometry
+from ..models.pair import SIDES
 from ..recipes import maps
 from ..recipes.maps import Map, PlannedMap
 from ..recipes.recipe import Recipe
@@ -126,7 +127,7 @@ class Alignment:
         """What ``alignment.json`` holds; ``stored`` tells the class and digest of every map that was made."""
         return {
             "format": FORMAT,
-            **{side: getattr(self, side).plain() for side in ("source", "target")},
+            **{side: getattr(self, side).plain() for side in SIDES},
             "recipe": dataclasses.asdict(self.recipe),
             **{n: {k: dataclasses.asdict(r) for k, r in getattr(self, n).items()} for n in ("rules", "vectors")},
             "maps": {name: one._asdict() for name, one in stored.items()},
@@ -159,12 +160,12 @@ class Alignment:
             raise InputRefused(
                 f"{path} has alignment format {record.get('format')}, this version reads {FORMAT}; align again"
             )
-        sides, recipe = [Geometry.restored(record[side]) for side in ("source", "target")], Recipe(**record["recipe"])
-        blocks = check_blocks(record["blocks"], (sides[0].depth, sides[1].depth))
-        drawn = outline(sides[0], sides[1], recipe, blocks)
+        sides = SIDES.map(lambda side: Geometry.restored(record[side]))
+        recipe, blocks = Recipe(**record["recipe"]), check_blocks(record["blocks"], sides.map(lambda side: side.depth))
+        drawn = outline(*sides, recipe, blocks)
         restored = Restored(
-            source=sides[0],
-            target=sides[1],
+            source=sides.source,
+            target=sides.target,
             blocks=blocks,
             maps=StoredMaps(Checkpoint.open(inside(path, MAPS)), record["maps"], drawn.pairs, recipe),
             rules={k: Rule(**r) for k, r in record["rules"].items()},

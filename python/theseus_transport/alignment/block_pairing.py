@@ -26,7 +26,7 @@ TOKENS = 256  # rows compared, spread over all batches: 2 x depth x width x 1 Ki
 
 
 def pair_blocks(
-    source: nn.Module, target: nn.Module, geometries: Pair[Geometry], batches: Sequence[tuple[Batch, Batch]]
+    source: nn.Module, target: nn.Module, geometries: Pair[Geometry], batches: Sequence[Pair[Batch]]
 ) -> list[int | None]:
     """For every target block the source block that feeds it, or None; blocks that add nothing are never paired.
 

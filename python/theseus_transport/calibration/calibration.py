@@ -18,6 +18,7 @@ from ..activations.pairing_tokens import Tensors
 from ..errors import InputRefused
 from ..files.checkpoint import Checkpoint, check_finite
 from ..files.companions import has_tokenizer
+from ..models.pair import SIDES, Pair
 from .documents import LINES, PROGRAMS, Records, TextFile, builtin_pieces, refuse_other_files
 from .images import Preprocessor, find_images, read_images
 from .text import Tokenizer, rows_of_text
@@ -32,17 +33,17 @@ LENGTH = 512  # tokens of a row of text
 class Calibration:
     """Batches, the tokens (vision: patches) that pair, and where they came from; `held` is a batch kept aside, if any.
 
-    Each batch is (source_kwargs, target_kwargs), the same object where both models read the same. Rows pair: row i of
+    A batch is the keyword arguments of each model, the same object where both read the same. Rows pair: row i of
     both sides is the same text or image, and token i pairs with token i, unless both sides hold `offsets`
     [n, tokens, 2]: the first and last character of each token (end exclusive) from the row's first; (0, 0) marks
     special tokens and padding.
     """
 
-    batches: list[tuple[Tensors, Tensors]]
+    batches: list[Pair[Tensors]]
     tokens: int
     description: str
     fingerprint: str  # BLAKE2b of every tensor
-    held: tuple[Tensors, Tensors] | None = None
+    held: Pair[Tensors] | None = None
 
 
 def load_calibration(
@@ -81,9 +82,9 @@ def load_calibration(
             "or 'builtin'"
         )
     most = batch_size if hold_out else 0  # rows held out
-    infos, form = (source, target), ""  # form: in which the data were read
+    infos, form = Pair(source, target), ""  # form: in which the data were read
     if path.suffix == ".safetensors" and not builtin:
-        sides = _ready_tensors(path, source, target)
+        sides = _ready_tensors(path, infos)
     elif path.is_dir() and not builtin:
         sides, form = _pictures(path, infos, tokens_wanted, most, seed, skip_bad)
     elif source.kind == "vision":
@@ -95,7 +96,7 @@ def load_calibration(
         length = min([LENGTH, *(side.max_positions for side in infos if side.max_positions)])
         own = Tokenizer(source.folder, source.name, source.vocab_size)
         same = Path(source.folder).resolve() == Path(target.folder).resolve()
-        tokenizers = (own, own if same else Tokenizer(target.folder, target.name, target.vocab_size))
+        tokenizers = Pair(own, own if same else Tokenizer(target.folder, target.name, target.vocab_size))
         groups: Sequence[Sequence[str]]
         if builtin:
             groups = builtin_pieces()
@@ -105,7 +106,7 @@ def load_calibration(
         tokens = max(tokens_wanted, length * with_held(-(-tokens_wanted // length), most))
         sides = rows_of_text(groups, tokenizers, tokens=tokens, length=length, seed=seed)
         form = "" if builtin else f" ({file.words})"
-        for side, info in zip(sides, infos, strict=True):
+        for side, info in sides.zip(infos):
             check_ids(f"the tokenizer of {info.name}", side["input_ids"], info)
     if not path.is_dir() or builtin:  # images were drawn before they were read
         sides = _rows(sides, drawn_rows(_counts(sides, infos), tokens_wanted, most, seed))
@@ -158,40 +159,43 @@ def _text_file(path: Path, tokenizers: Sequence[Tokenizer], chats: Path | None, 
     return Records(path, template, skip_bad=skip_bad)
 
 
-def _ready_tensors(path: Path, source: SideInfo, target: SideInfo) -> tuple[Tensors, Tensors]:
+def _ready_tensors(path: Path, infos: Pair[SideInfo]) -> Pair[Tensors]:
     file = Checkpoint.open(path)
     split = [name.rpartition(".") for name in file]
     wrong = [name for name, (side, _, key) in zip(file, split, strict=True) if key not in KEYS or side not in
-             ("", "source", "target")]  # fmt: skip
+             ("", *SIDES)]  # fmt: skip
     if wrong:
         raise InputRefused(f"{path}: {wrong[0]!r} is not known; names are {', '.join(KEYS)}, or source.… and target.…")
     prefixes = {side for side, _, _ in split}
-    if prefixes not in ({""}, {"source", "target"}):
+    if prefixes not in ({""}, {*SIDES}):
         raise InputRefused(f"{path} holds {', '.join(file)}; give both source.… and target.…, or plain names only")
     if prefixes == {""}:
         shared = dict(file)
-        _check_side(path, "", shared, source)
-        _check_side(path, "", shared, target)
-        return shared, shared
-    sides = []
-    for prefix, info in (("source.", source), ("target.", target)):
-        sides.append({name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)})
-        _check_side(path, prefix, sides[-1], info)
-    rows = [len(next(iter(side.values()))) for side in sides]
-    if rows[0] != rows[1]:
+        for info in infos:
+            _check_side(path, "", shared, info)
+        return Pair(shared, shared)
+
+    def side_of(label: str) -> Tensors:
+        return {name.removeprefix(f"{label}."): file[name] for name in file if name.startswith(f"{label}.")}
+
+    sides = SIDES.map(side_of)
+    for label, side, info in zip(SIDES, sides, infos, strict=True):
+        _check_side(path, f"{label}.", side, info)
+    rows = sides.map(lambda side: len(next(iter(side.values()))))
+    if rows.source != rows.target:
         raise InputRefused(
-            f"{path}: {rows[0]} source rows and {rows[1]} target rows; row i must be the same text or image"
+            f"{path}: {rows.source} source rows and {rows.target} target rows; row i must be the same text or image"
         )
-    if ("offsets" in sides[0]) != ("offsets" in sides[1]):
+    if ("offsets" in sides.source) != ("offsets" in sides.target):
         raise InputRefused(f"{path}: offsets on one side only; give source.offsets and target.offsets")
-    if source.kind == "text" and "offsets" not in sides[0]:
-        masks = [side["attention_mask"] for side in sides]
-        if masks[0].shape != masks[1].shape or not torch.equal(masks[0], masks[1]):
+    if infos.source.kind == "text" and "offsets" not in sides.source:
+        own, other = sides.map(lambda side: side["attention_mask"])
+        if own.shape != other.shape or not torch.equal(own, other):
             raise InputRefused(
-                f"{path}: source tokens {list(masks[0].shape)} and target tokens {list(masks[1].shape)} differ in "
+                f"{path}: source tokens {list(own.shape)} and target tokens {list(other.shape)} differ in "
                 "shape or mask, so they cannot pair one to one; add source.offsets and target.offsets [n, tokens, 2]"
             )
-    return sides[0], sides[1]
+    return sides
 
 
 def images_wanted(infos: Sequence[SideInfo], tokens: int, most: int) -> int:
@@ -204,16 +208,18 @@ def in_random_order(paths: Sequence[Path], seed: int) -> list[Path]:
 
 
 def _pictures(
-    folder: Path, infos: tuple[SideInfo, SideInfo], tokens: int, most: int, seed: int, skip_bad: bool
-) -> tuple[tuple[Tensors, Tensors], str]:
+    folder: Path, infos: Pair[SideInfo], tokens: int, most: int, seed: int, skip_bad: bool
+) -> tuple[Pair[Tensors], str]:
     """Pixels of both sides for as many images, drawn with `seed`, as hold `tokens`, and those to be held out.
 
     And in words how many of the images these are.
     """
-    if (kind := infos[0].kind) != "vision":
+    if (kind := infos.source.kind) != "vision":
         files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in TEXTS)
         inside = "".join(f", as {path}" for path in islice(files, 1))
-        raise InputRefused(f"calibration {folder} is a folder, {infos[0].name} is a {kind} model; give a file{inside}")
+        raise InputRefused(
+            f"calibration {folder} is a folder, {infos.source.name} is a {kind} model; give a file{inside}"
+        )
     paths = find_images(folder)
     wanted = images_wanted(infos, tokens, most)
     preprocessors = []
@@ -223,9 +229,9 @@ def _pictures(
     same = preprocessors[0] == preprocessors[1]
     kinds = preprocessors[: 1 if same else 2]
     found, bad = read_images(in_random_order(paths, seed), kinds, wanted=wanted, skip_bad=skip_bad)
-    sides = [{"pixel_values": pixels} for pixels in found]
+    shown = [{"pixel_values": pixels} for pixels in found]
     skipped = f", {bad} skipped" if bad else ""
-    return (sides[0], sides[-1]), f" ({len(found[0])} of {len(paths)} images{skipped})"
+    return Pair(shown[0], shown[-1]), f" ({len(found[0])} of {len(paths)} images{skipped})"
 
 
 def _check_side(path: Path, prefix: str, side: Tensors, info: SideInfo) -> None:
@@ -246,33 +252,34 @@ def _check_side(path: Path, prefix: str, side: Tensors, info: SideInfo) -> None:
         raise InputRefused(f"{path}: {prefix}attention_mask must hold a 1 in every row")
 
 
-def _counts(sides: tuple[Tensors, Tensors], infos: tuple[SideInfo, SideInfo]) -> torch.Tensor:
+def _counts(sides: Pair[Tensors], infos: Pair[SideInfo]) -> torch.Tensor:
     """Tokens per row [n]: on the side that has fewer."""
     per_side = [
         torch.full((len(side["pixel_values"]),), info.tokens_per_image)
         if info.kind == "vision"
         else side["attention_mask"].sum(dim=1)
-        for side, info in zip(sides, infos, strict=True)
+        for side, info in sides.zip(infos)
     ]
     return torch.minimum(*per_side)
 
 
-def _rows(sides: tuple[Tensors, Tensors], kept: slice | torch.Tensor) -> tuple[Tensors, Tensors]:
+def _rows(sides: Pair[Tensors], kept: slice | torch.Tensor) -> Pair[Tensors]:
     """Some rows of both sides, one dict where both read the same."""
-    cut = {key: value[kept] for key, value in sides[0].items()}
-    return cut, cut if sides[1] is sides[0] else {key: value[kept] for key, value in sides[1].items()}
+    cut = {key: value[kept] for key, value in sides.source.items()}
+    same = sides.target is sides.source
+    return Pair(cut, cut if same else {key: value[kept] for key, value in sides.target.items()})
 
 
-def _fingerprint(sides: tuple[Tensors, Tensors]) -> str:
+def _fingerprint(sides: Pair[Tensors]) -> str:
     running = hashlib.blake2b(digest_size=32)
-    for label, side in zip(("source", "target"), sides, strict=True):
+    for label, side in SIDES.zip(sides):
         for key in sorted(side):
             running.update(f"{label}.{key} {side[key].dtype} {list(side[key].shape)}".encode())
             running.update(side[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return running.hexdigest()
 
 
-def batches_of(source: Tensors, target: Tensors | None = None, *, batch_size: int) -> list[tuple[Tensors, Tensors]]:
+def batches_of(source: Tensors, target: Tensors | None = None, *, batch_size: int) -> list[Pair[Tensors]]:
     """Cut tensors of equal leading dimension into pairs of at most `batch_size` rows.
 
     Without a target (or with the same object) both sides of each pair are one dict.
@@ -286,5 +293,5 @@ def batches_of(source: Tensors, target: Tensors | None = None, *, batch_size: in
     pairs = []
     for start in range(0, len(next(iter(source.values()))), batch_size):
         own = cut(source, start)
-        pairs.append((own, own if target is None or target is source else cut(target, start)))
+        pairs.append(Pair(own, own if target is None or target is source else cut(target, start)))
     return pairs

@@ -64,7 +64,7 @@ def extent(reference: str, infos: Pair[SideInfo], *, wanted: int, most: int, see
     path = Path(os.path.expanduser(reference))
     if path.suffix == ".safetensors" and path.is_file():
         return _of_tensors(Checkpoint.open(path), infos, wanted, most, seed)
-    if infos[0].kind == "vision":
+    if infos.source.kind == "vision":
         return _of_images(path, infos, wanted, most, seed)
     return _of_text(path if reference != "builtin" else None, infos, wanted, most)
 
@@ -75,8 +75,9 @@ def _of_images(folder: Path, infos: Pair[SideInfo], wanted: int, most: int, seed
         paths = in_random_order(find_images(folder), seed)
         samples = min(samples, len(paths))
         pixels = largest(paths[:samples])
-    sides = infos[:1] if _same(infos, ["preprocessor_config.json"]) and _shown(infos[0]) == _shown(infos[1]) else infos
-    one = REAL * sum(prod(_shown(info)) for info in sides)
+    shown = infos.map(_shown)
+    same = _same(infos, ["preprocessor_config.json"]) and shown.source == shown.target
+    one = REAL * sum(map(prod, shown[:1] if same else shown))
     loading = (samples + 1) * one + OF_PIXEL * pixels
     lengths = infos.map(lambda info: info.tokens_per_image)
     return Extent(samples, lengths, samples * one, loading, samples, held_of(samples, most))
@@ -107,7 +108,7 @@ def _of_text(path: Path | None, infos: Pair[SideInfo], wanted: int, most: int) -
 
 
 def _of_tensors(file: Checkpoint, infos: Pair[SideInfo], wanted: int, most: int, seed: int) -> Extent:
-    vision, key = infos[0].kind == "vision", MAIN_INPUT[infos[0].kind]
+    vision, key = infos.source.kind == "vision", MAIN_INPUT[infos.source.kind]
     names = [f"{prefix}{key}" if f"{prefix}{key}" in file else key for prefix in PREFIXES]
     if not all(len(file.shapes.get(name, ())) > 1 for name in names):
         return Extent(1, Pair(1, 1), 0)

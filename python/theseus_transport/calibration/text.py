@@ -13,6 +13,7 @@ import torch
 from ..errors import InputRefused
 from ..files.companions import has_tokenizer
 from ..models.loading import refused, tokenizer_of
+from ..models.pair import Pair
 from .chat import ChatTemplate
 from .formats import Template
 
@@ -73,8 +74,8 @@ Place = tuple[int, int]  # of a piece: its group, and which of it
 
 
 def rows_of_text(
-    groups: Sequence[Sequence[str]], tokenizers: tuple[Tokenizer, Tokenizer], *, tokens: int, length: int, seed: int
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    groups: Sequence[Sequence[str]], tokenizers: Pair[Tokenizer], *, tokens: int, length: int, seed: int
+) -> Pair[dict[str, torch.Tensor]]:
     """Tensors of both sides, with at least `tokens` tokens each if the text has them, in rows of `length`.
 
     input_ids and attention_mask [n, length]; one dict for both where the tokenizers agree, else with offsets
@@ -105,7 +106,7 @@ def rows_of_text(
     if agree:
         starts = list(range(0, max(1, len(ids[0]) - bodies[0] + 1), bodies[0]))  # an incomplete last row only if alone
         shared = _side(source, ids[0], None, [(start, min(start + bodies[0], len(ids[0]))) for start in starts])
-        return shared, shared
+        return Pair(shared, shared)
     if inexact := [each.name for each in tokenizers if not each.exact]:
         raise InputRefused(
             f"{source.name} and {target.name} tokenize differently, and the tokenizer of {inexact[0]} gives no "
@@ -118,11 +119,8 @@ def rows_of_text(
         raise InputRefused(
             f"{source.name} and {target.name} share no token boundary within {length} tokens of this text"
         )
-    sides = [
-        _side(tokenizer, ids[side], spans[side], [cut[side] for cut in cuts])
-        for side, tokenizer in enumerate(tokenizers)
-    ]
-    return sides[0], sides[1]
+    both = enumerate(tokenizers)
+    return Pair(*(_side(tokenizer, ids[side], spans[side], [cut[side] for cut in cuts]) for side, tokenizer in both))
 
 
 def _draw(sizes: Sequence[int], seed: int) -> Iterator[Place]:

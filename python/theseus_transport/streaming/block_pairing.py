@@ -21,7 +21,7 @@ from .window import Window
 def pair_streamed(
     windows: Pair[Window],
     geometries: Pair[Geometry],
-    batches: Sequence[tuple[Batch, Batch]],
+    batches: Sequence[Pair[Batch]],
     device: torch.device,
     *,
     folder: Path | None = None,

@@ -62,7 +62,7 @@ class Loop:
         self,
         windows: Pair[Window],
         geometries: Pair[Geometry],
-        batches: Sequence[tuple[Batch, Batch]],
+        batches: Sequence[Pair[Batch]],
         *,
         held: int | None,
         grams: Mapping[str, Sequence[int]],

@@ -228,7 +228,7 @@ class Passage:
     def _measure(self, seen: Capture) -> None:
         if seen.kept is None or self.data.held is None:
             return
-        samples = samples_of(self.data.held[0])
+        samples = samples_of(self.data.held.source)
         for name in (n for n in seen.links if n in seen.kept):
             if (t := self.solver.ruleset.maps.get(name)) is not None:
                 mapped = self.solver.as_mapped(seen.kept[name], seen.links[name])
