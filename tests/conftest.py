@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,17 +44,19 @@ def gpu() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def little_is_timed() -> None:
-    """The rate of this machine, which every job measures."""
-    if predict := sys.modules.get("theseus_transport.budget.time"):  # kernels are tested without it
-        from helpers import forked
+def little_is_timed() -> Iterator[None]:
+    """The rate of this machine, which every job measures, is measured on small matrices."""
+    with pytest.MonkeyPatch.context() as patched:
+        if machine := sys.modules.get("theseus_transport.machine"):  # kernels are tested without it
+            from helpers import forked
 
-        predict.TRIAL = forked.TRIAL
+            patched.setattr(machine, "TRIAL", forked.TRIAL)
+        yield
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of ``tiny``, written once for tests that change nothing of it."""
+    """All of ``tiny_models``, written once for tests that change nothing of it."""
     from helpers import tiny_models
 
     return tiny_models.build(tmp_path_factory.mktemp("models"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from exact.models import LLAMA, LLAMA_HEADLESS, VIT, base, batches
 from theseus_transport import InputRefused
-from theseus_transport.activations import row_mixing as tokens
+from theseus_transport.activations import row_mixing
 from theseus_transport.activations.capture import Capture, capture
 from theseus_transport.activations.links import Pairs
 from theseus_transport.activations.moments import CrossMoment, Energy
@@ -210,7 +210,7 @@ def test_equal_offsets_are_one_tokenizer(text: Models) -> None:
 
 def test_images_of_two_grids_are_interpolated() -> None:
     sides = [batches(spec, seed=1, count=1, shape=(3,))[0] for spec in IMAGES]
-    mixing = tokens.bilinear((4, 4), (6, 6))
+    mixing = row_mixing.bilinear((4, 4), (6, 6))
     found = seen(IMAGE_MODELS, tuple(sides))
     assert next(iter(found.moments.values())).count == 3 * 37
 

@@ -9,7 +9,7 @@ from helpers.no_waiting import NoHost
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from theseus_transport import InputRefused
-from theseus_transport.activations import row_mixing as tokens
+from theseus_transport.activations import row_mixing
 from theseus_transport.activations.moments import CrossMoment, Energy, add_energies, affine, update_together
 from theseus_transport.activations.row_mixing import RowMixing
 
@@ -84,11 +84,11 @@ def test_derive_passes_through_a_row_mixing() -> None:
     """Rows sum to one, so a mixed moment follows a layer with a bias like any other; its count is the rows'."""
     draw = Draw(0)
     x, y, layers = draw(12, 4), draw(8, 5), (draw(3, 5), draw(6, 6))
-    mixing = tokens.linear(12, 8)
+    mixing = row_mixing.linear(12, 8)
     outputs = [z @ w[:, :-1].T + w[:, -1] for z, w in zip((x, y), layers, strict=True)]
     assert_same(moment(x, y, mixing).derive(*layers), moment(*outputs, mixing), energies=False)
-    selected = tokens.select(torch.arange(8) % 2)
-    assert moment(x, y, tokens.linear(12, 4), selected).count == 4
+    selected = row_mixing.select(torch.arange(8) % 2)
+    assert moment(x, y, row_mixing.linear(12, 4), selected).count == 4
 
 
 @QUICK
@@ -128,7 +128,7 @@ def test_centred_is_the_moment_about_the_means(seed: int, count: int, own: int, 
 @pytest.mark.parametrize("sides", ["source", "target", "both"])
 def test_mixing_on_either_side(sides: str, dtype: torch.dtype) -> None:
     draw = Draw(1)
-    mixings = [tokens.linear(20, 9) if sides in (side, "both") else None for side in ("source", "target")]
+    mixings = [row_mixing.linear(20, 9) if sides in (side, "both") else None for side in ("source", "target")]
     x, y = (draw(9 if m is None else 20, d).to(dtype) for m, d in zip(mixings, (4, 5), strict=True))
     mixed = [z.double() if m is None else m(z.double()) for z, m in zip((x, y), mixings, strict=True)]
     ours, expected = moment(x, y, *mixings), moment(*mixed)
@@ -175,7 +175,7 @@ def test_energies_of_mixed_rows_and_of_several_chunks() -> None:
     rows = 4096 + 7  # more than cross_moment_ multiplies at once
     x, y = draw(rows, 4), draw(11, 5)
     found = Energy.zeros(4, 5)
-    mixing = tokens.linear(11, rows)
+    mixing = row_mixing.linear(11, rows)
     found.update(x.float(), y, None, mixing)
     torch.testing.assert_close(found.source, x.float().double().square().sum(0), **ROUNDING)
     torch.testing.assert_close(found.target, mixing(y).square().sum(0), **ROUNDING)
@@ -185,7 +185,7 @@ def test_energies_of_mixed_rows_and_of_several_chunks() -> None:
 
 def test_nothing_waits_for_a_device_while_tokens_are_added() -> None:
     """Of several outputs and spaces at once; what is added is what each alone would be."""
-    draw, mixing = Draw(5), tokens.linear(9, 14)
+    draw, mixing = Draw(5), row_mixing.linear(9, 14)
     rows = [draw(9, width) for width in (4, 7)]
     alone = [Energy.zeros(x.shape[1], 2) for x in rows]
     for energy, x in zip(alone, rows, strict=True):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from theseus_transport import InputRefused
-from theseus_transport.activations import row_mixing as tokens
+from theseus_transport.activations import row_mixing
 from theseus_transport.activations.row_mixing import RowMixing
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -28,11 +28,11 @@ def stochastic(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 MIXINGS = {
-    "select": tokens.select(torch.tensor([True, False, True, True, False])),
-    "mean": tokens.mean(5),
-    "linear": tokens.linear(5, 8),
-    "bilinear": tokens.bilinear((2, 2), (3, 3)),
-    "sparse": tokens.from_dense(stochastic(4, 5, 0)),
+    "select": row_mixing.select(torch.tensor([True, False, True, True, False])),
+    "mean": row_mixing.mean(5),
+    "linear": row_mixing.linear(5, 8),
+    "bilinear": row_mixing.bilinear((2, 2), (3, 3)),
+    "sparse": row_mixing.from_dense(stochastic(4, 5, 0)),
     "one entry per row": RowMixing(torch.tensor([3, 1]), 5, torch.tensor([0, 1, 2])),
 }
 
@@ -41,7 +41,7 @@ MIXINGS = {
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6))
 def test_a_mixing_is_its_matrix(rows: int, columns: int, seed: int) -> None:
     matrix = stochastic(rows, columns, seed)
-    mixing = tokens.from_dense(matrix)
+    mixing = row_mixing.from_dense(matrix)
     assert mixing.rows == rows and mixing.tokens == columns and len(mixing.column) == int((matrix != 0).sum())
     assert torch.equal(dense(mixing), matrix)
     x = torch.randn(columns, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -54,7 +54,7 @@ def test_mixing_commutes_with_a_linear_layer(rows: int, columns: int, seed: int)
     """Why rows must sum to one: the bias passes through."""
     generator = torch.Generator().manual_seed(seed)
     x, w, b = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((columns, 4), (3, 4), (3,)))
-    mixing = tokens.from_dense(stochastic(rows, columns, seed))
+    mixing = row_mixing.from_dense(stochastic(rows, columns, seed))
     torch.testing.assert_close(mixing(x @ w.T + b), mixing(x) @ w.T + b, **ROUNDING)
 
 
@@ -81,22 +81,22 @@ def test_select_keeps_order_and_never_touches_masked_rows() -> None:
     mask = torch.tensor([[1, 1, 0], [0, 1, 0]])
     x = torch.arange(12.0).reshape(6, 2)
     x[mask.flatten() == 0] = torch.nan  # multiplied by 0 it would spread
-    kept = tokens.select(mask)
+    kept = row_mixing.select(mask)
     assert kept.row_ptr is None and kept.weight is None and kept.rows == 3
     assert torch.equal(kept(x), x[[0, 1, 4]])
-    assert tokens.select(torch.zeros(4)).rows == 0
+    assert row_mixing.select(torch.zeros(4)).rows == 0
 
 
 def test_mean() -> None:
     x = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(tokens.mean(7)(x), x.mean(0, keepdim=True), **ROUNDING)
+    torch.testing.assert_close(row_mixing.mean(7)(x), x.mean(0, keepdim=True), **ROUNDING)
 
 
 @pytest.mark.parametrize("size", [(5, 8), (8, 5), (6, 6), (1, 4), (7, 1), (50, 197)], ids=str)
 def test_linear_is_torchs_interpolation(size: tuple[int, int]) -> None:
     x = torch.randn(size[0], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(x.T[None], size=size[1], mode="linear", align_corners=False)[0].T
-    torch.testing.assert_close(tokens.linear(*size)(x), expected, **ROUNDING)
+    torch.testing.assert_close(row_mixing.linear(*size)(x), expected, **ROUNDING)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])
@@ -106,7 +106,7 @@ def test_bilinear_is_torchs_interpolation(grids: tuple[tuple[int, int], tuple[in
     x = torch.randn(prefix + rows * columns, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     image = x[prefix:].T.reshape(1, 3, rows, columns)
     expected = F.interpolate(image, size=to, mode="bilinear", align_corners=False).reshape(3, -1).T
-    mixed = tokens.bilinear((rows, columns), to, prefix=prefix)(x)
+    mixed = row_mixing.bilinear((rows, columns), to, prefix=prefix)(x)
     assert torch.equal(mixed[:prefix], x[:prefix])
     torch.testing.assert_close(mixed[prefix:], expected, **ROUNDING)
 
@@ -120,7 +120,7 @@ def spans(cuts: list[int]) -> torch.Tensor:
 def test_overlap_shares_characters(source: set[int], target: set[int]) -> None:
     """Row of a target token: which share of its characters each source token holds. The text has 20 characters."""
     own, other = (spans([0, *sorted(cuts), 20]) for cuts in (source, target))
-    mixing, kept = tokens.overlap(own, other)
+    mixing, kept = row_mixing.overlap(own, other)
     assert bool(kept.all())
     sets = [[set(range(*span)) for span in side.tolist()] for side in (own, other)]
     expected = torch.tensor([[len(s & t) / len(t) for s in sets[0]] for t in sets[1]], dtype=torch.float64)
@@ -131,18 +131,18 @@ def test_overlap_leaves_out_what_shares_nothing() -> None:
     """Special tokens hold no characters; a gap of the source's leaves target tokens without a partner."""
     own = torch.tensor([[0, 0], [0, 4], [8, 10]])
     other = torch.tensor([[0, 0], [0, 2], [2, 9], [5, 7], [10, 10]])
-    mixing, kept = tokens.overlap(own, other)
+    mixing, kept = row_mixing.overlap(own, other)
     assert kept.tolist() == [False, True, True, False, False]
     expected = torch.tensor([[0, 1, 0], [0, 2 / 3, 1 / 3]], dtype=torch.float64)
     torch.testing.assert_close(dense(mixing), expected, **ROUNDING)
-    nothing, kept = tokens.overlap(own, other[[0, 3]])
+    nothing, kept = row_mixing.overlap(own, other[[0, 3]])
     assert nothing.rows == 0 and not kept.any() and nothing(torch.ones(3, 2)).shape == (0, 2)
 
 
 def test_refusals_say_what_is_wrong() -> None:
     with pytest.raises(InputRefused, match=r"a row sums to 0\.75, but every row must sum to 1"):
-        tokens.from_dense(torch.tensor([[0.5, 0.5], [0.75, 0.0]]))
+        row_mixing.from_dense(torch.tensor([[0.5, 0.5], [0.75, 0.0]]))
     with pytest.raises(InputRefused, match=r"a row sums to 0, but every row must sum to 1"):
-        tokens.from_dense(torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
+        row_mixing.from_dense(torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
     with pytest.raises(InputRefused, match=r"without weights every row needs exactly one entry; pass weights"):
         RowMixing(torch.tensor([0, 1]), 2, torch.tensor([0, 2]))

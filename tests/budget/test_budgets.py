@@ -10,7 +10,7 @@ from helpers.command import identical
 from helpers.large_pairs import MIDDLE, TINY, job_of, written
 from random_checkpoint import GEOMETRIES, ModelSizes, parameters
 from theseus_transport.budget import plan as plan_module
-from theseus_transport.budget import terms as amounts
+from theseus_transport.budget import terms
 from theseus_transport.budget.plan import Plan, fitted
 from theseus_transport.budget.sizes import Sizes
 from theseus_transport.calibration.extent import Extent
@@ -110,7 +110,7 @@ def test_8b_fits_a_small_gpu(offload):
 @pytest.mark.parametrize(("pair", "batch_size"), [(TINY, 2), (SMALL, 1)], ids=["tiny", "small"])
 def test_budgets_change_no_byte_at_one_batch_size(pair, batch_size, tmp_path, monkeypatch, tried):
     """A run under every budget that another choice answers, beside one of the same batch size without a budget."""
-    monkeypatch.setattr(amounts, "TILE", MIB)  # else what tables may take hides what these models do
+    monkeypatch.setattr(terms, "TILE", MIB)  # else what tables may take hides what these models do
     root = written(tmp_path, pair, samples=9, length=16)
     options = {"tokens": 8 * 16, "batch_size": batch_size, "held_out": False}
     with pytest.raises(tt.ResourceError):

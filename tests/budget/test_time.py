@@ -10,9 +10,9 @@ import theseus_transport
 import torch
 from exact.models import LLAMA, base, batches, tune
 from helpers.tiny_models import adapter
-from theseus_transport import Delta, Recipe, align, transport
+from theseus_transport import Delta, Recipe, align, machine, transport
 from theseus_transport.activations.links import Pairs
-from theseus_transport.budget import time as predict
+from theseus_transport.budget import time as time_module
 from theseus_transport.budget.choice import Choice
 from theseus_transport.budget.time import Effort, decompositions, forward, move_flops, polar_flops
 from theseus_transport.calibration.extent import Extent
@@ -92,7 +92,7 @@ def test_a_bias_that_only_the_target_has_costs_nothing_and_counts_nowhere():
 
 
 def test_the_rate_is_of_this_machine(monkeypatch):
-    monkeypatch.setattr(predict, "TRIAL", 768)  # as a user's job measures it
+    monkeypatch.setattr(machine, "TRIAL", 768)  # as a user's job measures it
     slow, fast = rate(torch.float64), rate(torch.float32)
     assert 1e7 < slow < 1e15 and 1e7 < fast < 1e16  # from a microcontroller to more than any accelerator
 
@@ -140,7 +140,7 @@ def of_queries(root, tmp_path_factory):
 
 def test_a_job_predicts_what_it_needs_alone(of_queries, root, monkeypatch):
     """Of queries in the first block: one block of each model, the space they read, and heads."""
-    monkeypatch.setattr(predict, "rate", lambda dtype, device: 1.0)  # seconds are flops
+    monkeypatch.setattr(time_module, "rate", lambda dtype, device: 1.0)  # seconds are flops
     session = Session(of_queries)
     sides = [Checkpoint.open(root / "causal" / side) for side in ("source", "target")]
     geometries = [Geometry.of(side.config) for side in sides]
@@ -162,7 +162,7 @@ def test_a_job_predicts_what_it_needs_alone(of_queries, root, monkeypatch):
 
 
 def test_a_lora_of_queries_is_a_small_part_of_a_full_tune(of_queries, root, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "rate", lambda dtype, device: 1.0)
+    monkeypatch.setattr(time_module, "rate", lambda dtype, device: 1.0)
     full = replace(of_queries, tuned=str(root / "causal" / "tuned"))
     known = [Session(replace(job, tokens=128, out=tmp_path / "out")).seconds for job in (of_queries, full)]
     assert all(few < part / 2 + 1 for few, part in zip(*(known[i].values() for i in (0, 1)), strict=True))

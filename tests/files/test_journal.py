@@ -10,8 +10,7 @@ import pytest
 import torch
 from helpers.three_steps import OLD, Loop, Stop, content, loop, names
 from theseus_transport.errors import AlreadyDone, InputRefused, NumericalError, ReadFailed, ResourceError
-from theseus_transport.files import journal
-from theseus_transport.files import run_folder as workplace
+from theseus_transport.files import journal, run_folder
 from theseus_transport.files.checkpoint import Checkpoint
 from theseus_transport.files.result_folder import differences
 from theseus_transport.files.writer import Output, Planned, write_checkpoints
@@ -94,7 +93,7 @@ def test_interrupt_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, dropped: tuple[str, ...]
 ) -> None:
     loop(tmp_path / "straight", dropped=dropped).run()
-    module = journal if function == "seal" else workplace
+    module = journal if function == "seal" else run_folder
     calls, work = itertools.count(), getattr(module, function)
 
     def signalled(*known: object, **more: object) -> None:

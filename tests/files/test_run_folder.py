@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.three_steps import KEY, Stop, content, interrupted, loop, names
 from theseus_transport.errors import AlreadyDone, InputRefused
-from theseus_transport.files import run_folder as workplace
+from theseus_transport.files import run_folder
 from theseus_transport.files.journal import Work
 from theseus_transport.files.run_record import signed
 from theseus_transport.files.writer import Output, Planned
@@ -164,7 +164,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 def test_damage_between_the_last_commit_and_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(workplace, "put_in_place", lambda *_, **__: Stop("", KeyboardInterrupt())(""))
+        patch.setattr(run_folder, "put_in_place", lambda *_, **__: Stop("", KeyboardInterrupt())(""))
         with pytest.raises(KeyboardInterrupt):
             loop(tmp_path / "out").run()
     (tmp_path / ".out.theseus/staged-1").rename(tmp_path / "lost")
@@ -201,14 +201,14 @@ def test_second_process_is_refused(tmp_path: Path) -> None:
 
 def test_room_counts_what_is_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    check = workplace.check_target
+    check = run_folder.check_target
 
     def spy(place: Path, target: Path, nbytes: int, **options: object) -> None:
         asked.append(nbytes)
         check(place, target, nbytes, **options)
 
     big = [Planned(n, (1 << 20,), torch.uint8, lambda rows: torch.ones(1 << 20, dtype=torch.uint8)) for n in "abcd"]
-    monkeypatch.setattr(workplace, "check_target", spy)
+    monkeypatch.setattr(run_folder, "check_target", spy)
     options = {"stem": "model", "key": {}, "overwrite": False}
     with Work.open(tmp_path / "out", [Output(tmp_path / "out", big)], resume=False, **options) as work:
         work.write("a"), work.write("c")

@@ -14,7 +14,7 @@ IMPORTED = [
     "peft",
     "transformers.models.llama.modeling_llama",
 ]
-TRIAL = 64  # instead of predict.TRIAL: every job multiplies matrices for longer than it moves tiny models
+TRIAL = 64  # instead of machine.TRIAL: every job multiplies matrices for longer than it moves tiny models
 STEADY = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc raises it, and holes of its heap vary by tens of MiB
 
 
@@ -28,10 +28,10 @@ def _context() -> Any:
 
 def _ready() -> None:
     import torch
-    from theseus_transport.budget import time as predict
+    from theseus_transport import machine
 
     torch.set_num_threads(1)
-    predict.TRIAL = TRIAL
+    machine.TRIAL = TRIAL
 
 
 def _made_ready(work: Callable[..., object], arguments: tuple[object, ...]) -> None:

@@ -16,7 +16,7 @@ from helpers.openclip_tower import Clip, Tower
 from safetensors import safe_open
 from safetensors.torch import load_file
 from theseus_transport import Delta, Recipe, align, transport
-from theseus_transport.activations import row_mixing as tokens
+from theseus_transport.activations import row_mixing
 from theseus_transport.activations.moments import CrossMoment
 from theseus_transport.activations.row_mixing import RowMixing
 from theseus_transport.linalg.procrustes import FLOOR, procrustes
@@ -99,10 +99,10 @@ def rows(name: str, tap: str) -> tuple[torch.Tensor, torch.Tensor]:
     counts = [side.shape[1] for side in sides]
     mixings: list[RowMixing | None] = [None, None]
     if option(name, "seq_align") == "mean":
-        mixings = [tokens.mean(count) for count in counts]
+        mixings = [row_mixing.mean(count) for count in counts]
     elif counts[0] != counts[1]:
         geometry = (facts["geometry"][side] for side in ("source", "target"))
-        mixings[0] = tokens.bilinear(*((side["image"] // side["patch"],) * 2 for side in geometry))
+        mixings[0] = row_mixing.bilinear(*((side["image"] // side["patch"],) * 2 for side in geometry))
     flat = [side.flatten(0, 1) for side in sides]
     mixed = (x if m is None else m.batched(len(sides[0]))(x) for x, m in zip(flat, mixings, strict=True))
     return tuple(mixed)  # type: ignore[return-value]

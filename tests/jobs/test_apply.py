@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from theseus_transport import Alignment, InputRefused
 from theseus_transport.cli.main import app
 from theseus_transport.files.result_folder import differences
-from theseus_transport.updates import layer_moves as moves
 from theseus_transport.updates.alpha import chosen, folders
+from theseus_transport.updates.layer_moves import Move
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -160,8 +160,8 @@ def test_several_strengths_are_what_each_alone_is(root, maps, tmp_path):
 def test_several_strengths_move_each_layer_once(root, maps, tmp_path, monkeypatch, tuned):
     calls = []
     for name in ("dense", "factors"):
-        original = getattr(moves.Move, name)
-        monkeypatch.setattr(moves.Move, name, lambda *a, f=original, **k: calls.append(a[0].into.name) or f(*a, **k))
+        original = getattr(Move, name)
+        monkeypatch.setattr(Move, name, lambda *a, f=original, **k: calls.append(a[0].into.name) or f(*a, **k))
     invoke("apply", maps, root / tuned, tmp_path / "out", "--alpha", "0.5,1,2")
     assert calls and len(calls) == len(set(calls))
 

@@ -5,7 +5,7 @@ import torch
 from helpers.no_waiting import NoHost
 from theseus_transport.activations.moments import CrossMoment
 from theseus_transport.linalg import polar
-from theseus_transport.recipes import head_pairing as pairing
+from theseus_transport.recipes import head_pairing
 from theseus_transport.recipes.head_pairing import HeadPairing, nuclear, pair_heads, similarity
 
 TOKENS, SIZE = 60, 5
@@ -130,9 +130,9 @@ def test_a_device_decomposes_heads_where_they_lie(largest: int, monkeypatch: pyt
     source[:, 2] = 0  # a silent head
     found = moment(source, disguised(source, [4, 2, 0, 5, 1, 3], SIZE + 3))
     expected, fetched, real = similarity(found, (6, 6)), [], torch.Tensor.cpu
-    for place in (pairing, polar):
+    for place in (head_pairing, polar):
         monkeypatch.setattr(place, "remote", lambda x: True)
-    monkeypatch.setattr(pairing, "LARGEST_ON_CUDA", largest)
+    monkeypatch.setattr(head_pairing, "LARGEST_ON_CUDA", largest)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: (fetched.append(x.shape), real(x))[1])
     torch.testing.assert_close(similarity(found, (6, 6)), expected, rtol=0, atol=6 * 1e-6)  # 6 directions at the floor
     assert fetched == [(6, 6)]

@@ -13,7 +13,7 @@ from test_presumed import CONFIG
 from test_tiles import big
 from theseus_transport import Alignment, Delta, InputRefused, Update, align, transport
 from theseus_transport.jobs.prepared import Inputs
-from theseus_transport.models import tensors as models
+from theseus_transport.models import tensors as tensors_module
 from theseus_transport.models.pair import Pair
 from theseus_transport.models.tensors import CPU
 from theseus_transport.recipes.maps import Dense, Factored, Heads, Identity, Map, on
@@ -83,7 +83,7 @@ def moved(
 def test_moves_agree_on_every_device(
     name: str, kind: str, tile: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "TILE", tile)
+    monkeypatch.setattr(tensors_module, "TILE", tile)
     update, expected = moved(name, kind, device=device), moved(name, kind)
     assert update.source.device.type == update.target.device.type == device and expected.source.device == CPU
     assert update.keys() == expected.keys() and len(update) >= len(LAYERS.get(name, ()))
@@ -122,11 +122,11 @@ def test_moves_follow_the_target(device: str) -> None:
 def test_where_a_target_lies() -> None:
     on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
     some = {"a": torch.ones(1), "b": torch.ones(1, device="meta")}
-    assert models.device_of(some) == CPU  # a module whose weights were offloaded
-    assert models.device_of({**some, "c": on_gpu}) == torch.device("cuda", 1)  # type: ignore[dict-item]
+    assert tensors_module.device_of(some) == CPU  # a module whose weights were offloaded
+    assert tensors_module.device_of({**some, "c": on_gpu}) == torch.device("cuda", 1)  # type: ignore[dict-item]
     disk = type("Disk", (dict,), {"shapes": {}})(c=on_gpu)
-    assert models.device_of(disk) == CPU  # what is read from a file lies on the CPU
-    assert models.device_of(nn.Linear(1, 1).state_dict()) == CPU
+    assert tensors_module.device_of(disk) == CPU  # what is read from a file lies on the CPU
+    assert tensors_module.device_of(nn.Linear(1, 1).state_dict()) == CPU
 
 
 def test_a_gpu_that_is_not_there_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

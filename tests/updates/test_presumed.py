@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from theseus_transport import Alignment, Delta, Update, align, transport
 from theseus_transport.alignment.alignment import outline
 from theseus_transport.files.writer import Planned
-from theseus_transport.models import tensors as models
+from theseus_transport.models import tensors as tensors_module
 from theseus_transport.models.precision import Rounding
 from theseus_transport.updates.adapter import PREFIX
 from theseus_transport.updates.alpha import matched
@@ -43,8 +43,8 @@ PAIRS: dict[str, tuple[Spec, Spec]] = {
 def tiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Tables in one piece, or in tiles of 7 target rows; and elementwise steps in pieces of 100."""
     if request.param == "tiles":
-        monkeypatch.setattr(models, "TILE", 8 * 36 * 7)
-        monkeypatch.setattr(models, "PIECE", 100)
+        monkeypatch.setattr(tensors_module, "TILE", 8 * 36 * 7)
+        monkeypatch.setattr(tensors_module, "PIECE", 100)
     return str(request.param)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_presumed import PAIRS, Disk, aligned, late
 from theseus_transport import Delta, InputRefused, Update, transport
-from theseus_transport.models import tensors as models
+from theseus_transport.models import tensors as tensors_module
 from theseus_transport.updates.changes import first_change
 from theseus_transport.updates.output import planned
 from torch import Tensor
@@ -54,7 +54,7 @@ def test_the_first_change_is_found_with_little_reading() -> None:
 
 def test_tensors_are_compared_up_to_the_first_rows_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row first, then twice as many each time, up to a piece: here 8 rows."""
-    monkeypatch.setattr(models, "PIECE", 8 * 24)
+    monkeypatch.setattr(tensors_module, "PIECE", 8 * 24)
     update, own, other = on_disk("llama", lambda state: state[EMBEDDING][16].add_(1))
     update.compare(["embed_tokens.weight", "lm_head.weight"])
     assert update.unchanged == {"lm_head.weight"} and update.presumed.isdisjoint({"embed_tokens.weight"})

@@ -12,7 +12,7 @@ from exact.models import LLAMA, VIT, Draw, Spec, base, batches, tune
 from test_presumed import CONFIG, Disk, bits, made
 from theseus_transport import Alignment, Delta, Recipe, Update, align, transport
 from theseus_transport.alignment.alignment import outline
-from theseus_transport.models import tensors as models
+from theseus_transport.models import tensors as tensors_module
 from theseus_transport.models.base import Base
 from theseus_transport.models.family import Slot
 from theseus_transport.models.precision import Rounding
@@ -42,8 +42,8 @@ EMBEDDING, HEAD, LAYER = "model.embed_tokens.weight", "lm_head.weight", "model.l
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 7 rows of the target, pieces of 100 elements."""
-    monkeypatch.setattr(models, "TILE", 8 * 36 * ROWS)
-    monkeypatch.setattr(models, "PIECE", 100)
+    monkeypatch.setattr(tensors_module, "TILE", 8 * 36 * ROWS)
+    monkeypatch.setattr(tensors_module, "PIECE", 100)
 
 
 @cache
@@ -73,12 +73,12 @@ def moved_factors(pair: str, layer: str, **options: object) -> Update:
 @pytest.mark.parametrize("shape", [(60, 36), (7, 36), (8, 36), (1, 9000), (3, 36), (14, 36)], ids=str)
 def test_tiles_are_all_rows_in_order(shape: tuple[int, int], small: None) -> None:
     tiles = row_tiles(shape)
-    if 8 * shape[0] * shape[1] <= models.TILE:
+    if 8 * shape[0] * shape[1] <= tensors_module.TILE:
         assert tiles == ()
         return
     rows = [row for tile in tiles for row in range(tile.start, tile.stop)]
     assert rows == list(range(shape[0]))
-    assert all(8 * (t.stop - t.start) * shape[1] <= models.TILE or t.stop - t.start == 1 for t in tiles)
+    assert all(8 * (t.stop - t.start) * shape[1] <= tensors_module.TILE or t.stop - t.start == 1 for t in tiles)
 
 
 @pytest.mark.parametrize("shape", [(9000,), (), (0, 5), (40, 40, 40)], ids=str)
@@ -118,7 +118,7 @@ def test_rows_of_a_part_of_a_stored_tensor(part: int, transposed: bool) -> None:
 def test_tiles_make_the_update(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = dict(moved(pair, alpha=0.7))
     strength = matched(moved(pair))
-    monkeypatch.setattr(models, "TILE", 8 * 36 * ROWS if pair != "vit" else 8 * 36 * 2)
+    monkeypatch.setattr(tensors_module, "TILE", 8 * 36 * ROWS if pair != "vit" else 8 * 36 * 2)
     update = moved(pair, alpha=0.7)
     tiled = [name for name in update if update.tiles(name)]
     expected = {
@@ -141,7 +141,7 @@ def test_tiles_make_the_update(pair: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_tiles_make_the_product_of_factors(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"{layer}.weight"
     whole = moved_factors("llama", layer)[name]
-    monkeypatch.setattr(models, "TILE", 8 * 36 * ROWS)
+    monkeypatch.setattr(tensors_module, "TILE", 8 * 36 * ROWS)
     update = moved_factors("llama", layer)
     assert len(update.tiles(name)) == -(-len(whole) // ROWS)
     torch.testing.assert_close(update[name], whole, **ROUNDING)
@@ -210,7 +210,7 @@ def headed(mean: float) -> Update:
 def test_a_tiled_head_warns_once(mean: float, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = headed(mean)
     whole[HEAD]
-    monkeypatch.setattr(models, "TILE", 8 * 36 * ROWS)
+    monkeypatch.setattr(tensors_module, "TILE", 8 * 36 * ROWS)
     tiled = headed(mean)
     for _ in range(2):
         tiled[HEAD]
