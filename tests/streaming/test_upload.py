@@ -206,6 +206,7 @@ def walked(checkpoint: Checkpoint, device: torch.device) -> Iterator[int]:
     blocks = geometry.family.by_block(checkpoint)
     with Window(checkpoint) as window:
         skeleton = Skeleton(window, geometry, device)
+        window.send_to(skeleton.upload)
         for b in range(DEPTH):
             window.hold(blocks[b])
             window.prefetch(blocks.get(b + 1, []))
@@ -234,20 +235,25 @@ def test_what_was_sent_ahead_is_not_sent_again(checkpoint: Checkpoint, machines:
 
 
 @pytest.fixture
-def window(tmp_path: Path, machines: list[Simulated]) -> Iterator[Window]:
+def upload(machines: list[Simulated]) -> Upload:
+    return Upload(CPU, ["a", "b"])
+
+
+@pytest.fixture
+def window(tmp_path: Path, upload: Upload) -> Iterator[Window]:
     save_file({name: values((30,), torch.float32) for name in ("a", "b", "odd")}, tmp_path / "model.safetensors")
     with Window(Checkpoint.open(tmp_path)) as window:
-        window.upload = Upload(CPU, ["a", "b"])
+        window.send_to(upload)
         yield window
 
 
-def test_only_what_will_be_taken_is_sent(window: Window, machines: list[Simulated]) -> None:
+def test_only_what_will_be_taken_is_sent(window: Window, upload: Upload, machines: list[Simulated]) -> None:
     window.prefetch(window)
     window.hold(window)
     assert len(machines[0].memory) == 2 and window.held_bytes == 3 * 120
     window.hold(window)
     window.prefetch(window)
-    assert len(machines[0].memory) == 2 and len(window.upload._slots) == 1, "what is held opens no slot"
+    assert len(machines[0].memory) == 2 and len(upload._slots) == 1, "what is held opens no slot"
 
 
 @pytest.mark.parametrize("how", ["release", "close"])
@@ -260,17 +266,18 @@ def test_what_is_let_go_is_freed_on_the_device(how: str, window: Window, machine
     assert machines[0].in_use == (120 if how == "release" else 0)
 
 
-def test_a_copy_that_failed_is_told_where_it_is_wanted(window: Window, machines: list[Simulated]) -> None:
-    uploads = window.upload
+def test_a_copy_that_failed_is_told_where_it_is_wanted(
+    window: Window, upload: Upload, machines: list[Simulated]
+) -> None:
     machines[0].fails = True
     window.prefetch(["a", "b"])
     for name in "ab":
         with pytest.raises(RuntimeError, match="fell off the bus"):
             window.hold([name])
-    assert window.held_bytes == 0 and not any(slot.sent for slot in uploads._slots)
+    assert window.held_bytes == 0 and not any(slot.sent for slot in upload._slots)
     machines[0].fails = False
     window.hold(["a"])
-    assert bits(uploads.take("a", window["a"], torch.float32)) == bits(window["a"])
+    assert bits(upload.take("a", window["a"], torch.float32)) == bits(window["a"])
 
 
 def test_on_the_cpu_weights_share_the_window_s_memory() -> None:

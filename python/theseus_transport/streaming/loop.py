@@ -32,6 +32,7 @@ class Side:
     def __init__(self, window: Window, geometry: Geometry, batches: Sequence[Batch], device: torch.device) -> None:
         self.window, self.geometry, self.batches, self.device = window, geometry, batches, device
         self.skeleton = Skeleton(window, geometry, device)
+        window.send_to(self.skeleton.upload)
         self.calls: list[list[Call]] = []
         self.hidden: Hidden
         self._names = geometry.family.by_block(window)

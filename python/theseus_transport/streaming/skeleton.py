@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -28,9 +27,8 @@ TOWERS: dict[str, Any] = {"clip": transformers.CLIPVisionModel, "siglip": transf
 class Skeleton:
     """The backbone of a checkpoint, for forward passes in float32 (float64 where the checkpoint is), block by block.
 
-    What its window reads ahead is sent on to the device.
-
     Attributes:
+        upload: brings its weights to the device; a window that sends to it has them there ahead of time.
         model: parameters on the meta device, but for the block that is filled and what runs around the blocks.
         blocks: its blocks, first to last.
     """
@@ -46,12 +44,12 @@ class Skeleton:
         stored = {family.canonical(name): name for name in window}
         self._stored = {n: stored.get(family.canonical(n)) for n, _ in self.model.named_parameters()}
         _check_names(window, geometry, self._stored)
-        window.upload = self._upload = Upload(device, filter(None, self._stored.values()))
+        self.upload = Upload(device, filter(None, self._stored.values()))
         spelled = family.spelled(name for name, _ in self.model.named_modules())
         self._block_names = [spelled[f"{family.blocks}.{b}"] for b in range(geometry.depth)]
         self.blocks = [self.model.get_submodule(name) for name in self._block_names]
         self._meta = dict(self.model.named_parameters())
-        self._halves = lru_cache(maxsize=1)(partial(Halves, self.model, geometry))
+        self._last_halves: tuple[int, Halves] | None = None
 
     @contextmanager
     def filled(self, b: int, half: Half | None = None) -> Iterator[Callable[..., Any]]:
@@ -65,6 +63,12 @@ class Skeleton:
         finally:
             for name in names:
                 self._assign(name, self._meta[name])
+
+    def _halves(self, b: int) -> Halves:
+        """Of a block; its MLP's half goes on from its attention's, so these are one object's."""
+        if self._last_halves is None or self._last_halves[0] != b:
+            self._last_halves = b, Halves(self.model, self.geometry, b)
+        return self._last_halves[1]
 
     def norm(self, module: str) -> nn.Module:
         """A norm between blocks by its canonical name, with its weights, which stay: they are small."""
@@ -125,12 +129,12 @@ class Skeleton:
         ids = torch.cat([batch["input_ids"].flatten() for batch in batches]).unique()
         stored = self._stored[name]
         assert stored is not None
-        return Rows(ids.to(self._device), self._upload.bring(self._window.take(stored, ids), self._dtype))
+        return Rows(ids.to(self._device), self.upload.bring(self._window.take(stored, ids), self._dtype))
 
     def _fill(self, name: str) -> None:
         stored, meta = self._stored[name], self._meta[name]
         assert stored is not None
-        tensor = self._upload.take(stored, self._window[stored], self._dtype)
+        tensor = self.upload.take(stored, self._window[stored], self._dtype)
         if tensor.shape != meta.shape:
             raise InputRefused(f"{stored} is {list(tensor.shape)}, config.json asks for {list(meta.shape)}; {BELONG}")
         self._assign(name, nn.Parameter(tensor, requires_grad=False))

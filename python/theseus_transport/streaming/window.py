@@ -30,7 +30,6 @@ class Window(Mapping[str, Tensor]):
         checkpoint: what is read; `folder`, `config`, `shapes` and `dtypes` are its own.
         seconds_waiting: the time callers spent until their tensors were read.
         peak_held_bytes: the largest `held_bytes` so far.
-        upload: sends what is read ahead on to a device, on the same thread; None: nothing is sent.
 
     Every reading method raises KeyError for a name the checkpoint does not have, ReadFailed as Checkpoint does, and
     InputRefused for NaN or Inf.
@@ -43,23 +42,27 @@ class Window(Mapping[str, Tensor]):
         self.shapes, self.dtypes = checkpoint.shapes, checkpoint.dtypes
         self.seconds_waiting = 0.0
         self.peak_held_bytes = 0
-        self.upload: Upload | None = None
+        self._upload: Upload | None = None
         self._held: dict[str, Tensor] = {}
         self._coming: dict[str, Future[Tensor]] = {}
         self._reader: ThreadPoolExecutor | None = None
         self._alone = False  # no other thread could be started
 
+    def send_to(self, upload: Upload) -> None:
+        """Have `upload` send on to its device what is read ahead, and drop what is released, until this is closed."""
+        self._upload = upload
+
     def prefetch(self, names: Iterable[str]) -> None:
         """Start to read these on another thread, in this order; those held or on their way are not read again.
 
-        They are a block for `upload`. What fails, there too, is raised by the `hold` (or access) that wants it.
+        Sent on, they are one block. What fails, there too, is raised by the `hold` (or access) that wants it.
         """
         send = None
         for name in names:
             if name not in self._held and name not in self._coming:
                 self._expect(name)
-                if send is None and self.upload is not None:
-                    send = self.upload.ahead()
+                if send is None and self._upload is not None:
+                    send = self._upload.ahead()
                 if (coming := self._submitted(name, send)) is None:
                     return
                 self._coming[name] = coming
@@ -93,15 +96,15 @@ class Window(Mapping[str, Tensor]):
         self._held = {name: tensor for name, tensor in self._held.items() if name not in gone}
         coming = [self._coming.pop(name) for name in gone & self._coming.keys()]
         wait([read for read in coming if not read.cancel()])  # the memory is free when this returns
-        if self.upload is not None:
-            self.upload.drop(gone)
+        if self._upload is not None:
+            self._upload.drop(gone)
 
     def close(self) -> None:
         """Release everything, end the reading thread, send nothing on; the window can still be used."""
         self.release([*self._held, *self._coming])
         if self._reader is not None:
             self._reader.shutdown()
-        self._reader = self.upload = None
+        self._reader = self._upload = None
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """Consecutive rows of a tensor, [rows, ...]; where it is not held, only their bytes are read."""
