@@ -58,7 +58,7 @@ def carry_out(fitted: Fit, progress: Progress = quiet, *, finished: Callable[[],
         with Work.open(job.out, [Output(job.out, sink.tensors)], **writing) as work:
             sink.work = work
             alignment, passage = fitted.align(data, draft, sink, work, partial(progress, "align"))
-            for side, checkpoint in zip(SIDES, bases.checkpoints, strict=True):
+            for side, checkpoint in SIDES.zip(bases.checkpoints):
                 alignment.provenance[side]["content_hash"] = content_hash(checkpoint)
             alignment.provenance["warnings"] = list(warnings)  # for those who apply it
             outcome = _outcome(fitted, **told(alignment), warnings=warnings)

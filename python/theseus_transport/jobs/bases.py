@@ -40,6 +40,8 @@ from .checks import check_dtypes, read_geometry, trim_memory
 from .provenance import reference_of, versions
 from .settings import AlignJob
 
+ARGUMENTS = SIDES.map(str.upper)  # as the command names them
+
 
 @dataclass(frozen=True)
 class Bases:
@@ -65,13 +67,13 @@ class Bases:
         device, given = find_device(job.device), Pair(job.source, job.target)
         references = given.map(reference_of)
         checkpoints = given.map(lambda reference: Checkpoint.open(reference, allow_pickle=job.allow_pickle))
-        for name, checkpoint in zip(("SOURCE", "TARGET"), checkpoints, strict=True):
+        for name, checkpoint in ARGUMENTS.zip(checkpoints):
             if checkpoint.kind == "adapter":
                 base = checkpoint.adapter_config.get("base_model_name_or_path") or "which it does not name"
                 raise InputRefused(f"{name} {checkpoint.folder} is an adapter; give the base it was trained on, {base}")
-        first, second = (read_geometry(n, c) for n, c in zip(("SOURCE", "TARGET"), checkpoints, strict=True))
+        geometries = ARGUMENTS.zip(checkpoints).map(lambda named: read_geometry(*named))
         check_dtypes(*checkpoints)
-        return cls(job, device, references, checkpoints, Pair(first, second), checkpoints.map(Window))
+        return cls(job, device, references, checkpoints, geometries, checkpoints.map(Window))
 
     @property
     def source(self) -> Checkpoint:
@@ -147,8 +149,7 @@ class Bases:
 
     def _extent(self, tokens: int) -> Extent:
         most = self.job.batch_size if self.job.held_out else 0
-        infos = Pair(self.side(0), self.side(1))
-        return extent(self.job.calibration, infos, wanted=tokens, most=most, seed=self.job.seed)
+        return extent(self.job.calibration, self.infos, wanted=tokens, most=most, seed=self.job.seed)
 
     def solver(self) -> Solver:
         """One that knows what is needed; depths may be paired otherwise."""
@@ -159,10 +160,11 @@ class Bases:
         """By canonical names."""
         return self.windows.zip(self.geometries).map(lambda side: Base.of(*side))
 
-    def side(self, i: int) -> SideInfo:
-        """What calibration has to know of a model."""
-        folder, name = self.checkpoints[i].folder, ("SOURCE", "TARGET")[i]
-        return SideInfo.of(self.geometries[i], f"{name} {folder.name}", folder)
+    @property
+    def infos(self) -> Pair[SideInfo]:
+        """What calibration has to know of both models."""
+        named = zip(self.geometries, ARGUMENTS, self.checkpoints.map(lambda each: each.folder), strict=True)
+        return Pair(*(SideInfo.of(geometry, f"{name} {folder.name}", folder) for geometry, name, folder in named))
 
     def recipe(self) -> Recipe:
         """The job's, with the floor that follows the models' precision."""
@@ -180,9 +182,11 @@ class Bases:
         own = {"stem": stem, "key": key, "resume": self.job.resume, "overwrite": self.job.overwrite}
         return {"inputs": self.inputs, **own, **options}
 
-    def identity(self, side: int) -> dict[str, str]:
-        """Where a base is, and the hash of its headers."""
-        return {"reference": self.references[side], "header_hash": self.checkpoints[side].header_hash()}
+    @property
+    def identities(self) -> dict[str, dict[str, str]]:
+        """By side: where a base is, and the hash of its headers."""
+        known = zip(SIDES, self.references, self.checkpoints, strict=True)
+        return {side: {"reference": place, "header_hash": base.header_hash()} for side, place, base in known}
 
 
 @dataclass(frozen=True)
@@ -207,8 +211,7 @@ class Fit:
         tuned = job.tuned and Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
         data = load_calibration(
             job.calibration,
-            self.bases.side(0),
-            self.bases.side(1),
+            *self.bases.infos,
             tokens_wanted=self.tokens,
             batch_size=self.plan.choice.batch_size,
             seed=job.seed,
@@ -237,7 +240,7 @@ class Fit:
         Args:
             more: the tune; whole: by whole contents.
         """
-        named = zip(("SOURCE", "TARGET", "TUNED"), (*self.bases.checkpoints, *more), strict=False)
+        named = zip((*ARGUMENTS, "TUNED"), (*self.bases.checkpoints, *more), strict=False)
         files = {name: checkpoint.fingerprint(full=whole)["files"] for name, checkpoint in named}
         how = self.plan.choice
         known = {"calibration": data.fingerprint, "carried out": how.rounding} if data else {}
@@ -268,7 +271,7 @@ class Fit:
         passage = Passage(bases.windows, bases.geometries, data, solver, sink, work, bases.device, **how)
         held = passage.run(progress)
         provenance = {
-            **{side: bases.identity(i) for i, side in enumerate(SIDES)},
+            **bases.identities,
             "calibration": data.description,
             "calibration_fingerprint": data.fingerprint,
             "tokens": data.tokens,

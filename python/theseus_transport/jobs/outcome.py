@@ -15,6 +15,7 @@ import torch
 from ..alignment.alignment import Alignment
 from ..files.checkpoint import Checkpoint
 from ..machine import peak_memory
+from ..models.pair import SIDES
 from ..streaming.window import Window
 from .bases import Fit
 from .provenance import versions
@@ -117,7 +118,7 @@ def describe(job: Any, *checkpoints: Checkpoint) -> dict[str, Any]:
     classes = checkpoints[1].config.get("architectures")
     given = classes if isinstance(classes, list) else []
     named = [name for name in given if isinstance(name, str) and name.isidentifier()]  # it becomes code to be copied
-    hashes = {name: c.header_hash() for name, c in zip(("source", "target", "tuned"), checkpoints, strict=False)}
+    hashes = {name: c.header_hash() for name, c in zip((*SIDES, "tuned"), checkpoints, strict=False)}
     return {
         **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(job).items() if k not in RUNS},
         "fingerprints": hashes,

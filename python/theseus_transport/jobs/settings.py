@@ -11,6 +11,7 @@ import torch
 from ..alignment.alignment import Alignment
 from ..errors import InputRefused
 from ..files.located import located
+from ..models.pair import SIDES
 from ..recipes.recipe import Recipe
 from ..updates.alpha import MATCH, Alpha
 from .provenance import recorded_base
@@ -121,17 +122,21 @@ class Job(Running, Moving, Aligning):
     ) -> Job:
         """Apply the alignment in ``maps``, to the bases it records unless others are named."""
         recorded = Alignment.load(maps)
-        places = [source, target]
-        for i, side in enumerate(("source", "target")):
-            places[i] = places[i] or recorded_base(recorded, side).get("reference")
-            if not isinstance(places[i], str):
+
+        def place(side: str, given: str | None) -> str:
+            if given:
+                return given
+            found = recorded_base(recorded, side).get("reference")
+            if not isinstance(found, str):
                 raise InputRefused(f"{maps} does not say which {side} it was made for; give --{side}")
-            if not (source, target)[i]:  # on an alignment's word nothing is fetched
-                try:
-                    located(str(places[i]), download=False)
-                except InputRefused as error:
-                    raise InputRefused(f"the {side} of {maps}: {error}, or name it with --{side}") from error
-        return cls(str(places[0]), tuned, str(places[1]), out, recipe=recorded.recipe, maps=maps, **more)
+            try:  # on an alignment's word nothing is fetched
+                located(found, download=False)
+            except InputRefused as error:
+                raise InputRefused(f"the {side} of {maps}: {error}, or name it with --{side}") from error
+            return found
+
+        places = SIDES.zip((source, target)).map(lambda each: place(*each))
+        return cls(places.source, tuned, places.target, out, recipe=recorded.recipe, maps=maps, **more)
 
     @property
     def alignment(self) -> AlignJob:
