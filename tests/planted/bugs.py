@@ -57,16 +57,14 @@ def own_output(part: str, indent: int) -> str:
     )
 
 
-HEADS, SOLVER, PRECISION, STORED = (
-    f"theseus_transport/{name}.py"
-    for name in ("recipes/coherent_heads", "recipes/solver", "precision", "alignment/stored_maps")
+HEADS, SOLVER, STORED = (
+    f"theseus_transport/{name}.py" for name in ("recipes/coherent_heads", "recipes/solver", "alignment/stored_maps")
 )
-CAPTURE, COHERENT, ADAPTER, DEPTH, FAMILIES, FAMILY, LINKS, MAPS, MODELS = (
+CAPTURE, COHERENT, DEPTH, FAMILIES, FAMILY, LINKS, MAPS, MODELS = (
     f"theseus_transport/{name}.py"
     for name in (
         "activations/capture",
         "recipes/coherent",
-        "adapter",
         "alignment/block_pairing",
         "models/families",
         "models/family",
