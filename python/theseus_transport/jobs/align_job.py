@@ -15,7 +15,8 @@ from ..files.journal import Work
 from ..files.writer import Ending, Output
 from ..models.pair import SIDES
 from ..progress import Progress, quiet
-from ..streaming.sinks import MapSink
+from ..streaming.sinks import MapSink, map_tensors
+from ..updates.available import Available
 from .bases import Bases, Fit
 from .checks import check_values
 from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
@@ -52,11 +53,11 @@ def carry_out(fitted: Fit, progress: Progress = quiet, *, finished: Callable[[],
         data = fitted.calibration()
         draft = fitted.draft(data)
         clock.lap("calibration")
-        sink = MapSink(draft)
+        made = Available()
         key = fitted.key(data, recipe=asdict(draft.recipe), **options_of(job))
         writing = bases.writing(key, stem="maps", shard_size=2**62)
-        with Work.open(job.out, [Output(job.out, sink.tensors)], **writing) as work:
-            sink.work = work
+        with Work.open(job.out, [Output(job.out, map_tensors(draft, made))], **writing) as work:
+            sink = MapSink(made, work)
             alignment, passage = fitted.align(data, draft, sink, work, partial(progress, "align"))
             for side, checkpoint in SIDES.zip(bases.checkpoints):
                 alignment.provenance[side]["content_hash"] = content_hash(checkpoint)

@@ -14,9 +14,9 @@ from ..alignment.stored_maps import Stamp, stamp
 from ..files.journal import Work
 from ..files.writer import Planned
 from ..models.pair import Pair
-from ..recipes.maps import Map
 from ..recipes.ruleset import Ruleset
 from ..recipes.solver import Solver
+from ..updates.available import Available
 from ..updates.computed import ComputedUpdate
 from ..updates.output import Kind, Written
 from .schedule import Visit
@@ -141,26 +141,27 @@ class UpdateSink:
         return max((block for name in names if (block := family.block_of(name)) is not None), default=None)
 
 
+def map_tensors(draft: Alignment, available: Available) -> list[Planned]:
+    """Every tensor of the maps that an alignment of this outline may have, read where they are available."""
+    return [Planned(*planned, partial(_tensor, available, planned[0])) for planned in draft.planned_maps]
+
+
+def _tensor(available: Available, name: str, rows: slice | None) -> Tensor:
+    of, _, part = name.rpartition("/")
+    return available.maps[of].tensors()[part]
+
+
 class MapSink:
     """Writes every map of an alignment as soon as it is made.
 
     Attributes:
-        tensors: what is planned.
         stamps: of every map that was made, by name.
-        work: to write to; to be set before anything is taken.
     """
 
-    work: Work
-
-    def __init__(self, draft: Alignment) -> None:
-        """For all maps the alignment of this outline may have."""
-        self.tensors = [Planned(*planned, partial(self._made, planned[0])) for planned in draft.planned_maps]
+    def __init__(self, available: Available, work: Work) -> None:
+        """``work`` writes :func:`map_tensors` of what is ``available``."""
+        self._available, self._work = available, work
         self.stamps: dict[str, Stamp] = {}
-        self._maps = dict[str, Map]()
-
-    def _made(self, name: str, rows: slice | None) -> Tensor:
-        of, _, part = name.rpartition("/")
-        return self._maps[of].tensors()[part]
 
     def needs(self, solver: Solver) -> set[str]:
         return solver.every
@@ -169,14 +170,14 @@ class MapSink:
         pass
 
     def take(self, ruleset: Ruleset, visit: Visit | None) -> None:
-        self._maps = ruleset.maps
-        for name, made in ruleset.maps.items():
-            if name not in self.stamps:
-                self.stamps[name] = stamp(made)
-            for part in made.tensors():
-                self.work.write(f"{name}/{part}")
+        with self._available.showing(ruleset):
+            for name, made in ruleset.maps.items():
+                if name not in self.stamps:
+                    self.stamps[name] = stamp(made)
+                for part in made.tensors():
+                    self._work.write(f"{name}/{part}")
         if visit is None:
-            self.work.drop(self.work.pending)
+            self._work.drop(self._work.pending)
 
     def wanted(self) -> set[str]:
         return set()
