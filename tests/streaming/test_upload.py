@@ -1,135 +1,31 @@
 """Weights on their way to a device: on a simulated one, as late as a stream may be; on a GPU where there is one."""
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.command import held
+from helpers.simulated_device import BUFFER, Simulated, bits, simulated_devices
 from safetensors.torch import load_file, save_file
 from theseus_transport.files.checkpoint import Checkpoint
-from theseus_transport.jobs.settings import Job
-from theseus_transport.jobs.transport_job import Session
 from theseus_transport.models.geometry import Geometry
 from theseus_transport.streaming import upload as module
 from theseus_transport.streaming.skeleton import Skeleton
 from theseus_transport.streaming.upload import RING, Upload
 from theseus_transport.streaming.window import Window
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaModel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BUFFER = 64  # bytes, so that a matrix goes in many pieces
 DEPTH = 5
-LOST = 0xFF  # bytes of what nobody wrote: NaN in every format of floating point
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((), (0, 3), (5,), (16,), (17,), (32,), (7, 23))  # none, less than a piece, one, a little more, two, many
 
 
-class Reached:
-    """A point in a simulated stream."""
-
-    def __init__(self, wait: Callable[[], None]) -> None:
-        self.synchronize = wait
-
-
-@dataclass
-class Memory:
-    """Of a simulated device; ``free``: the moment of computing from which another tensor may have it."""
-
-    storage: StorageWeakRef
-    nbytes: int
-    used: bool = False
-    free: int | None = None
-
-
-class Simulated:
-    """A device whose streams do nothing before somebody waits for them, and whose memory is free no sooner.
-
-    What was copied from or never written holds NaN. Computing itself is the CPU's own, at once; but what it used is
-    free only once an event behind that has been waited for, as a GPU may lag.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.copies: list[tuple[Tensor, Tensor]] = []
-        self.copied = 0
-        self.now, self.passed = 1, 0  # of the computing stream
-        self.memory: list[Memory] = []
-        self.peak = self.pinned_bytes = 0
-        self.fails = False
-
-    def pinned(self, nbytes: int) -> Tensor:
-        self.pinned_bytes += nbytes
-        return torch.full((nbytes,), LOST, dtype=torch.uint8)
-
-    def empty(self, like: Tensor) -> Tensor:
-        with self.lock:
-            tensor = torch.empty_like(like)
-            module._bytes(tensor).fill_(LOST)
-            self.memory.append(Memory(StorageWeakRef(tensor.untyped_storage()), tensor.nbytes))
-            self.peak = max(self.peak, self.in_use)
-            return tensor
-
-    def copy(self, piece: Tensor, into: Tensor) -> Reached:
-        if self.fails:
-            raise RuntimeError("the device fell off the bus")
-        self.copies.append((piece, into))
-        end = len(self.copies)
-        return Reached(lambda: self.run(end))
-
-    def computed(self) -> Reached:
-        with self.lock:
-            self.in_use  # noqa: B018 - what was given up so far is given up by now
-            now, self.now = self.now, self.now + 1
-            return Reached(lambda: self.pass_by(now))
-
-    def use(self, tensor: Tensor, arrived: Reached) -> None:
-        arrived.synchronize()
-        (entry,) = (m for m in self.memory if m.storage == StorageWeakRef(tensor.untyped_storage()))
-        entry.used = True
-
-    def run(self, end: int) -> None:
-        with self.lock:
-            for i in range(self.copied, end):
-                piece, into = self.copies[i]
-                into.copy_(piece)
-                piece.fill_(LOST)
-                self.copies[i] = (piece[:0], piece[:0])
-            self.copied = max(self.copied, end)
-
-    def pass_by(self, now: int) -> None:
-        with self.lock:
-            self.passed = max(self.passed, now)
-
-    @property
-    def in_use(self) -> int:
-        """Bytes that nothing else can have."""
-        for entry in self.memory:
-            if entry.free is None and entry.storage.expired():
-                entry.free = self.now if entry.used else 0
-        return sum(entry.nbytes for entry in self.memory if entry.free is None or entry.free > self.passed)
-
-
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> list[Simulated]:
-    """Small buffers; every Upload from now on has a simulated device, which is put in this list."""
-    made: list[Simulated] = []
-
-    def simulated(device: torch.device) -> Simulated:
-        made.append(Simulated())
-        return made[-1]
-
-    monkeypatch.setattr(module, "machine_of", simulated)
-    monkeypatch.setattr(module, "BUFFER", BUFFER)
-    return made
-
-
-def bits(tensor: Tensor) -> bytes:
-    return module._bytes(tensor.cpu()).numpy().tobytes()
+    return simulated_devices(monkeypatch)
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -287,34 +183,6 @@ def test_on_the_cpu_weights_share_the_window_s_memory() -> None:
     assert bits(uploads.take("w", weight.half(), torch.float32)) == bits(weight.half().float())
 
 
-# --- whole jobs ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("peft", reason="tiny tunes are made with peft")
-    from helpers import tiny_models
-
-    return tiny_models.build(tmp_path_factory.mktemp("models"))
-
-
-def job_of(root: Path, out: Path, pair: str, **options: object) -> Job:
-    folders = (str(root / pair / name) for name in ("source", "tuned", "target"))
-    return Job(*folders, out, str(root / "ids.safetensors"), tokens=256, batch_size=4, **options)
-
-
-@pytest.mark.parametrize("pair", ["causal", "bf16"])
-def test_a_job_writes_the_same_bytes(pair: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                     request: pytest.FixtureRequest) -> None:  # fmt: skip
-    job = job_of(root, tmp_path / "plain", pair)
-    Session(job).run()
-    machines = request.getfixturevalue("machines")
-    Session(replace(job, out=tmp_path / "sent")).run()
-    plain, sent = held(tmp_path / "plain"), held(tmp_path / "sent")
-    assert machines and all(machine.memory for machine in machines)
-    assert plain.keys() == sent.keys() and all(bits(plain[name]) == bits(sent[name]) for name in plain)
-
-
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
@@ -343,20 +211,3 @@ def test_blocks_on_a_gpu_hold_the_file_s_bits(gpu: None, checkpoint: Checkpoint)
     converted = 0 if torch.float32 in checkpoint.dtypes.values() else 4 * elements
     tables = 1 << 14  # rotary frequencies, and rows compared above
     assert torch.cuda.max_memory_allocated() - before <= 2 * nbytes + converted + 3 * count * 512 + tables
-
-
-def test_a_job_on_a_gpu_makes_the_maps_of_the_cpu(gpu: None, root: Path, tmp_path: Path) -> None:
-    """What CONTRIBUTING asks of float32 wherever an answer is known: 1e-3, of the update and of every map's quality."""
-    outcomes = {}
-    for device in ("cpu", "cuda"):
-        outcomes[device] = Session(job_of(root, tmp_path / device, "causal", device=device)).run()
-    base = held(root / "causal" / "target")
-    ours, theirs = (
-        {name: (value - base[name]).double() for name, value in held(tmp_path / device).items() if name in base}
-        for device in ("cuda", "cpu")
-    )
-    assert ours.keys() == theirs.keys() and len(ours) > 10
-    apart = sum(float((ours[name] - theirs[name]).square().sum()) for name in ours)
-    assert apart <= 1e-3**2 * sum(float(value.square().sum()) for value in theirs.values())
-    for mine, other in zip(outcomes["cuda"].quality, outcomes["cpu"].quality, strict=True):
-        assert mine["space"] == other["space"] and mine["held"] == pytest.approx(other["held"], abs=1e-3)

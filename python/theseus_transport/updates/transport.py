@@ -126,9 +126,7 @@ class _Fates:
         self._plan_factors()
         self._settle()
         order = {name: i for i, name in enumerate(self.source.slots)}
-        self.update.coverage = sorted(
-            self.fates.values(), key=lambda told: order.get(self.family.canonical(told.tensor), -1)
-        )
+        self.update.coverage = sorted(self.fates.values(), key=lambda f: order.get(self.family.canonical(f.tensor), -1))
         if not (self.update or self.presumed or self.alignment.draft):
             self.update.settled()
         return self.update
@@ -257,8 +255,7 @@ class _Fates:
         weight, into = f"{part}.weight", f"{move.into.name}.weight"
         if weight in self.changed:
             raise InputRefused(f"the adapter both factors {spelled} and saves it whole")
-        reason = self._unfit(move)
-        if reason and reason != TIES:
+        if (reason := self._unfit(move)) and reason != TIES:
             return self._decide(part, "left", reason)
         factors, columns = adapter.factors(spelled), self.source.shape(weight)[1]
         rows = self.source.shape(weight)[0] * slot.parts
