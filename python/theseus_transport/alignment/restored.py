@@ -14,7 +14,7 @@ LARGEST = 2**63  # no number is; nor is NaN below it
 
 
 class Restored(NamedTuple):
-    """What a record tells of an alignment before it is trusted; the fields are those of :class:`Alignment`."""
+    """What a record tells of an alignment before it is trusted; the fields are those of ``Alignment``."""
 
     source: Geometry
     target: Geometry

@@ -14,7 +14,7 @@ class Choice:
         batch_size: samples per forward pass.
         ahead: blocks are read while the ones before them run.
         resident: hidden states stay in memory, rather than in files.
-        method: of decompositions (see :func:`procrustes`): ``auto`` is fast, ``iterate`` needs less memory.
+        method: of decompositions (``linalg/procrustes.py``): ``auto`` is fast, ``iterate`` needs less memory.
         polar: where maps are decomposed, ``device`` or ``cpu``.
         tiles: of columns in which moments are added up on a device, each by a pass of its own through the blocks.
         halves: attention and MLP of a block run one after the other, each with its own weights alone.

@@ -10,7 +10,7 @@ from ..errors import ResourceError
 from ..streaming.upload import BUFFER, RING
 from .choice import Choice
 from .sizes import Sizes
-from .terms import Amounts
+from .terms import Terms
 
 RUNTIME = 560 << 20  # bytes: the interpreter with torch, transformers and this package once everything is in use
 Bytes = dict[str, int]  # by stage
@@ -42,7 +42,7 @@ class Plan:
 
 def stages(sizes: Sizes, choice: Choice) -> Plan:
     """The peak of every stage of a run."""
-    a, gpu = Amounts(sizes, choice), sizes.device.type == "cuda"
+    a, gpu = Terms(sizes, choice), sizes.device.type == "cuda"
     if sizes.aligned:
         host = {"moves": RUNTIME + sum(sizes.stored) + sizes.tune + a.maps + a.move, "tables": RUNTIME + a.tables}
         device = {"moves": a.largest_map + a.largest_weight + a.move, "tables": a.tables}

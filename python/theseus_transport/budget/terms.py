@@ -19,7 +19,7 @@ ROWS_AHEAD = 4096  # kChunk of csrc/dispatch.h: so many rows of a space are mixe
 
 
 @dataclass(frozen=True)
-class Amounts:
+class Terms:
     """What a job holds that is carried out as ``choice`` says: every property that is a number is in bytes."""
 
     sizes: Sizes

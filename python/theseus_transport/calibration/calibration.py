@@ -62,7 +62,7 @@ def load_calibration(
 
     A tensor file holds `input_ids` [n, tokens] with optional `attention_mask` [n, tokens], or `pixel_values`
     [n, c, h, w]; names may carry `source.` and `target.` where the sides differ, then `offsets` [n, tokens, 2] may join
-    (see Calibration). Text (utf-8, or `.jsonl` of records, as :mod:`formats` says) is tokenized by each model's own
+    (see Calibration). Text (utf-8, or `.jsonl` of records, as ``formats.py`` says) is tokenized by each model's own
     tokenizer and packed into rows of `LENGTH` tokens, or as many as both can read; images are preprocessed as each
     preprocessor_config.json says. Of more data than `tokens_wanted` a sample drawn with `seed` is used, in its order,
     of less all, with a warning. With `hold_out` some more rows are drawn and held out, as :func:`drawn_rows` says.

@@ -56,7 +56,7 @@ class Extent:
 
 
 def extent(reference: str, infos: Pair[SideInfo], *, wanted: int, most: int, seed: int) -> Extent:
-    """The extent of what :func:`load_calibration` gives for these arguments; of a file that it refuses, anything.
+    """The extent of what ``load_calibration`` gives for these arguments; of a file that it refuses, anything.
 
     Args:
         wanted: tokens; most: samples that may be held out.

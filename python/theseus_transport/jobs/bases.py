@@ -16,7 +16,7 @@ from ..alignment.alignment import Alignment, outline
 from ..budget.needs import held_in_memory, needed, tokens_for
 from ..budget.plan import Plan, fitted
 from ..budget.sizes import Sizes
-from ..budget.terms import Amounts
+from ..budget.terms import Terms
 from ..budget.time import Effort, move_seconds
 from ..calibration.calibration import Calibration, load_calibration
 from ..calibration.extent import Extent, extent
@@ -139,7 +139,7 @@ class Bases:
             free=(free and free + resident_memory(), free_device_memory(self.device)),
         )
         if self.hidden and not aligned:
-            stored = Amounts(sizes, replace(plan.choice, resident=True)).hidden
+            stored = Terms(sizes, replace(plan.choice, resident=True)).hidden
             check_offload(self.hidden, stored, job.out, inputs=[*self.inputs, *inputs])
         seconds = move_seconds(flops, self.device)
         if not aligned:

@@ -67,7 +67,7 @@ def procrustes(
         toward: [..., dS, dT] companion cross-moment for ``completed``; without one, ``completed`` equals ``partial``.
         energies: ([dS], [dT]) of features that are comparable one by one (neurons): the rank is then that of their
             correlations, so one massive neuron does not make all others look undetermined. One map, no batch.
-        method: ``iterate`` needs less memory (:func:`polar_bytes`); ``lapack`` is torch's svd;
+        method: ``iterate`` needs less memory (``polar_bytes`` in ``polar.py``); ``lapack`` is torch's svd;
             ``auto`` iterates on CUDA, which has not run yet, and on the CPU large matrices of full rank. What
             iterations do not give (``svd``; on the CPU ``completed`` with ``toward`` below full rank) and what fails
             its certificate is left to ``lapack``.

@@ -68,7 +68,8 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Family:
-    """One record per family; adding a family is adding one, in ``families.py`` or with :func:`register`.
+    """One record per family; adding a family is adding one, in ``text_families.py`` or ``vision_families.py``, or with
+    ``theseus_transport.register``.
 
     Attributes:
         model_type: ``config.model_type``.
@@ -93,7 +94,7 @@ class Family:
         adapters: whether PEFT can wrap its layers.
         left: patterns of parameters that stay by rule, with the reason.
         aliases: (pattern, replacement) that turn other spellings into canonical names.
-        geometry: turns a config into the sizes :meth:`Geometry.of` reads, in transformers' usual names.
+        geometry: turns a config into the sizes ``Geometry.of`` reads, in transformers' usual names.
         recognise: config of a module that carries none, or None if the module is no such model.
     """
 

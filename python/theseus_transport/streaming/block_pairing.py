@@ -29,7 +29,7 @@ def pair_streamed(
 ) -> list[int | None]:
     """For every target block the source block that feeds it, or None; blocks that add nothing are never paired.
 
-    What :func:`pair_blocks` finds of whole models, of models read block by block; all of both is read once.
+    What ``alignment/block_pairing.py`` finds of whole models, of models read block by block; all of both is read once.
 
     Args:
         windows: over the checkpoints of source and target.

@@ -62,7 +62,7 @@ def transport(
     Raises:
         InputRefused: a changed tensor has no rule, nothing changed at all, an argument does not fit the others.
 
-    Source: arXiv 2602.12952 (the map of an update), and RECIPE fields of :class:`Recipe` for gains, biases and scales.
+    Source: arXiv 2602.12952 (the map of an update), and the fields of ``Recipe`` for gains, biases and scales.
     """
     check_kinds(alignment=(alignment, Alignment), delta=(delta, Delta))
     tensors = tensors_of(target)
