@@ -143,7 +143,7 @@ def effect_moment_(
     Args:
         inputs: what the layer reads, [tokens_T, d_in], float64, float32, bfloat16 or float16; strides are free.
         source_after, source_before: states of the source with and without its tune, [tokens_S, d_S], of one dtype.
-        target_after, target_before: states of the target with and without what moved so far, [tokens_T, d_T], likewise.
+        target_after, target_before: the target with and without what moved so far, [tokens_T, d_T], of one dtype.
         gram: [d_in, d_in]; source_cross: [d_in, d_S]; target_cross: [d_in, d_T]; float64, contiguous, as the others.
         input_sum, input_energy: [d_in]; source_sum, source_energy: [d_S]; target_sum, target_energy: [d_T].
         source_mixing: of the source's states; target_mixing: of the inputs and the target's states; None: row i is

@@ -89,11 +89,11 @@ class AlignSession:
         return self.fitted.plan
 
     def rehearse(self) -> Outcome:
-        """See :func:`rehearse`."""
+        """What :meth:`run` would do; all weights are read once, nothing is computed or written."""
         return rehearse(self.fitted)
 
     def run(self, progress: Progress = quiet) -> Outcome:
-        """See :func:`carry_out`."""
+        """Align and save, with fingerprints of both bases; errors are those of :func:`carry_out`."""
         return carry_out(self.fitted, progress, finished=self._finish)
 
     def _finish(self) -> None:

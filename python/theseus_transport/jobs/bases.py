@@ -91,7 +91,7 @@ class Bases:
 
     @property
     def bytes_of_maps(self) -> int:
-        """Of all that an alignment may hold."""
+        """Bytes of all maps that an alignment between the two bases may hold."""
         maps = outline(*self.geometries, self.job.recipe).planned_maps
         return sum(dtype.itemsize * prod(shape) for _, shape, dtype in maps)
 
@@ -157,7 +157,7 @@ class Bases:
         return recipe.solver(*self.models(), blocks, recipe)
 
     def models(self) -> Pair[Base]:
-        """By canonical names."""
+        """The two base models, with their tensors by canonical name."""
         return self.windows.zip(self.geometries).map(lambda side: Base.of(*side))
 
     @property

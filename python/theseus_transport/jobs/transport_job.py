@@ -145,11 +145,11 @@ class Session:
         return self.fitted.seconds
 
     def rehearse(self) -> Outcome:
-        """See :func:`rehearse`."""
+        """What :meth:`run` would do, calibration included; all weights are read, nothing is computed or written."""
         return rehearse(self.prepared, self.fitted)
 
     def run(self, progress: Progress = quiet) -> Outcome:
-        """See :func:`carry_out`."""
+        """Align unless an alignment is applied, move and write; errors are those of :func:`carry_out`."""
         return carry_out(self.prepared, self.fitted, progress, finished=self._finish)
 
     def _finish(self) -> None:

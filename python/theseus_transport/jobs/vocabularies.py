@@ -58,7 +58,7 @@ def one_tokenizer(source: Checkpoint, target: Checkpoint) -> bool:
 def check_rows(
     coverage: Sequence[TensorFate], source: Checkpoint, target: Checkpoint, tuned: Checkpoint | None = None
 ) -> None:
-    """Where rows of a vocabulary or classes move by index, they have to mean the same on both sides.
+    """Refuse, or warn of, rows of a vocabulary or classes that move by index and do not mean the same on both sides.
 
     Raises:
         InputRefused: the vocabularies are two.

@@ -135,8 +135,8 @@ def output_map(
     most in + 1, so the small polar factor holds all the data determines.
 
     Args:
-        moment: of the layers' inputs, uncentred (the recipe says whether to centre); grams: likewise, of both sides.
-        source: augmented weight [W b] [out_S, in_S + 1]; target: likewise.
+        moment: of the layers' inputs, uncentred (the recipe says whether to centre); grams: of the inputs, both sides.
+        source, target: augmented weights [W b], [out_S, in_S + 1] and [out_T, in_T + 1].
         polar: makes the polar factor; by default :func:`procrustes` as the recipe says.
 
     Returns:

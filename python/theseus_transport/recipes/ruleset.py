@@ -94,7 +94,7 @@ class Ruleset:
         self.reports.append(MapReport(name, source, target, rank, most, float(polar.gap.min()), tokens))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """As JSON and tensors; :meth:`restored` reads them."""
+        """The ruleset as JSON and tensors; :meth:`restored` reads them."""
         tensors = {f"maps/{name}/{part}": t for name, m in self.maps.items() for part, t in m.tensors().items()}
         plain = {kind: {k: asdict(r) for k, r in getattr(self, kind).items()} for kind in ("rules", "vectors")}
         pairings = {str(b): p.plain() for b, p in self.pairings.items()}

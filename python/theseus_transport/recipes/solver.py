@@ -83,7 +83,7 @@ class Solver(ABC):
 
     @classmethod
     def diagonal(cls, link: str, target: Geometry) -> int:
-        """Into how many blocks along its diagonal the map of a link falls."""
+        """The number of blocks along its diagonal into which the map of a link falls."""
         return 1
 
     def __init__(

@@ -125,7 +125,7 @@ class Skeleton:
         return fill
 
     def _rows(self, name: str, batches: Sequence[Batch]) -> Rows:
-        """Of the token embedding the rows that occur."""
+        """The token embedding, with the rows that occur alone."""
         ids = torch.cat([batch["input_ids"].flatten() for batch in batches]).unique()
         stored = self._stored[name]
         assert stored is not None
