@@ -1,7 +1,7 @@
 """On a device the maps of a portion that have one shape are made by one call."""
 
 import pytest
-from test_solver import CASES, RECIPES, evidence, opened, portions
+from helpers.solved import CASES, RECIPES, evidence, opened, portions
 from theseus_transport.recipes import coherent
 from theseus_transport.recipes.solver import Solver
 
