@@ -1,4 +1,4 @@
-"""How good an alignment is on rows it has not seen, and what is predicted of a job."""
+"""How good an alignment is on rows it has not seen, beside what chance would give."""
 
 import math
 

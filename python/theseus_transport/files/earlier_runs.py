@@ -73,7 +73,7 @@ def check_target(
 def check_room(places: Sequence[Path], nbytes: int, job: Any, *, inputs: Sequence[Path]) -> None:
     """Refuse folders that cannot be written, before anything heavy runs.
 
-    ``job`` has the fields of :class:`AlignJob`. A run that is resumed has its own room already; what lies there whole
+    ``job`` has the fields of ``AlignJob``. A run that is resumed has its own room already; what lies there whole
     is told apart once all that decides it is known.
     """
     if job.resume and (unfinished(job.out) or any((place / MANIFEST).exists() for place in places)):

@@ -34,7 +34,7 @@ class Pair(tuple[T, T]):  # a NamedTuple can be generic from Python 3.11 on
         return Pair(f(self.source), f(self.target))
 
     def zip(self, other: tuple[U, U]) -> Pair[tuple[T, U]]:
-        """Of either side, what it is here and what it is there."""
+        """For either side the two things that this pair and ``other`` have there, source first."""
         return Pair((self.source, other[0]), (self.target, other[1]))
 
 

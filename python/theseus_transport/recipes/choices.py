@@ -17,7 +17,7 @@ class RecipeChoices:
 
     Attributes:
         name: ``coherent`` or ``paper``.
-        null: what fills directions the data does not determine (see :func:`procrustes`).
+        null: what fills directions the data does not determine (``linalg/procrustes.py``).
         floor: share of the largest singular value below which a direction is undetermined.
         scale: ``norm`` scales by the ratio of energies, ``regression`` by least squares, forward at a layer's output
             and backward at its input, ``none`` does not (``paper`` never does).
