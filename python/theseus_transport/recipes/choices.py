@@ -17,7 +17,8 @@ class RecipeChoices:
 
     Attributes:
         name: ``coherent`` or ``paper``.
-        null: what fills directions the data does not determine (``linalg/procrustes.py``).
+        null: what fills directions the data does not determine: ``partial`` leaves them out, ``completed`` aligns them
+            by all depths together, ``svd`` keeps what LAPACK's rounding left there.
         floor: share of the largest singular value below which a direction is undetermined.
         scale: ``norm`` scales by the ratio of energies, ``regression`` by least squares, forward at a layer's output
             and backward at its input, ``none`` does not (``paper`` never does).
