@@ -14,7 +14,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): $(BIN)/python $(SOURCES)
-	$(BIN)/pip install --quiet "torch==$(TORCH)" "setuptools>=77" wheel pybind11 ninja
+	$(BIN)/pip install --quiet "torch==$(TORCH)" "clang-format==23.1.5" "setuptools>=77" wheel pybind11 ninja
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,demo]"
 	@mkdir -p $(@D) && touch $@
 
