@@ -236,8 +236,6 @@ def test_references_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
     save_file({"a": torch.ones(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(InputRefused, match="it holds weights.safetensors: give one"):
         Checkpoint.open(tmp_path)
-    with pytest.raises(InputRefused, match="'main' has no meaning"):
-        Checkpoint.open(tmp_path, revision="main")
     (tmp_path / "note.txt").write_text("")
     with pytest.raises(InputRefused, match="no .safetensors file"):
         Checkpoint.open(tmp_path / "note.txt")
@@ -254,9 +252,9 @@ def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert list(Checkpoint.open("me/tiny", revision="v1")) == ["a"]
+    assert list(Checkpoint.open("me/tiny")) == ["a"]
     name, options = calls[0]
-    assert name == "me/tiny" and options["revision"] == "v1" and not any(".bin" in p for p in options["allow_patterns"])
+    assert name == "me/tiny" and not any(".bin" in p for p in options["allow_patterns"])
     with pytest.raises(InputRefused, match=r"'me/gone' is neither.*\(ConnectionError: no route\); check the path"):
         Checkpoint.open("me/gone", allow_pickle=True)
     assert "pytorch_model*.bin" in calls[1][1]["allow_patterns"]
