@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import killed_commands, killed_jobs
 from helpers.command import identical, invoke
 from helpers.forked import apart, started
@@ -45,8 +46,17 @@ def test_a_signal_while_the_command_is_imported(number: int, code: int) -> None:
     assert json.loads(told) == {"error": "interrupted; nothing was written", "exit_code": code}
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As processes of their own have: bytes are promised for one thread count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("number, code", SIGNALS.items())
-def test_an_interrupted_command_says_how_to_go_on(number: int, code: int, tmp_path: Path) -> None:
+def test_an_interrupted_command_says_how_to_go_on(number: int, code: int, tmp_path: Path, one_thread: None) -> None:
     """A signal to a process of its own, behind a commit."""
     root = written(tmp_path, TINY, samples=128, length=16)  # 16 passes a block: it is at work when the signal comes
     call = [*arguments(root), "--tokens", 1024, "--json"]
