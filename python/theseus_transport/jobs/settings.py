@@ -73,7 +73,7 @@ class Running:
     max_ram: int | None = option(None, "Host memory the run may take, as 16GiB.", unset="what is available")
     max_memory: int | None = option(None, "Device memory the run may take, as 8GiB.", unset="what the device has free")
     offload_folder: Path | None = option(None, "Keep hidden states in files there.", unset="they stay in memory")
-    resume: bool = option(False, "Go on with the run into the same folder that was interrupted.")
+    resume: bool = option(False, "Go on with the run into the same folder that was interrupted, or begin.")
     overwrite: bool = option(False, "Replace the folder if it is not empty.")
     allow_pickle: bool = option(False, "Read .bin files (weights only).")
 
