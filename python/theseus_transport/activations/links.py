@@ -61,6 +61,14 @@ class Pairs:
         """The target's paired blocks in order, then None."""
         return [*(b for b, own in enumerate(self.blocks) if own is not None), None]
 
+    def reads_one_token(self, b: int) -> bool:
+        """Whether behind target block ``b`` both models read the class token alone, each behind its last block.
+
+        Then of all that the two blocks make, but for keys and values, that row alone matters.
+        """
+        last = b + 1 == self.target.depth and self.blocks[b] == self.source.depth - 1
+        return last and self.source.one_token and self.target.one_token
+
     @cached_property
     def moments(self) -> Mapping[str, Link]:
         """The spaces whose cross-moments are wanted, by name, in the order a forward pass of the target meets them.

@@ -69,6 +69,11 @@ def mixings(geometries: Pair[Geometry], source: Batch, target: Batch) -> Mixings
     return Pair(chosen, chosen)
 
 
+def of_class_token(geometries: Pair[Geometry], samples: int) -> Pair[RowMixing]:
+    """The class token alone of each of so many images, of both models: one row for each, whatever their patches."""
+    return geometries.map(lambda geometry: tokens.select(torch.arange(geometry.tokens) == 0).batched(samples))
+
+
 def _by_characters(source: Batch, target: Batch) -> Mixings:
     """Row mixings of a batch whose two sides were cut by different tokenizers."""
     columns, pointers, weights, kept_rows = [], [torch.zeros(1, dtype=torch.int64)], [], []

@@ -32,7 +32,7 @@ def read_geometry(name: str, checkpoint: Checkpoint) -> Geometry:
             f"which transformers does not load; save them under their own names ({unwrapped(wrapped)})"
         )
     try:
-        geometry = Geometry.of(checkpoint.config)
+        geometry = Geometry.of(checkpoint.config, checkpoint)
         check_shapes(geometry, canonical_shapes(geometry, checkpoint))
     except InputRefused as error:
         raise InputRefused(f"{name} {checkpoint.folder}: {error}") from error

@@ -52,9 +52,10 @@ class Base:
         Raises:
             InputRefused: the config is of no family, or the tensors have other shapes than it says.
         """
-        if geometry is None:
-            geometry = Geometry.of(config if config is not None else model if isinstance(model, nn.Module) else {})
         tensors = tensors_of(model)
+        if geometry is None:
+            own: Any = model if isinstance(model, nn.Module) else {}
+            geometry = Geometry.of(own if config is None else config, tensors)
         slots = geometry.family.index(tensors)
         if geometry.tied:
             slots.pop(f"{geometry.family.heads.get('vocabulary')}.weight", None)

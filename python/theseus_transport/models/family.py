@@ -87,6 +87,7 @@ class Family:
         embeddings: the parameters that make that output.
         heads: layers that read the final norm, by purpose; features of one purpose are the same on both sides.
         classes_read: how many times the head over classes reads the final norm's output, each time other tokens of it.
+        class_heads: purposes of heads that read the class token alone.
         tied: whether ``tie_word_embeddings`` is meant where a config does not say.
         class_token: images have one in front.
         fused: layer that keeps several -> names of the layers in it, in order; all relative to a block.
@@ -114,6 +115,7 @@ class Family:
     embeddings: tuple[Embedding, ...]
     heads: Mapping[str, str] = field(default_factory=dict)
     classes_read: int = 1
+    class_heads: tuple[str, ...] = ()
     prefix: str = ""
     query_norm: str | None = None
     key_norm: str | None = None

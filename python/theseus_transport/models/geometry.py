@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -67,6 +67,7 @@ class Geometry:
 
     Attributes:
         positions: tokens of the longest text it can read, or was made for; None where its config does not say.
+        one_token: behind the last block it has a head, and that reads the class token alone.
     """
 
     family: Family
@@ -84,6 +85,7 @@ class Geometry:
     registers: int = 0
     scaled: bool = False
     positions: int | None = None
+    one_token: bool = False
 
     @property
     def words(self) -> str:
@@ -91,13 +93,17 @@ class Geometry:
         return f"{self.family.model_type} of {self.depth} blocks, {self.width} wide"
 
     @classmethod
-    def of(cls, config: Any) -> Geometry:
+    def of(cls, config: Any, names: Iterable[str] = ()) -> Geometry:
         """The geometry of a model, from its transformers config, the config's dict, or the model itself.
+
+        Args:
+            names: of its stored tensors, which tell what heads it has; a model's own are known.
 
         Raises:
             InputRefused: the family is not supported, or a size is missing or impossible.
         """
         if isinstance(config, nn.Module):
+            names = names or [name for name, _ in config.named_parameters()]
             config = getattr(config, "config", None) or _recognised(config)
         values: Mapping[str, Any] = (
             config if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else vars(config)
@@ -121,6 +127,7 @@ class Geometry:
                 f"hidden_size {width}, {heads} attention heads and {kv_heads} key-value heads do not divide; "
                 "was config.json edited?"
             )
+        pooled = {f"{family.heads[purpose]}.weight" for purpose in family.class_heads}
         tied, positions = values.get("tie_word_embeddings"), values.get("max_position_embeddings")
         return cls(
             family=family,
@@ -138,6 +145,7 @@ class Geometry:
             scaled=bool(family.output_scale) and values.get("layer_scale") is not False,
             registers=0 if text or not family.embedding("register") else size("num_register_tokens"),
             positions=_size("max_position_embeddings", positions) if text and positions is not None else None,
+            one_token=values.get("class_pooled") is not False and any(family.canonical(n) in pooled for n in names),
         )
 
     def plain(self) -> dict[str, Any]:
@@ -157,7 +165,7 @@ class Geometry:
             found[name] = None if values[name] is None else _size(name, values[name])
         for name in ("image", "patch"):
             found[name] = None if values[name] is None else _pair(name, values[name])
-        for name, of in (("registers", int), ("tied", bool), ("scaled", bool)):
+        for name, of in (("registers", int), ("tied", bool), ("scaled", bool), ("one_token", bool)):
             if type(found[name]) is not of or found[name] < 0:
                 raise InputRefused(f"{name} is {str(found[name])[:80]}, expected {of.__name__}")
         text = FAMILIES[kind].modality == "text"
@@ -172,6 +180,11 @@ class Geometry:
         """Patches per column and row of an image."""
         assert self.image and self.patch
         return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image: those in front of the patches, and the patches."""
+        return sum(self.ahead) + self.grid[0] * self.grid[1]
 
     @property
     def ahead(self) -> tuple[int, int]:

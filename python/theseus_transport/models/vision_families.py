@@ -40,6 +40,7 @@ VIT = Family(
     contract="mlp.fc2",
     embeddings=_ahead("embeddings"),
     heads={"classes": "classifier"},
+    class_heads=("classes",),
     class_token=True,
     left={
         r"^pooler\.": "the pooler's output leaves the model; nothing says which features correspond",
@@ -85,6 +86,7 @@ CLIP = _clip_like(
         Embedding("position", "embeddings.position_embedding.weight", 1),
     ),
     heads={"projection": "visual_projection"},
+    class_heads=("projection",),
     class_token=True,
     pooled_norm=True,
     left={
@@ -168,6 +170,7 @@ def _open_clip(module: Any) -> Mapping[str, Any] | None:
             "patch_size": patch,
             "num_channels": channels,
             "layer_scale": hasattr(getattr(blocks[0], "ls_1", None), "gamma"),
+            "class_pooled": getattr(module, "pool_type", "tok") == "tok",
         }
     except (AttributeError, IndexError, TypeError, ValueError):
         return None
@@ -201,6 +204,7 @@ OPEN_CLIP = Family(
         Embedding("position", "positional_embedding", 1),
     ),
     heads={"projection": "proj"},
+    class_heads=("projection",),
     class_token=True,
     fused={"attn.in_proj": ("attn.in_proj.q", "attn.in_proj.k", "attn.in_proj.v")},
     transposed=(r"^proj$",),
