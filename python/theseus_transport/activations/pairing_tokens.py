@@ -71,7 +71,12 @@ def mixings(geometries: Pair[Geometry], source: Batch, target: Batch) -> Mixings
 
 def of_class_token(geometries: Pair[Geometry], samples: int) -> Pair[RowMixing]:
     """The class token alone of each of so many images, of both models: one row for each, whatever their patches."""
-    return geometries.map(lambda geometry: tokens.select(torch.arange(geometry.tokens) == 0).batched(samples))
+
+    def first(geometry: Geometry) -> RowMixing:
+        rows, columns = geometry.grid
+        return tokens.select(torch.arange(sum(geometry.ahead) + rows * columns) == 0).batched(samples)
+
+    return geometries.map(first)
 
 
 def _by_characters(source: Batch, target: Batch) -> Mixings:

@@ -142,6 +142,11 @@ class Family:
         """The embedding in a slot, if the family has one."""
         return next((e for e in self.embeddings if e.slot == slot), None)
 
+    def reads_one_token(self, names: Iterable[str]) -> bool:
+        """Whether a head that reads the class token alone is among these stored tensors."""
+        heads = {f"{self.heads.get(purpose)}.weight" for purpose in self.class_heads}
+        return bool(heads) and any(self.canonical(name) in heads for name in names)
+
     def canonical(self, name: str) -> str:
         """The canonical name of a stored tensor or a module, whatever its spelling."""
         name = unwrapped(name).removeprefix(f"{self.prefix}.")

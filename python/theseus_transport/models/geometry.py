@@ -97,7 +97,7 @@ class Geometry:
         """The geometry of a model, from its transformers config, the config's dict, or the model itself.
 
         Args:
-            names: of its stored tensors, which tell what heads it has; a model's own are known.
+            names: of its stored tensors, which tell its heads; a model's own are known.
 
         Raises:
             InputRefused: the family is not supported, or a size is missing or impossible.
@@ -127,7 +127,6 @@ class Geometry:
                 f"hidden_size {width}, {heads} attention heads and {kv_heads} key-value heads do not divide; "
                 "was config.json edited?"
             )
-        pooled = {f"{family.heads[purpose]}.weight" for purpose in family.class_heads}
         tied, positions = values.get("tie_word_embeddings"), values.get("max_position_embeddings")
         return cls(
             family=family,
@@ -145,7 +144,7 @@ class Geometry:
             scaled=bool(family.output_scale) and values.get("layer_scale") is not False,
             registers=0 if text or not family.embedding("register") else size("num_register_tokens"),
             positions=_size("max_position_embeddings", positions) if text and positions is not None else None,
-            one_token=values.get("class_pooled") is not False and any(family.canonical(n) in pooled for n in names),
+            one_token=values.get("class_pooled") is not False and family.reads_one_token(names),
         )
 
     def plain(self) -> dict[str, Any]:
@@ -180,11 +179,6 @@ class Geometry:
         """Patches per column and row of an image."""
         assert self.image and self.patch
         return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of an image: those in front of the patches, and the patches."""
-        return sum(self.ahead) + self.grid[0] * self.grid[1]
 
     @property
     def ahead(self) -> tuple[int, int]:
