@@ -3,8 +3,7 @@
 import pytest
 import torch
 from theseus_transport import InputRefused, NumericalError
-from theseus_transport.linalg import leading as leading_module
-from theseus_transport.linalg.leading import leading
+from theseus_transport.linalg import leading
 from theseus_transport.linalg.ridge import GRID, SKETCHED, Normal, chosen_ridge, low_rank, ridge
 from torch import Tensor
 
@@ -211,7 +210,7 @@ def test_the_metric_decides_what_is_cut() -> None:
 @pytest.mark.parametrize("whole_up_to", [1024, 4])
 def test_an_update_of_that_rank_comes_back(bias: bool, whole_up_to: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of an exact pair, where energies span eight orders and G is singular; decomposed whole and iterated."""
-    monkeypatch.setattr(leading_module, "WHOLE_UP_TO", whole_up_to)
+    monkeypatch.setattr(leading, "WHOLE_UP_TO", whole_up_to)
     x = draw(0, 50, 80) * torch.logspace(-4, 0, 80).double()
     weight = draw(1, 40, 3) @ draw(2, 3, 80)
     for rank in (3, 8):
@@ -234,18 +233,3 @@ def test_factors_are_of_one_norm_of_fixed_signs_and_padded_with_zeros() -> None:
     torch.testing.assert_close(minus[0], -a, **ROUNDING)
     with pytest.raises(InputRefused, match="rank is 0"):
         low_rank(weight, sums(x, m), 1e-2, 0, bias=False)
-
-
-def test_iterated_directions_are_nearly_the_leading_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of values that fall slowly, as those of a tune do: within a percent of the best directions' energy."""
-    u, v = (torch.linalg.qr(draw(seed, 300, 200))[0] for seed in (0, 1))
-    y = (u * (1 / torch.arange(1, 201).double().sqrt())) @ v.T
-    whole = leading(y, 8)
-    monkeypatch.setattr(leading_module, "WHOLE_UP_TO", 100)
-    found = leading(y, 8)
-    assert all(torch.equal(one, other) for one, other in zip(found, leading(y, 8), strict=True))
-    assert [t.shape for t in found] == [t.shape for t in whole] and not torch.equal(found[1], whole[1])
-    share = float((y @ found[2]).square().sum() / whole[1].square().sum())
-    assert 0.99 < share <= 1 + 1e-12
-    torch.testing.assert_close(found[1], whole[1], rtol=1e-2, atol=0)
-    torch.testing.assert_close(found[2].T @ found[2], torch.eye(8).double(), **ROUNDING)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import NumericalError
 
-WHOLE_UP_TO = 1024  # smaller sides up to this are decomposed whole: from here on LAPACK takes minutes
+WHOLE_UP_TO = 256  # smaller sides up to this are decomposed whole: of 1024 LAPACK takes five times as long as iterating
 OVERSAMPLING = 16  # directions carried beside those asked for
-ITERATIONS = 8  # of Y^T Y: values a tenth below the last one kept have faded by 0.9^16, to a fifth
+ITERATIONS = 8  # of Y^T Y: of values that fall as i^-1/2, rank 16 keeps all but 1e-6 of what the best directions do
 SEED = 14
 
 
