@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from choices import CHOICE_BUGS
+from fits import FIT_BUGS
 from hostile import HOSTILE_BUGS
 from numerics import NUMBER_BUGS
 from records import RECORD_BUGS
@@ -582,4 +583,4 @@ BUGS = [
         "theseus_ext/ops.py",
         "increment_version([tensor for tensors in masters.values() for tensor in tensors])", "increment_version([])"),
 ]
-BUGS += [Bug(*bug) for bug in (*STREAM_BUGS, *CHOICE_BUGS, *RECORD_BUGS, *NUMBER_BUGS, *HOSTILE_BUGS)]
+BUGS += [Bug(*bug) for bug in (*STREAM_BUGS, *CHOICE_BUGS, *RECORD_BUGS, *NUMBER_BUGS, *FIT_BUGS, *HOSTILE_BUGS)]
