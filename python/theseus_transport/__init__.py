@@ -10,8 +10,8 @@ from .errors import InputRefused, NumericalError, ResourceError, TheseusError
 from .models.families import register
 from .models.family import Embedding, Family
 from .recipes.recipe import Recipe
+from .streaming.whole_models import transport
 from .updates.delta import Delta
-from .updates.transport import transport
 from .updates.update import Update
 from .version import __version__
 

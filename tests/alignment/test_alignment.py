@@ -93,7 +93,7 @@ def test_pairs_that_cannot_be_aligned() -> None:
 
 def test_recipes_that_do_not_exist() -> None:
     for wrong, message in (
-        ({"name": "best"}, "recipe name is 'best'; choose one of coherent, paper"),
+        ({"name": "best"}, "recipe name is 'best'; choose one of effect, coherent, paper"),
         ({"scale": "sum"}, "recipe scale is 'sum'; choose one of norm, regression, none"),
         ({"center": True}, "center belongs to the paper recipe; coherent aligns uncentred activations"),
     ):

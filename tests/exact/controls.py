@@ -19,7 +19,7 @@ def cast(data: list[dict], dtype: torch.dtype) -> list[dict]:
 
 
 @cache
-def aligned(pair: Pair, dtype: torch.dtype, recipe: str = "coherent") -> tt.Alignment:
+def aligned(pair: Pair, dtype: torch.dtype, recipe: str | tt.Recipe = "coherent") -> tt.Alignment:
     """The bases of a pair do not depend on the delta: one alignment serves all its controls."""
     source, _, target, _ = pair.sides("linear")
     data = cast(batches(source, seed=3, **dict(pair.calibration)), dtype)
@@ -27,7 +27,7 @@ def aligned(pair: Pair, dtype: torch.dtype, recipe: str = "coherent") -> tt.Alig
     return tt.align(source.build(dtype), target.build(dtype), data, recipe=recipe)
 
 
-def error(pair: Pair, kind: str, dtype: torch.dtype = torch.float64, recipe: str = "coherent") -> float:
+def error(pair: Pair, kind: str, dtype: torch.dtype = torch.float64, recipe: str | tt.Recipe = "coherent") -> float:
     """Relative error of the moved target against the tuned source, on data the alignment has not seen."""
     source, tuned, target, _ = pair.sides(kind)
     return moved_error(aligned(pair, dtype, recipe), source, tuned, target, dtype)
@@ -40,14 +40,16 @@ def moved_error(alignment: tt.Alignment, source: Spec, tuned: Spec, target: Spec
     return relative_error(target.outputs(moved, data), source.outputs(end, data), source.outputs(start, data))
 
 
-def adapter_error(pair: Pair, folder: Path, dtype: torch.dtype = torch.float64) -> float:
+def adapter_error(
+    pair: Pair, folder: Path, dtype: torch.dtype = torch.float64, recipe: str | tt.Recipe = "coherent"
+) -> float:
     """The same through files: a PEFT folder in, a PEFT folder out, loaded by PEFT on the target."""
     source, _, target, _ = pair.sides("lora")
     data = cast(batches(source, seed=EVALUATION_SEED, count=1), dtype)
     start, tuned = source.build(dtype), with_adapter(source, dtype)
     tuned.save_pretrained(folder / "source")
     delta, into = tt.Delta.from_adapter(folder / "source", start), target.build(dtype)
-    update = tt.transport(aligned(pair, dtype), delta, into)
+    update = tt.transport(aligned(pair, dtype, recipe), delta, into)
     if target.names.lora:
         update.save_adapter(folder / "target")
         moved = PeftModel.from_pretrained(into, folder / "target").eval()

@@ -106,7 +106,7 @@ def test_a_job_and_a_stored_alignment_move_the_same(name: str, by_number: Recipe
 
 
 def test_the_names_are_those_of_the_registry(by_number: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputRefused, match="recipe name is 'best'; choose one of coherent, paper, by-number"):
+    with pytest.raises(InputRefused, match="recipe name is 'best'; choose one of effect, coherent, paper, by-number"):
         Recipe("best")
     with pytest.raises(InputRefused, match="center belongs to the paper recipe; by-number aligns uncentred"):
         Recipe("by-number", center=True)

@@ -110,7 +110,7 @@ def test_any_mapping_and_any_iterable_will_do(alignment):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"recipe": "best"}, "recipe name is 'best'; choose one of coherent, paper"),
+        ({"recipe": "best"}, "recipe name is 'best'; choose one of effect, coherent, paper"),
         ({"recipe": 3}, "recipe name is 3; choose one of"),
         ({"null": "best"}, "null is 'best'; choose one of"),
         ({"floor": "low"}, "floor is 'low'; give a number"),

@@ -138,7 +138,7 @@ def test_a_gpu_that_is_not_there_is_not_replaced(monkeypatch: pytest.MonkeyPatch
 def test_a_job_moves_on_its_device() -> None:
     source, target = sides("llama")
     tuned = Delta.between(source.state, tune(source, "everything").state)
-    asked = SimpleNamespace(device="meta", leave=())
+    asked = SimpleNamespace(device="meta", leave=(), rank=None, only_targeted=False)
     bases = SimpleNamespace(windows=Pair(source.state, target.state))
     inputs = SimpleNamespace(job=asked, delta=tuned, bases=bases, one_tokenizer=False, kind="checkpoint")
     update = Inputs.transport(inputs, aligned("llama"))  # type: ignore[arg-type]

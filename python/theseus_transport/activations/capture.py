@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -222,6 +222,7 @@ def capture(
     *,
     energies: bool = True,
     grams: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    wanted: Collection[str] | None = None,
 ) -> Iterator[Capture]:
     """Open hooks on both models, in evaluation mode; both are as they were afterwards.
 
@@ -229,14 +230,19 @@ def capture(
         pairs: what of the two models is compared.
         energies: whether the energies of outputs are wanted.
         grams: name -> the sides, 0 for the source, whose moments with themselves are wanted.
+        wanted: the links that are, by name; None: all.
     """
     with ExitStack() as stack:
         stack.enter_context(in_evaluation(source, target))
         for model in {id(m): m for m in (source, target)}.values():
             stack.enter_context(open_attention(model))
         inside = Pair(backbone(source, pairs.source), backbone(target, pairs.target))
-        outputs, device = pairs.energies if energies else {}, next(inside.target.parameters()).device
-        seen = Capture(inside, pairs.geometries, moments=pairs.moments, outputs=outputs, grams=grams, device=device)
+        device = next(inside.target.parameters()).device
+        moments, outputs = (
+            {name: link for name, link in links.items() if wanted is None or name in wanted}
+            for links in (pairs.moments, pairs.energies if energies else {})
+        )
+        seen = Capture(inside, pairs.geometries, moments=moments, outputs=outputs, grams=grams, device=device)
         with seen.opened():
             yield seen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from ..linalg.procrustes import Null
 from ..machine import find_device
 from ..models.arguments import check_models, sample_of
 from ..models.base import Base
+from ..models.emptied import emptied
 from ..models.forward import Batch
 from ..models.pair import Pair
 from ..models.precision import in_float32
 from ..recipes.behind_norms import together
 from ..recipes.recipe import Recipe
 from ..recipes.registry import DEFAULT
-from .alignment import Alignment, check_pair, outline
+from .alignment import Alignment, Running, check_pair, outline, with_prior
 from .block_pairing import pair_blocks
 
 
@@ -64,6 +66,7 @@ def align(
         chosen = chosen.in_float64()
     bases = Pair(source, target).map(Base.of)
     geometries = bases.map(lambda base: base.geometry)
+    chosen = with_prior(chosen, *geometries)
     check_pair(*geometries, chosen)
     both = checked_batches(batches, geometries)
     if device is not None:
@@ -73,7 +76,10 @@ def align(
         if geometries.source.depth != geometries.target.depth:
             pairs = Pairs(*geometries, pair_blocks(source, target, geometries, both))
         grams = chosen.solver.gram_sides(pairs, chosen, pairs.moments)
-        with capture(source, target, pairs, energies=chosen.solver.reads_energies, grams=grams) as seen:
+        models = Pair(source, target).zip(geometries).map(lambda each: emptied(*each)) if chosen.fits else None
+        solver = chosen.solver(*bases, pairs.blocks, chosen)
+        wanted = solver.every if chosen.solver.alone else None
+        with capture(source, target, pairs, energies=chosen.solver.reads_energies, grams=grams, wanted=wanted) as seen:
             for pair in both:
                 seen.run(*pair)
                 if progress:
@@ -82,7 +88,8 @@ def align(
     if not tokens:
         raise InputRefused("the calibration holds no token that is not masked, or (by offsets) none both models have")
     toward = together(*bases, seen.links, seen.moments) if chosen.solver.leans_on_depth(chosen) else None
-    solver = chosen.solver(*bases, pairs.blocks, chosen, toward=toward)
+    solver.toward = toward
     made = solver.whole(seen.moments, seen.energies, seen.grams)
     known = {**sample_of(bases.source), **(provenance or {})}
-    return outline(*geometries, chosen, pairs.blocks).filled(made, tokens=tokens, provenance=known)
+    alignment = outline(*geometries, chosen, pairs.blocks).filled(made, tokens=tokens, provenance=known)
+    return replace(alignment, running=models and Running(models, both))

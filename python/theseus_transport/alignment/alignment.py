@@ -8,17 +8,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
+from torch import nn
 
 from ..activations.links import Pairs
 from ..errors import InputRefused
 from ..files.checkpoint import Checkpoint
 from ..files.headers import inside, read_json
 from ..files.result_folder import new_folder
+from ..models.forward import Batch
 from ..models.geometry import Geometry
-from ..models.pair import SIDES
+from ..models.pair import SIDES, Pair
 from ..recipes import maps
 from ..recipes.maps import Map, PlannedMap
 from ..recipes.recipe import Recipe
@@ -27,6 +29,20 @@ from .restored import Restored, check_blocks, check_restored
 from .stored_maps import MAPS, Stamp, StoredMaps, stamp
 
 log = logging.getLogger(__name__)
+
+
+class Running(NamedTuple):
+    """Two models without weights, and the batches they were aligned on: enough to run them, whatever their weights.
+
+    Attributes:
+        models: source and target, parameters on the meta device.
+        batches: pairs of batches.
+    """
+
+    models: Pair[nn.Module]
+    batches: list[Pair[Batch]]
+
+
 FORMAT = 3
 RECORD = "alignment.json"
 
@@ -47,6 +63,7 @@ class Alignment:
         lost: per block, the source heads that feed no target head.
         draft: nothing was computed, and where depths differ ``blocks`` is a guess.
         provenance: what it was made from (references, fingerprints, calibration); free-form, JSON.
+        running: what the two models are run with once more, to fit an effect; not stored.
     """
 
     source: Geometry
@@ -61,6 +78,13 @@ class Alignment:
     lost: dict[int, list[int]]
     provenance: dict[str, Any] = field(default_factory=dict)
     draft: bool = False
+    running: Running | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def ruleset(self) -> Ruleset:
+        """Its maps, rules and vectors as a solver that finished has them."""
+        maps: Any = self.maps
+        return Ruleset(maps, dict(self.rules), dict(self.vectors), self.reports)
 
     @property
     def pairs(self) -> Pairs:
@@ -188,16 +212,33 @@ def check_pair(source: Geometry, target: Geometry, recipe: Recipe) -> None:
     shared = next((la.family.model_type for la in (source, target) if la.heads != la.kv_heads), None)
     if recipe.heads == "dense" and shared:
         raise InputRefused(f"heads=dense needs plain heads, but the {shared} shares keys among heads; use heads=pair")
+    if why := misfit(source, target, alone=recipe.solver.alone):
+        raise InputRefused(why)
+
+
+def with_prior(recipe: Recipe, source: Geometry, target: Geometry) -> Recipe:
+    """A recipe whose prior is left open, with what the structure of two models allows."""
+    if not recipe.solver.fits or recipe.prior != "auto":
+        return recipe
+    return replace(recipe, prior="none" if misfit(source, target) else "coherent")
+
+
+def misfit(source: Geometry, target: Geometry, *, alone: bool = False) -> str | None:
+    """Why no maps of this version lead from one model to the other, or None.
+
+    Args:
+        alone: maps of the residual are enough.
+    """
     families = source.family, target.family
-    told: dict[str, list[str]] = {
-        "which reads {}": [str(f.modality) for f in families],
-        "whose norms are of kind {}": [str(f.norm) for f in families],
-        "whose MLPs have {} expanding layers": [str(len(f.expand)) for f in families],
-    }
+    told: dict[str, list[str]] = {"which reads {}": [str(f.modality) for f in families]}
+    if not alone:
+        told["whose norms are of kind {}"] = [str(f.norm) for f in families]
+        told["whose MLPs have {} expanding layers"] = [str(len(f.expand)) for f in families]
     for what, values in told.items():
         if values[0] != values[1]:
             said = [f"{f.model_type}, {what.format(value)}" for f, value in zip(families, values, strict=True)]
-            raise InputRefused(f"source is {said[0]}, target is {said[1]}; an update moves between models of one kind")
+            return f"source is {said[0]}, target is {said[1]}; an update moves between models of one kind"
+    return None
 
 
 def outline(
@@ -210,11 +251,11 @@ def outline(
     """
     check_pair(source, target, recipe)
     pairs = Pairs.by_position(source, target) if blocks is None else Pairs(source, target, blocks)
-    fold = recipe.solver.folds
-    layers = [pair for place in pairs.places for pair in pairs.layers(place)]
+    fold, places = recipe.solver.folds, [None] if recipe.solver.alone else pairs.places
+    layers = [pair for place in places for pair in pairs.layers(place)]
     embeddings = pairs.embeddings() if recipe.moves_embeddings else ()
     vectors = {into: Rule(own, "identity", "identity") for own, into in embeddings}
-    for own, into, name in (norm for place in pairs.places for norm in (pairs.unread if fold else pairs.norms)(place)):
+    for own, into, name in (norm for place in places for norm in (pairs.unread if fold else pairs.norms)(place)):
         for part, kind in (("weight", "gain"), ("bias", "linear" if name == "embedding" else "shift")):
             rule = Rule(f"{own}.{part}", "identity", "identity", kind=kind if fold else "linear")  # type: ignore[arg-type]
             vectors[f"{into}.{part}"] = rule

@@ -105,6 +105,8 @@ class Work:
     def __exit__(self, _: object, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end(error)
 
+    records = True  # beside what only counts its commits
+
     @property
     def step(self) -> int:
         """Commits so far, of earlier processes too."""

@@ -12,7 +12,7 @@ import torch
 
 from ..activations.inputs import SideInfo
 from ..activations.links import Blocks, Pairs
-from ..alignment.alignment import Alignment, outline
+from ..alignment.alignment import Alignment, outline, with_prior
 from ..budget.needs import held_in_memory, needed, tokens_for
 from ..budget.plan import Plan, fitted
 from ..budget.sizes import Sizes
@@ -35,6 +35,7 @@ from ..streaming.hidden_states import check_offload, own_folder
 from ..streaming.passage import Passage, Sink, all_together
 from ..streaming.window import Window
 from ..updates.arguments import check_whole
+from ..updates.computed import ComputedUpdate
 from ..updates.merged import Merged
 from .checks import check_dtypes, read_geometry, trim_memory
 from .provenance import reference_of, versions
@@ -92,7 +93,7 @@ class Bases:
     @property
     def bytes_of_maps(self) -> int:
         """Bytes of all maps that an alignment between the two bases may hold."""
-        maps = outline(*self.geometries, self.job.recipe).planned_maps
+        maps = outline(*self.geometries, self.recipe()).planned_maps
         return sum(dtype.itemsize * prod(shape) for _, shape, dtype in maps)
 
     def fit(
@@ -167,9 +168,10 @@ class Bases:
         return Pair(*(SideInfo.of(geometry, f"{name} {folder.name}", folder) for geometry, name, folder in named))
 
     def recipe(self) -> Recipe:
-        """The job's, with the floor that follows the models' precision."""
+        """The job's, with the floor that follows the models' precision, and the prior that their structure allows."""
         double = all(checkpoint.compute_dtype == torch.float64 for checkpoint in self.checkpoints)
-        return self.job.recipe.in_float64() if double else self.job.recipe
+        recipe = self.job.recipe.in_float64() if double else self.job.recipe
+        return with_prior(recipe, *self.geometries)
 
     @property
     def hidden(self) -> Path | None:
@@ -247,29 +249,43 @@ class Fit:
         return {**files, **known, **options, "versions": versions()}
 
     def align(
-        self, data: Calibration, draft: Alignment, sink: Sink, work: Work, progress: Callable[[int], Any]
+        self,
+        data: Calibration,
+        draft: Alignment,
+        sink: Sink,
+        work: Work,
+        progress: Callable[[int], Any],
+        *,
+        update: ComputedUpdate | None = None,
+        given: bool = False,
     ) -> tuple[Alignment, Passage]:
         """One pass over both models; maps go into the sink, and what is told of them into the alignment.
 
         Args:
-            draft: the outline of this pairing of blocks.
+            draft: the outline of this pairing of blocks; ``given``: it is a whole alignment, no map is made.
+            update: that is moved on the way, and fitted where the recipe does.
         """
         bases, recipe, choice, models = self.bases, draft.recipe, self.plan.choice, self.bases.models()
         folder, toward = bases.hidden, None
-        if recipe.solver.leans_on_depth(recipe) and not work.state:  # else it is in there
-            toward = all_together(
-                models, bases.windows, draft.pairs, data, bases.device, folder=folder, halves=choice.halves
-            )
-        if toward is not None and choice.polar == "cpu":
-            toward = toward.cpu()
-        solver = recipe.solver(*models, draft.blocks, recipe, toward=toward)
+        if given:
+            solver = recipe.solver.of_maps(*models, draft.blocks, recipe, draft.ruleset)
+        else:
+            if recipe.solver.leans_on_depth(recipe) and not work.state:  # else it is in there
+                toward = all_together(
+                    models, bases.windows, draft.pairs, data, bases.device, folder=folder, halves=choice.halves
+                )
+            if toward is not None and choice.polar == "cpu":
+                toward = toward.cpu()
+            solver = recipe.solver(*models, draft.blocks, recipe, toward=toward)
         solver.method = choice.method
         how: dict[str, Any] = {name: getattr(choice, name) for name in ("ahead", "resident", "tiles", "halves")}
         how["folder"] = folder
         if choice.polar == "cpu":
             how["decompose"] = torch.device("cpu")
-        passage = Passage(bases.windows, bases.geometries, data, solver, sink, work, bases.device, **how)
+        passage = Passage(bases.windows, bases.geometries, data, solver, sink, work, bases.device, update=update, **how)
         held = passage.run(progress)
+        if given:
+            return draft, passage
         provenance = {
             **bases.identities,
             "calibration": data.description,

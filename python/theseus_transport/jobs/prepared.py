@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..alignment.alignment import Alignment, outline
 from ..budget.time import move_flops
@@ -12,6 +13,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.earlier_runs import check_room
 from ..files.result_folder import differences
 from ..files.writer import planned_bytes
+from ..streaming.resident import Resident
 from ..streaming.tune import open_tune
 from ..streaming.window import Window
 from ..updates.alpha import Strength, chosen, folders
@@ -19,6 +21,7 @@ from ..updates.changes import first_change
 from ..updates.computed import ComputedUpdate
 from ..updates.delta import Delta
 from ..updates.fates import TensorFate
+from ..updates.merged import Merged
 from ..updates.output import Kind, kind_of, planned
 from ..updates.transport import transport
 from .bases import Bases
@@ -50,6 +53,13 @@ class Inputs:
     one_tokenizer: bool
 
     @property
+    def tune(self) -> Checkpoint | Merged:
+        """What its tensors are read from."""
+        read = self.window.checkpoint
+        assert not isinstance(read, Resident)
+        return read
+
+    @property
     def folders(self) -> list[Path]:
         """What the output may not overlap."""
         maps = [Path(self.job.maps)] if self.job.maps else []
@@ -57,13 +67,14 @@ class Inputs:
 
     def transport(self, alignment: Alignment) -> ComputedUpdate:
         """The update of the target; nothing is computed."""
-        job, how = self.job, {"presumed": True, "one_tokenizer": self.one_tokenizer}
+        job, how = self.job, dict[str, Any](presumed=True, one_tokenizer=self.one_tokenizer)
+        how |= {"rank": self.job.rank, "only_targeted": self.job.only_targeted}
         update = transport(alignment, self.delta, self.bases.windows.target, leave=job.leave, device=job.device, **how)
         return update if self.kind == "adapter" else update.as_tensors()
 
     def outline(self) -> Alignment:
         """What an alignment will hold, with blocks paired by position."""
-        return outline(*self.bases.geometries, self.job.recipe)
+        return outline(*self.bases.geometries, self.bases.recipe())
 
 
 @dataclass(frozen=True)

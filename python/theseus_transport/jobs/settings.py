@@ -63,6 +63,8 @@ class Moving:
     out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Of what is written; auto is TARGET's, an adapter's own, float32 for a delta."
     )
+    rank: int | None = option(None, "Rank of a moved adapter.", unset="its own", least=1)
+    only_targeted: bool = option(False, "Fit only the kinds of layers that the adapter has factors of.")
     leave: tuple[str, ...] = option((), "Glob of tensors to leave behind; may be repeated.")
 
 
@@ -146,5 +148,6 @@ class Job(Running, Moving, Aligning):
 
 def options_of(job: AlignJob | Job) -> dict[str, Any]:
     """The choices that decide what is written, beside the inputs and the recipe."""
-    names = ("tokens", "seed", "held_out", "skip_bad_inputs", "device", "leave", "output", "out_dtype")
+    names = ["tokens", "seed", "held_out", "skip_bad_inputs", "device", "leave", "output", "out_dtype"]
+    names += ["rank", "only_targeted"]
     return {name: getattr(job, name) for name in names if hasattr(job, name)}

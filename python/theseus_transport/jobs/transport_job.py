@@ -44,8 +44,8 @@ def fit(prepared: Prepared) -> Fit:
     """How it fits the memory it may take; see :meth:`Bases.fit`."""
     inputs = prepared.inputs
     return inputs.bases.fit(
-        tuned=None if inputs.delta.tuned is None else inputs.window.checkpoint,
-        aligned=prepared.alignment is not None,
+        tuned=None if inputs.delta.tuned is None else inputs.tune,
+        aligned=prepared.alignment is not None and not prepared.alignment.recipe.fits,
         keys=prepared.needs,
         inputs=inputs.folders,
         flops=prepared.flops,
@@ -107,7 +107,9 @@ def carry_out(
             tensors = described[0].tensors
             how: dict[str, Any] = {"kind": inputs.kind, "progress": progress("write", len(tensors))}
             sink = UpdateSink(update, outputs, tensors, work, inputs.window, **how)
-            alignment, seconds, skipped = _moved(fitted, draft, data, sink, work, progress)
+            alignment, seconds, skipped = _moved(
+                fitted, draft, data, sink, work, progress, given=prepared.alignment is not None
+            )
             outcome = _outcome(prepared, fitted, update.settled(), **told(alignment), skipped=skipped)
             outcome.job["recipe"] = asdict(draft.recipe)  # its floor follows the models' precision
             outcome.alphas = [_strength(*each) for each in zip(inputs.alphas, outputs, strict=True)]
@@ -158,14 +160,22 @@ class Session:
 
 def _draft(prepared: Prepared, fitted: Fit) -> tuple[Alignment, Calibration | None]:
     """What is applied, or the outline of what is to be made and what it is made on."""
-    if prepared.alignment:
-        return prepared.alignment, None
+    alignment = prepared.alignment
+    if alignment and not alignment.recipe.fits:
+        return alignment, None
     data = fitted.calibration()
-    return fitted.draft(data), data
+    return alignment or fitted.draft(data), data
 
 
 def _moved(
-    fitted: Fit, draft: Alignment, data: Calibration | None, sink: UpdateSink, work: Work, progress: Progress
+    fitted: Fit,
+    draft: Alignment,
+    data: Calibration | None,
+    sink: UpdateSink,
+    work: Work,
+    progress: Progress,
+    *,
+    given: bool,
 ) -> tuple[Alignment, dict[str, float], str]:
     """The alignment once all is moved through it, seconds by stage, and what was not run."""
     if data is None:
@@ -173,7 +183,8 @@ def _moved(
         apply(sink, draft.pairs, fitted.bases.windows, work)
         began.lap("move and write")
         return draft, began.seconds, ""
-    alignment, passage = fitted.align(data, draft, sink, work, partial(progress, "align"))
+    how: dict[str, Any] = {"update": sink.update, "given": given}
+    alignment, passage = fitted.align(data, draft, sink, work, partial(progress, "align"), **how)
     return alignment, passage.seconds, passage.skipped
 
 

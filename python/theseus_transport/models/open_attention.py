@@ -61,16 +61,22 @@ class OpenAttention(nn.Module):
 @contextmanager
 def open_attention(model: nn.Module) -> Iterator[None]:
     """Swap every ``MultiheadAttention`` of a model whose q, k and v are one tensor; all is put back on leaving."""
+    closed = opened_for_good(model)
+    try:
+        yield
+    finally:
+        for parent, name, child in closed:
+            setattr(parent, name, child)
+
+
+def opened_for_good(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Swap them, and return what was swapped: (parent, name in it, module)."""
     swapped = [
         (parent, name, child)
         for parent in list(model.modules())
         for name, child in parent.named_children()
         if isinstance(child, nn.MultiheadAttention) and child.in_proj_weight is not None and child.bias_k is None
     ]
-    try:
-        for parent, name, child in swapped:
-            setattr(parent, name, OpenAttention(child))
-        yield
-    finally:
-        for parent, name, child in swapped:
-            setattr(parent, name, child)
+    for parent, name, child in swapped:
+        setattr(parent, name, OpenAttention(child))
+    return [(parent, name, child) for parent, name, child in swapped]

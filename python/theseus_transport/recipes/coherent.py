@@ -77,8 +77,7 @@ class Coherent(Solver):
         ratio = target.geometry.width / source.geometry.width
         self._whitened = math.sqrt(ratio) if recipe.scale != "none" else 1.0  # energy of z is its width
         self._layer_norm = target.geometry.family.norm == "layer"
-        self._behind = "embedding" if "embedding" in self.links else "0.attention"
-        self._first = "0.attention" if blocks[0] == 0 else self._behind
+        self._first = "0.attention" if blocks[0] == 0 else self.behind
 
     def needs(self, layers: Iterable[Layer], vectors: Iterable[str]) -> set[str]:
         fed = (la for la in layers if la.role == "head" or self.pairs.blocks[la.block] is not None)
@@ -111,7 +110,7 @@ class Coherent(Solver):
 
     @cached_property
     def _vector_needs(self) -> dict[str, set[str]]:
-        written = self._completable(self._behind) | {"embedding.output"}
+        written = self._completable(self.behind) | {"embedding.output"}
         found = {into: written for _, into in self.pairs.embeddings()}
         for place in self.pairs.places:
             for _, into, name in self.pairs.unread(place):
@@ -127,7 +126,7 @@ class Coherent(Solver):
         return self._starts() if self.recipe.completion == "deeper" else {name}
 
     def _starts(self) -> set[str]:
-        return {self._first, self._behind}
+        return {self._first, self.behind}
 
     @property
     def wants_together(self) -> bool:
@@ -224,8 +223,8 @@ class Coherent(Solver):
         )
 
     def _finish(self) -> None:
-        recipe, source, target = self.recipe, self.pairs.source, self.pairs.target
-        first, behind = self._completed(self._first), self._completed(self._behind)
+        recipe = self.recipe
+        first, behind = self._completed(self._first), self._completed(self.behind)
         if self.wants_together:  # few token types: lean on deeper spaces where the first says nothing
             self._complete()
         self.together = None
@@ -235,6 +234,21 @@ class Coherent(Solver):
                 if recipe.scale == "regression":
                     rule = fit_input(rule, self.ruleset.maps["final"], self._z("final"))
                 self.ruleset.rules[layer.name] = rule
+        self._embedding_rules(behind)
+        for own_norm, norm, name in self.pairs.unread(None):
+            self._norm_vectors(own_norm, norm, first if name == "embedding" else name, residual=name == "embedding")
+
+    def embeddings_now(self) -> None:
+        if self.given:
+            return
+        self._embedding_rules(self.behind)
+        for own_norm, norm, name in self.pairs.unread(None):
+            if name == "embedding":
+                self._norm_vectors(own_norm, norm, self._first, residual=True)
+
+    def _embedding_rules(self, behind: str) -> None:
+        """Rules of the embeddings through the map ``behind`` them."""
+        recipe, source, target = self.recipe, self.pairs.source, self.pairs.target
         token = target.family.embedding("token")
         if token and target.tied and self._layer_norm and behind in self.ruleset.maps:
             # a head reads the mean too: mean goes to mean
@@ -244,8 +258,6 @@ class Coherent(Solver):
             if self.needs((), [into]) <= self.seen:
                 output = "token" if token and into == token.name and "token" in self.ruleset.maps else behind
                 self.ruleset.vectors[into] = Rule(name, "identity", output, 1.0, self._written("embedding.output"))
-        for own_norm, norm, name in self.pairs.unread(None):
-            self._norm_vectors(own_norm, norm, first if name == "embedding" else name, residual=name == "embedding")
 
     def _complete(self) -> None:
         """Complete the first maps, and fit the inputs that waited for them."""

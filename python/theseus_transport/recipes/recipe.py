@@ -2,7 +2,8 @@
 
 ``coherent``: every space has one map, scales included, gains folded into the layers that read them; exact where the
 two bases are re-parametrisations of each other. ``paper``: every layer's own input and output, no scales
-(arXiv 2602.12952).
+(arXiv 2602.12952). ``effect``: behind one of these, or nothing, the layers that write the residual are fitted to the
+effect that the tune had.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .registry import DEFAULT, SOLVERS
 from .solver import Solver
 
 ALIGNS = {"center": "uncentred activations", "whiten_power": "features as they are"}  # without the choice
+FITTING = "prior", "writers", "ridge", "fit"  # choices of recipes that fit
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Recipe(RecipeChoices):
         if self.name not in (names := list(SOLVERS)):
             raise InputRefused(f"recipe name is {self.name!r}; choose one of {', '.join(names)}")
         super().__post_init__()
+        if not self.solver.fits:
+            given = [name for name in FITTING if getattr(self, name) != getattr(RecipeChoices(DEFAULT), name)]
+            if given:
+                others = " or ".join(name for name, solver in SOLVERS.items() if solver.fits)
+                raise InputRefused(f"{given[0]} belongs to the {others} recipe; {self.name} fits nothing")
         for choice, aligned in ALIGNS.items() if not self.solver.whitens else ():
             if getattr(self, choice):
                 others = " or ".join(name for name, solver in SOLVERS.items() if solver.whitens)
@@ -50,7 +57,12 @@ class Recipe(RecipeChoices):
     @property
     def solver(self) -> type[Solver]:
         """What carries the recipe out, and tells what it will need and make."""
-        return SOLVERS[self.name]
+        return SOLVERS[self.name].under(self)
+
+    @property
+    def fits(self) -> bool:
+        """Whether layers that write the residual are fitted to the effect."""
+        return self.solver.fits and self.fit
 
     @property
     def moves_embeddings(self) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .coherent import Coherent
+from .effect import Effect
 from .paper import Paper
 from .solver import Solver
 
 SOLVERS: dict[str, type[Solver]] = {
+    "effect": Effect,
     "coherent": Coherent,
     "paper": Paper,
 }

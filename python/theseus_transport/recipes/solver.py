@@ -43,12 +43,15 @@ class Solver(ABC):
         moves_embeddings: embeddings move, where the recipe's choice is not to leave them.
         reads_energies: it wants the energies of :attr:`Pairs.energies`.
         whitens: it takes the choices ``center`` and ``whiten_power``.
+        fits: behind its maps the layers that write the residual are fitted to the effect of the tune.
+        alone: nothing of a block moves through maps; only fits are made there.
         any_module: a layer's maps come from what that layer reads and writes alone, so that libraries get them for any
             module, of whatever family (:mod:`theseus_transport.integrations`).
         ruleset: filled as evidence arrives. Maps outside :attr:`keep` may be deleted from it.
         moments, energies, grams: what is held, by link.
         seen: names of all that arrived.
         ahead: the first target block whose rules are not made yet.
+        given: all maps and rules were there to begin with; nothing arrives, nothing is made.
         method: of decompositions with a smaller side from ``ITERATE_FROM`` (see :func:`procrustes`).
     """
 
@@ -57,6 +60,13 @@ class Solver(ABC):
     reads_energies: ClassVar[bool] = False
     whitens: ClassVar[bool] = False
     any_module: ClassVar[bool] = False
+    fits: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
+
+    @classmethod
+    def under(cls, recipe: RecipeChoices) -> type[Solver]:
+        """The class that carries out a recipe of this name with these choices."""
+        return cls
 
     @classmethod
     @abstractmethod
@@ -102,9 +112,16 @@ class Solver(ABC):
         self.energies: dict[str, Energy] = {}
         self.grams: dict[str, Grams] = {}
         self.seen: set[str] = set()
-        self.ahead, self.finished = 0, False
+        self.ahead, self.finished, self.given = 0, False, False
         self.method: Method = "auto"
         self.together: Tensor | None = None  # sum of z crosses so far, where the first map may have to be completed
+
+    @classmethod
+    def of_maps(cls, source: Base, target: Base, blocks: Blocks, recipe: RecipeChoices, made: Ruleset) -> Solver:
+        """A solver that has finished: all that it would make is there."""
+        solver = cls(source, target, blocks, recipe)
+        solver.ruleset, solver.finished, solver.given = made, True, True
+        return solver
 
     def add(
         self,
@@ -149,6 +166,8 @@ class Solver(ABC):
 
     def block(self, b: int) -> None:
         """Make the rules of target block ``b`` from what arrived; its moments, and those before, are held no more."""
+        if self.given:
+            return
         self._block(b)
         self.ahead = b + 1
         self._release()
@@ -160,11 +179,16 @@ class Solver(ABC):
 
         A block that need not run may still have layers whose input arrived, with the block before.
         """
+        if self.given:
+            return
         for b in (b for b in self.pairs.places if b is not None and b >= self.ahead):
             self.block(b)
         self._finish()
         self.finished = True
         self._release()
+
+    def embeddings_now(self) -> None:  # noqa: B027 - most recipes move no embeddings
+        """Make the rules of embeddings from what arrived with them; :meth:`finish` makes them again, completed."""
 
     def as_mapped(self, rows: Rows, link: Link) -> Rows:
         """Rows [rows, dS] and [rows, dT] of a link as its map maps them."""
@@ -180,6 +204,8 @@ class Solver(ABC):
 
     def needed(self, keys: Collection[str]) -> set[str]:
         """:meth:`needs` of keys of an alignment's rules (layers) and vectors."""
+        if self.given:
+            return set()
         layers = [layer for layer in self.target.geometry.layers() if layer.name in keys]
         return self.needs(layers, set(keys) - {layer.name for layer in layers})
 
@@ -187,6 +213,11 @@ class Solver(ABC):
     def every(self) -> set[str]:
         """All links the recipe can use."""
         return {*self.links, *(self.pairs.energies if self.reads_energies else ())}
+
+    @property
+    def behind(self) -> str:
+        """The link of the residual right behind the embeddings."""
+        return "embedding" if "embedding" in self.links else "0.attention"
 
     @property
     def wants_together(self) -> bool:
@@ -210,6 +241,8 @@ class Solver(ABC):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON and tensors from which :meth:`restore` goes on, to the bit."""
+        if self.given:
+            return {}, {}
         ruleset, tensors = self.ruleset.state()
         for name, moment in self.moments.items():
             own = {1 + side: gram for side, gram in self.grams.get(name, {}).items()}
@@ -236,6 +269,9 @@ class Solver(ABC):
         Args:
             device: where moments and energies lay.
         """
+
+        if self.given:
+            return
 
         def held(name: str) -> Tensor:
             return tensors[name].to(device)

@@ -82,6 +82,13 @@ class Hidden:
         self._at, self._saved = 0, -1  # the file that is read, and the last one that is to be kept
         self._written = 0  # batches of the running sweep
 
+    def copied(self, name: str, batches: Sequence[int]) -> Hidden:
+        """The states of these batches under another name, to go another way from here."""
+        other = Hidden(self._folder, name, resident=self._resident)
+        for i in batches:
+            other.append(self[i])
+        return other
+
     def __len__(self) -> int:
         return len(self._sizes)
 

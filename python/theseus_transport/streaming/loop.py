@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Side:
         window.send_to(self.skeleton.upload)
         self.calls: list[list[Call]] = []
         self.hidden: Hidden
+        self.between: Hidden | None = None  # residuals in front of the MLP of the block that ran last, if they are kept
+        self._seen_between: Tensor | None = None
         self._names = geometry.family.by_block(window)
 
     def names(self, b: int | None) -> list[str]:
@@ -47,9 +49,27 @@ class Side:
         state = state_of(block(self.hidden[i].to(self.device), *rest, **named))
         if not stay:
             self.hidden.put(i, state)
+            if self.between is not None and self._seen_between is not None:
+                self.between.append(self._seen_between)
         for norm in norms:
             norm(state)
         return state
+
+    @contextmanager
+    def keeping_between(self, b: int, folder: Path, name: str, *, resident: bool) -> Iterator[None]:
+        """Keep the residual in front of the MLP of block ``b`` of every batch that runs through it."""
+        self.between = Hidden(folder, f"between-{name}", resident=resident)
+
+        def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            self._seen_between = given[0]
+
+        norm = self.skeleton.inside(b, self.geometry.family.mlp_norm)
+        handle = norm.register_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._seen_between = None
 
 
 class Loop:
@@ -57,6 +77,8 @@ class Loop:
 
     Attributes:
         sides: source and target.
+        rows: of every pair of batches, which source tokens stand for which target tokens.
+        held: the number of the pair that is held out, if one is.
     """
 
     def __init__(
@@ -72,6 +94,7 @@ class Loop:
         resident: bool,
         tiles: int = 1,
         halves: bool = False,
+        between: bool = False,
     ) -> None:
         """
         Args:
@@ -80,13 +103,14 @@ class Loop:
             folder: for files of hidden states; ``resident``: whether these stay in memory beside.
             tiles: of columns in which moments are added up, each in a pass of the blocks, and put together on the host.
             halves: attention and MLP of a block run one after the other, over all batches each.
+            between: keep the residuals in front of the MLP of the blocks that ran last.
         """
         sides = zip(windows, geometries, zip(*batches, strict=True), strict=True)
         self.sides = Pair(*(Side(window, geometry, own, device) for window, geometry, own in sides))
-        self._geometries, self._held, self._grams, self._device = geometries, held, grams, device
-        self._rows = [mixings(geometries, *pair) for pair in batches]
+        self._geometries, self.held, self._grams, self.device = geometries, held, grams, device
+        self.rows = [mixings(geometries, *pair) for pair in batches]
         self._folder, self._resident, self._tiles = folder, resident, tiles
-        self._halves = halves
+        self._halves, self._between = halves, between
 
     def visit(self, visit: Visit, *, first: bool, done: Step = lambda: None) -> Capture:
         """Run a visit's blocks on all batches (the embeddings, where it is the ``first``); returns what was seen.
@@ -108,7 +132,9 @@ class Loop:
         """All batches through what a visit runs, or through one half of it."""
         with ExitStack() as stack:
             runs = []
-            for side, b, norms in zip(self.sides, visit.blocks, visit.norms, strict=True):
+            for name, side, b, norms in zip(SIDES, self.sides, visit.blocks, visit.norms, strict=True):
+                if self._between and b is not None and half != "attention":
+                    stack.enter_context(side.keeping_between(b, self._folder, name, resident=self._resident))
                 filled = None if b is None else stack.enter_context(side.skeleton.filled(b, half))
                 runs.append((side, filled, b, [side.skeleton.norm(name) for name in sorted(norms)]))
             count, tiles = self._tiles if visit.moments else 1, list[Capture]()
@@ -116,8 +142,8 @@ class Loop:
                 last = k + 1 == count
                 seen = self._capture(visit if last else replace(visit, outputs={}), (k, count))
                 with seen.opened():
-                    for i, rows in enumerate(self._rows):
-                        if i == self._held and not last:
+                    for i, rows in enumerate(self.rows):
+                        if i == self.held and not last:
                             break
                         self._keep(seen, i)
                         seen.add(rows, *(_step(*run, i, stay=not last) for run in runs))
@@ -138,7 +164,7 @@ class Loop:
             for side, names in self.sides.zip(visit.norms):
                 norms = [side.skeleton.norm(name) for name in sorted(names)]
                 runs.append((side, stack.enter_context(side.skeleton.ahead(side.batches)), norms))
-            for i, rows in enumerate(self._rows):
+            for i, rows in enumerate(self.rows):
                 self._keep(seen, i)
                 seen.add(rows, *(_embedding(*run, i) for run in runs))
                 done()
@@ -147,11 +173,11 @@ class Loop:
     def _capture(self, visit: Visit, tile: tuple[int, int] = (0, 1)) -> Capture:
         models = self.sides.map(lambda side: side.skeleton.model)
         links: dict[str, Mapping[str, Any]] = {"moments": visit.moments, "outputs": visit.outputs}
-        return Capture(models, self._geometries, **links, grams=self._grams, device=self._device, tile=tile)
+        return Capture(models, self._geometries, **links, grams=self._grams, device=self.device, tile=tile)
 
     def _keep(self, seen: Capture, i: int) -> None:
         """From the batch that is held out on, rows are kept."""
-        if i == self._held:
+        if i == self.held:
             seen.kept = {}
 
     def files(self) -> list[Path]:

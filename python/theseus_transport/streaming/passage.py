@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,6 @@ from ..activations.links import Pairs
 from ..alignment.quality import Quality, quality, warn
 from ..calibration.calibration import Calibration
 from ..errors import InputRefused, NumericalError
-from ..files.journal import Work
 from ..files.result_folder import refuse_foreign
 from ..models.base import Base
 from ..models.forward import samples_of
@@ -28,9 +27,12 @@ from ..models.pair import Pair
 from ..recipes.behind_norms import together
 from ..recipes.ruleset import Ruleset
 from ..recipes.solver import Solver
+from ..updates.computed import ComputedUpdate
+from .changed_weights import TunedWeights, UpdatedWeights
 from .hidden_states import own_folder, temporary
 from .loop import Loop
 from .schedule import Visit, schedule
+from .streams import Streams
 from .window import Window
 
 Steps = Callable[[int], Callable[[], object]]  # number of steps -> call after every step
@@ -44,6 +46,9 @@ class Sink(Protocol):
 
     def expect(self, visit: Visit) -> None:
         """A visit begins: what will be wanted at its end may be read meanwhile."""
+
+    def compare(self, visit: Visit) -> None:
+        """Find out what changed of a visit's blocks, while both models' weights are there."""
 
     def take(self, ruleset: Ruleset, visit: Visit | None) -> None:
         """Use what maps and rules there are, up to this visit's blocks; None: all are there."""
@@ -60,6 +65,28 @@ class Sink(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
+class Journal(Protocol):
+    """What a pass tells after every visit; see :class:`~..files.journal.Work`, which records it."""
+
+    home: Path
+    folder: Path
+
+    @property
+    def records(self) -> bool:
+        """Whether another process could go on from a commit."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def state(self) -> dict[str, Any]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+    def commit(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], files: Iterable[Path] = ()) -> None: ...
+
+
 @dataclass
 class Passage:
     """One pass over both models, block by block: what it needs, and how it is carried out.
@@ -72,6 +99,7 @@ class Passage:
         decompose: where maps are made of moments, if not on ``device``.
         tiles: of columns in which moments are added up, each by a pass of its own through the blocks.
         halves: attention and MLP of a block run one after the other.
+        update: that is moved: the two models run as changed by it too, and what writes the residual is fitted.
         resident: keep hidden states in memory; folder: for their files, of this run alone, by default the work's.
         qualities, visits: how well maps fit, and what was visited, once the pass is over; seconds: by stage.
     """
@@ -81,7 +109,7 @@ class Passage:
     data: Calibration
     solver: Solver
     sink: Sink
-    work: Work
+    work: Journal
     device: torch.device
     decompose: torch.device | None = None
     ahead: bool = True
@@ -89,6 +117,7 @@ class Passage:
     tiles: int = 1
     halves: bool = False
     folder: Path | None = None
+    update: ComputedUpdate | None = None
     qualities: list[Quality] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -110,6 +139,7 @@ class Passage:
 
     def _run(self, steps: Steps) -> list[Quality]:
         batches = [*self.data.batches, *([self.data.held] if self.data.held else [])]
+        self._streams = self._beside()
         if self.work.state:
             self._restore(self.work.state)
         # The loop is made late: a run whose last visit was committed needs no models any more.
@@ -130,6 +160,14 @@ class Passage:
         self.seconds["of these waiting for reads"] = sum(window.seconds_waiting for window in self.windows)
         warn(self.qualities)
         return self.qualities
+
+    def _beside(self) -> Streams | None:
+        """The two models as changed, where there is anything to fit, or rows to tell by what arrives."""
+        if self.update is None or not self.update.fits.planned:
+            return None
+        tuned = TunedWeights(self.windows.source, self.update.delta, self.geometries.source.family, self.update.left)
+        weights = tuned, UpdatedWeights(self.windows.target, self.update)
+        return Streams(self.update, self.solver, weights, folder=self._folder, resident=self.resident)
 
     @property
     def skipped(self) -> str:
@@ -170,7 +208,7 @@ class Passage:
         wanted = self.sink.needs(self.solver)
         if self.solver.wants_together:
             wanted |= {name for name, link in self.solver.links.items() if link.target.norm}
-        return schedule(self.solver.pairs, wanted)
+        return schedule(self.solver.pairs, wanted, whole=self._streams is not None)
 
     def _loop(self, batches: Sequence[Any]) -> Loop:
         held = len(self.data.batches) if self.data.held else None
@@ -178,10 +216,15 @@ class Passage:
         grams = solver.gram_sides(solver.pairs, solver.recipe, solver.links)
         options: dict[str, Any] = {"held": held, "grams": grams, "device": self.device}
         options |= {"resident": self.resident, "tiles": self.tiles, "halves": self.halves}
+        options["between"] = self._streams is not None
         loop = Loop(self.windows, self.geometries, batches, **options, folder=self._folder)
+        if self._streams:
+            self._streams.beside(loop)
         if self.work.step:
             with self._damage_refused():
                 loop.resume(self.work.state["hidden"])
+                if self._streams:
+                    self._streams.resume(self.work.state["streams"])
         return loop
 
     def _visit(self, loop: Loop, visits: Sequence[Visit], done: Callable[[], object]) -> None:
@@ -194,6 +237,9 @@ class Passage:
         if self.ahead and k + 1 < len(visits):
             for side, b in loop.sides.zip(visits[k + 1].blocks):
                 side.window.prefetch(side.names(b))
+        if self._streams:
+            self.sink.compare(visit)
+            self._streams.prepare(visit)
         # All batches through the blocks: sums of what is seen, and the rows of the batch that is held out.
         with self._timed("forward and moments"):
             seen = loop.visit(visit, first=k == 0, done=done)
@@ -209,10 +255,15 @@ class Passage:
         with self._timed("held-out quality"):
             self._measure(seen)
             del seen  # the held-out rows, before moves need memory
+        if self._streams:
+            assert self.update is not None
+            with self._timed("fits"), self.update.available.showing(solver.ruleset, provisional=True):
+                self._streams.follow(visit, first=k == 0)
         # Written as soon as it can be, so that maps and weights go which nothing later needs.
         with self._timed("moves and writing"):
             self.sink.take(solver.ruleset, visit)
-            for name in solver.ruleset.maps.keys() - self.sink.wanted() - solver.keep - {"identity"}:
+            gone = solver.ruleset.maps.keys() - self.sink.wanted() - solver.keep - {"identity"}
+            for name in () if solver.given else gone:
                 del solver.ruleset.maps[name]
             for window, kept in self.windows.zip(self.sink.held()):
                 window.release(keep=kept)
@@ -235,12 +286,20 @@ class Passage:
                 self.qualities.append(Quality(name, *quality(t, mapped, samples)))
 
     def _commit(self, loop: Loop) -> None:
+        if not self.work.records:
+            return self.work.commit({}, {})
         state, tensors = self.solver.state()
         quality = [(one.space, one.held, one.shifted) for one in self.qualities]
         files = loop.files()
         record = {"solver": state, "sink": self.sink.state(), "hidden": loop.record(), "quality": quality}
+        if self._streams:
+            files += self._streams.files()
+            record["streams"], more = self._streams.state()
+            tensors |= more
         self.work.commit({"folder": str(self._folder), **record}, tensors, files)
         loop.committed()
+        if self._streams:
+            self._streams.committed()
 
     @contextmanager
     def _damage_refused(self) -> Iterator[None]:
@@ -256,6 +315,8 @@ class Passage:
             self.solver.restore(state["solver"], self.work.tensors, device=self.decompose or self.device)
             self.sink.restore(state["sink"])
             self.qualities = [Quality(*row) for row in state["quality"]]
+            if self._streams:
+                self._streams.restore(state["streams"], self.work.tensors)
 
 
 def all_together(

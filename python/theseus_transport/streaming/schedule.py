@@ -56,13 +56,13 @@ class Visit:
         return Pair(self.source, self.target)
 
 
-def schedule(pairs: Pairs, wanted: Collection[str]) -> list[Visit]:
+def schedule(pairs: Pairs, wanted: Collection[str], *, whole: bool = False) -> list[Visit]:
     """The embeddings, a visit for every pair of blocks and every block by itself, the end.
 
     What comes after the last ``wanted`` link is left out.
 
     Args:
-        wanted: names of links.
+        wanted: names of links. whole: nothing is left out.
     """
     moments = {n: _unpooled(link) for n, link in pairs.moments.items() if n in wanted}
     outputs = {n: link for n, link in pairs.energies.items() if n in wanted}
@@ -86,7 +86,7 @@ def schedule(pairs: Pairs, wanted: Collection[str]) -> list[Visit]:
         at = own + 1
     visits += [Visit(source=j) for j in range(at, pairs.source.depth)]
     visits.append(replace(end, norms=_norms(end.links.values())))
-    while len(visits) > 1 and not visits[-1].links:
+    while len(visits) > 1 and not (whole or visits[-1].links):
         visits.pop()
     return visits
 

@@ -69,6 +69,9 @@ class UpdateSink:
         with self.update.available.showing(ruleset):
             self.step(visit)
 
+    def compare(self, visit: Visit) -> None:
+        self._compare(visit.source)
+
     def step(self, visit: Visit | None) -> None:
         """Write what can be of the blocks visited so far; None: everything."""
         if visit is None:
@@ -87,6 +90,7 @@ class UpdateSink:
                 continue
             self._progress()
         self.update.forget()
+        self.update.fits.made.clear()
         self._tuned.release(keep=self._sources())
 
     def wanted(self) -> set[str]:
@@ -116,7 +120,7 @@ class UpdateSink:
             self.update.compare({name for name in self.update.presumed if family.block_of(name) == block})
 
     def _ready(self, name: str) -> bool:
-        return all(map(self.update.available.ready, self.update.needs(name)))
+        return all(map(self.update.ready, self.update.needs(name)))
 
     def _outputs_drop(self, name: str) -> bool:
         """Whether a planned tensor turned out to have no place: of a ``delta``, one that did not change."""
@@ -167,6 +171,9 @@ class MapSink:
         return solver.every
 
     def expect(self, visit: Visit) -> None:
+        pass
+
+    def compare(self, visit: Visit) -> None:
         pass
 
     def take(self, ruleset: Ruleset, visit: Visit | None) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -20,6 +21,16 @@ from .half_blocks import Half, Halves, of_half
 from .stand_ins import Recorders, Rows
 from .upload import Upload
 from .window import Window
+
+
+class Weights(Protocol):
+    """Tensors of one model by the name under which its checkpoint stores them."""
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def take(self, name: str, index: Tensor) -> Tensor:
+        """The rows that ``index`` names (int64, ascending, each once), [len(index), ...]."""
+
 
 TOWERS: dict[str, Any] = {"clip": transformers.CLIPVisionModel, "siglip": transformers.SiglipVisionModel}
 
@@ -37,7 +48,8 @@ class Skeleton:
         """Raises InputRefused where transformers cannot build it, or tensors are missing (they would be random)."""
         self.geometry, self._window, self._device = geometry, window, device
         self._dtype = window.checkpoint.compute_dtype
-        self.model = backbone(_built(window, geometry, self._dtype), geometry).eval()
+        made = getattr(window.checkpoint, "emptied", partial(_built, window, geometry, self._dtype))()
+        self.model = backbone(made, geometry).eval()
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         family = geometry.family
@@ -52,13 +64,17 @@ class Skeleton:
         self._last_halves: tuple[int, Halves] | None = None
 
     @contextmanager
-    def filled(self, b: int, half: Half | None = None) -> Iterator[Callable[..., Any]]:
-        """Block ``b``, or one half of it, with its weights; they are gone afterwards."""
+    def filled(self, b: int, half: Half | None = None, weights: Weights | None = None) -> Iterator[Callable[..., Any]]:
+        """Block ``b``, or one half of it, with its weights; they are gone afterwards.
+
+        Args:
+            weights: what it is filled with, by stored name, if not with the base's own.
+        """
         start = f"{self._block_names[b]}."
         names = of_half(self.geometry, (name for name in self._meta if name.startswith(start)), half)
         try:
             for name in names:
-                self._fill(name)
+                self._fill(name, weights)
             yield self.blocks[b] if half is None else getattr(self._halves(b), half)
         finally:
             for name in names:
@@ -70,6 +86,11 @@ class Skeleton:
             self._last_halves = b, Halves(self.model, self.geometry, b)
         return self._last_halves[1]
 
+    def inside(self, b: int, name: str) -> nn.Module:
+        """The module that computes a canonical layer or norm of block ``b``."""
+        slots = self.geometry.family.modules(name for name, _ in self.model.named_modules())
+        return self.model.get_submodule(slots[self.geometry.block(b, name)].stored)
+
     def norm(self, module: str) -> nn.Module:
         """A norm between blocks by its canonical name, with its weights, which stay: they are small."""
         spelled = self.geometry.family.spelled(name for name, _ in self.model.named_modules())[module]
@@ -79,11 +100,16 @@ class Skeleton:
         return self.model.get_submodule(spelled)
 
     @contextmanager
-    def ahead(self, batches: Sequence[Batch]) -> Iterator[Callable[[int], tuple[Tensor, list[Call]]]]:
+    def ahead(
+        self, batches: Sequence[Batch], weights: Weights | None = None
+    ) -> Iterator[Callable[[int], tuple[Tensor, list[Call]]]]:
         """A function that runs what lies in front of the blocks on a batch, by its number.
 
         It returns the first block's input [samples, tokens, width] and, by block, what else the model calls it with
         (masks, rotary tables; blocks share tensors). The weights it takes are gone afterwards.
+
+        Args:
+            weights: as of :meth:`filled`.
         """
         recorders, token = Recorders(self.geometry.depth), self.geometry.family.embedding("token")
         with ExitStack() as stack:
@@ -92,9 +118,9 @@ class Skeleton:
             for name, module in list(self.model.named_modules()):
                 weight = f"{name}.weight"
                 if token and type(module) is nn.Embedding and self.geometry.family.canonical(weight) == token.name:
-                    stack.enter_context(self._swapped(name, self._rows(weight, batches)))
+                    stack.enter_context(self._swapped(name, self._rows(weight, batches, weights)))
                 elif next(module.parameters(recurse=False), None) is not None:
-                    stack.callback(module.register_forward_pre_hook(self._on_demand(name)).remove)
+                    stack.callback(module.register_forward_pre_hook(self._on_demand(name, weights)).remove)
             stack.callback(self._empty)
             yield lambda i: recorders.caught(lambda: run_model(self.model, self.geometry, batches[i], self._device))
 
@@ -114,27 +140,30 @@ class Skeleton:
         for name in recorded.keys() & self._meta.keys():
             self._assign(name, self._meta[name])
 
-    def _on_demand(self, module: str) -> Callable[[nn.Module, Any], None]:
+    def _on_demand(self, module: str, weights: Weights | None) -> Callable[[nn.Module, Any], None]:
         """A hook that fills a module's own parameters when it runs."""
 
         def fill(_: nn.Module, args: Any) -> None:
             for own, parameter in self.model.get_submodule(module).named_parameters(recurse=False):
                 if parameter.is_meta:
-                    self._fill(f"{module}.{own}" if module else own)
+                    self._fill(f"{module}.{own}" if module else own, weights)
 
         return fill
 
-    def _rows(self, name: str, batches: Sequence[Batch]) -> Rows:
+    def _rows(self, name: str, batches: Sequence[Batch], weights: Weights | None) -> Rows:
         """The token embedding, with the rows that occur alone."""
         ids = torch.cat([batch["input_ids"].flatten() for batch in batches]).unique()
         stored = self._stored[name]
         assert stored is not None
-        return Rows(ids.to(self._device), self.upload.bring(self._window.take(stored, ids), self._dtype))
+        return Rows(ids.to(self._device), self.upload.bring((weights or self._window).take(stored, ids), self._dtype))
 
-    def _fill(self, name: str) -> None:
+    def _fill(self, name: str, weights: Weights | None = None) -> None:
         stored, meta = self._stored[name], self._meta[name]
         assert stored is not None
-        tensor = self.upload.take(stored, self._window[stored], self._dtype)
+        if weights is None:
+            tensor = self.upload.take(stored, self._window[stored], self._dtype)
+        else:
+            tensor = self.upload.bring(weights[stored], self._dtype)
         if tensor.shape != meta.shape:
             raise InputRefused(f"{stored} is {list(tensor.shape)}, config.json asks for {list(meta.shape)}; {BELONG}")
         self._assign(name, nn.Parameter(tensor, requires_grad=False))

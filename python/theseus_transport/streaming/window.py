@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..files.checkpoint import Checkpoint, check_finite
 from ..updates.merged import Merged
+from .resident import Resident
 from .upload import Upload
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Window(Mapping[str, Tensor]):
     InputRefused for NaN or Inf.
     """
 
-    def __init__(self, checkpoint: Checkpoint | Merged) -> None:
+    def __init__(self, checkpoint: Checkpoint | Merged | Resident) -> None:
         """Nothing is read yet."""
         self.checkpoint = checkpoint
         self.folder, self.config = checkpoint.folder, checkpoint.config

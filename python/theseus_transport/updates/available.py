@@ -30,13 +30,21 @@ class Available:
         return cls(alignment.rules, alignment.vectors, alignment.maps)
 
     @contextmanager
-    def showing(self, made: Ruleset) -> Iterator[None]:
-        """What a solver has made so far; its maps only within, so that it alone decides how long they live."""
-        self.rules, self.vectors, self.maps = made.rules, made.vectors, made.maps
+    def showing(self, made: Ruleset, *, provisional: bool = False) -> Iterator[None]:
+        """What a solver has made so far; its maps only within, so that it alone decides how long they live.
+
+        Args:
+            provisional: a map that will be completed at the end is shown as it is: on the tokens of the calibration
+                the two do the same.
+        """
+        before, self.rules, self.vectors, self.maps = self.maps, made.rules, made.vectors, made.maps
+        if provisional:
+            started = {f"{name}.completed": made.maps[name] for name in made.maps}
+            self.maps = {**started, **made.maps}
         try:
             yield
         finally:
-            self.maps = {}
+            self.maps = before
 
     def rule(self, key: str) -> Rule | None:
         """The rule of a layer or vector, if it is there."""

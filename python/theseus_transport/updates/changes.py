@@ -6,6 +6,7 @@ from math import prod
 
 from ..errors import InputRefused
 from ..models.tensors import dtype_of
+from ..recipes.effect import FIT
 from .computed import ComputedUpdate
 from .coverage import Stays
 
@@ -64,7 +65,10 @@ def first_change(update: ComputedUpdate) -> str | None:
     Raises:
         InputRefused: nothing moves.
     """
-    deciding = {source for name in update for source in update.sources(name)}
+    found = {source for name in update for source in update.sources(name)} | update.fits.sources
+    deciding = {name for name in found if not name.endswith(FIT)}
+    if update.delta.adapter is not None and update.fits.planned and not deciding:
+        return None  # factors were looked at one by one
     sizes = {n: prod(update.source.shape(n) if n in update.source else update.tuned.shape(n)) for n in deciding}
     for name in sorted(deciding, key=lambda name: (sizes[name], name)):
         update.compare([name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,14 @@ from ..files.checkpoint import count_nonfinite
 from ..models.base import Base
 from ..models.family import Family
 from ..models.tensors import chunks_of_rows, dtype_of, growing, row_tiles, rows_of, shape_of
+from ..recipes.effect import FIT
 from .adapter import PREFIX
 from .arguments import check_number
 from .available import Available
 from .coverage import GUESSED, TIES
 from .delta import Delta, Renamed
 from .fates import Computation, MovedFactors, TensorFate
+from .fits import Fits
 from .layer_moves import Carried
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class ComputedUpdate(Mapping[str, Tensor]):
         apart: canonical names of the source's tensors that stay because the target ties its head to the embedding.
         lone: the embedding of a tune whose head is not it, where the target ties the two.
         dense: it is to become the target's own tensors.
+        fits: of layers that are fitted.
+        left: whether a canonical tensor of the source is left behind on request.
         carried_apart: of a LoRA on a head that the target ties: layer of the source -> its name in :attr:`factors`.
     """
 
@@ -70,6 +74,8 @@ class ComputedUpdate(Mapping[str, Tensor]):
     dense: bool = False
     said: list[str] = field(default_factory=list)
     carried: Carried = field(default_factory=Carried)
+    fits: Fits = field(default_factory=Fits)
+    left: Callable[[str], bool] = lambda name: False
     _computations: dict[str, dict[str, Computation]] = field(
         default_factory=dict
     )  # stored name -> canonical name -> computation
@@ -110,7 +116,16 @@ class ComputedUpdate(Mapping[str, Tensor]):
         factor = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", name)
         if factor and factor[1] in self.factors:
             return self.factors[factor[1]].needs
-        return frozenset(computation.needs for computation in self.computations(name).values())
+        return frozenset().union(*(computation.needs for computation in self.computations(name).values()))
+
+    def ready(self, key: str) -> bool:
+        """Whether a rule is there with both its maps, or a fit was made where it had to be."""
+        fitted = key.removesuffix(FIT)
+        return fitted in self.fits.done if fitted != key else self.available.ready(key)
+
+    def there(self, name: str) -> bool:
+        """Whether a stored tensor of the target moves, and what maps need for it is there; a fit may be to come."""
+        return name in self and all(self.ready(key) for key in self.needs(name) if not key.endswith(FIT))
 
     def sources(self, name: str) -> frozenset[str]:
         """Canonical names of the source that decide whether a stored tensor moves."""
@@ -213,7 +228,8 @@ class ComputedUpdate(Mapping[str, Tensor]):
     def state(self) -> dict[str, Any]:
         """What was found out so far, as JSON; :meth:`restore` takes it up in another process."""
         known = {"presumed": sorted(self.presumed), "unchanged": sorted(self.unchanged)}
-        return {**known, "carried": {layer: dict(sums) for layer, sums in self.carried.sums.items()}}
+        carried = {layer: dict(sums) for layer, sums in self.carried.sums.items()}
+        return {**known, "carried": carried, "fits": self.fits.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         for known, names in ((self.presumed, state["presumed"]), (self.unchanged, state["unchanged"])):
@@ -221,6 +237,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
             known.update(names)
         self.carried.sums.clear()
         self.carried.sums.update(state["carried"])
+        self.fits.restore(state["fits"])
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a stored tensor's update: float64 where the target's is float64, else float32."""
@@ -238,6 +255,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
     def as_tensors(self) -> ComputedUpdate:
         """This update, as one of the target's own tensors: without what only an adapter carries beside them."""
         self.dense, lost, self.carried_apart = True, self.carried_apart, {}
+        self.fits.planned = dict.fromkeys(self.fits.planned)  # of full rank
         self.apart |= lost.keys()
         self.factors = {name: factors for name, factors in self.factors.items() if name not in lost.values()}
         self.coverage[:] = [TensorFate(r.tensor, "left", TIES) if r.tensor in lost else r for r in self.coverage]

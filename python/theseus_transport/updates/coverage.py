@@ -44,7 +44,10 @@ class Stays:
         if self.of_head(name) and recipe.head == "leave":
             return "the recipe leaves heads"
         block = source.family.block_of(name)
+        last = max(own for own in self.alignment.blocks if own is not None)
         if block in range(source.depth) and block not in self.alignment.blocks:
+            if recipe.fits and block is not None and block < last:
+                return None
             guessed = GUESSED if self.alignment.draft else ""
             return f"no block of the target takes block {block}{guessed}"
         return source.family.why_left(name)

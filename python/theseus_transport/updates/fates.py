@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .adapter import Factors
 
-Fate = Literal["transported", "folded", "unchanged", "left"]
+Fate = Literal["transported", "fitted", "folded", "unchanged", "left"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Computation:
 
     Attributes:
         compute: canonical name -> update in float64 on the device, of all rows (None) or of one tile's.
-        needs: key of the alignment's rules or vectors that has to be there.
+        needs: keys of the alignment's rules and vectors, and of fits, that have to be there.
         sources: canonical names of the source; while none of them changed, nothing moves.
         tiles: the rows to compute at a time, where rows are independent and the matrix is large.
     """
 
     compute: Callable[[slice | None], dict[str, Tensor]]
-    needs: str
+    needs: frozenset[str]
     sources: frozenset[str]
     tiles: tuple[slice, ...] = ()

@@ -26,11 +26,15 @@ from .coverage import TIES, Stays
 from .delta import Delta
 from .embeddings_and_heads import Ends
 from .fates import Computation, Fate, TensorFate
+from .fit_plans import plan_fits
 from .fused_factors import Piece, fused, module_in, product
 from .layer_moves import Move
 from .trained_on import changed_by, check_layers
 from .update import Update
 from .vector_moves import VectorMove
+
+BY_EFFECT = "by its effect on what the residual's writers add"
+ADDED = "added: the source's update has no such layer"
 
 
 def transport(
@@ -42,6 +46,8 @@ def transport(
     leave: Sequence[str] = (),
     presumed: bool = False,
     one_tokenizer: bool = False,
+    rank: int | None = None,
+    only_targeted: bool = False,
     device: torch.device | str | None = None,
 ) -> Update:
     """Move an update of the source to the target.
@@ -55,6 +61,8 @@ def transport(
             only what has no rule is compared at once.
         one_tokenizer: rows of one index are one token in both vocabularies, though one is padded further: the rows
             they share move. Else embeddings and heads of another number of rows stay.
+        rank: of the factors of a moved adapter; None: its own.
+        only_targeted: where a recipe fits layers, of an adapter only those of the kinds it has factors of.
         device: where moves are computed, in float64 always; None: the GPU the target lies on, else the CPU. Bases,
             tune and maps may lie anywhere: of each, what one layer needs is copied there and freed behind it. Values
             are handed out on the CPU; :meth:`Update.add_to` adds them wherever the model lies.
@@ -68,7 +76,7 @@ def transport(
     tensors = tensors_of(target)
     place = device_of(tensors) if device is None else named_device(device)
     how: dict[str, Any] = {"presumed": presumed, "one_tokenizer": one_tokenizer, "device": place}
-    return _Fates(alignment, delta, tensors, alpha, leave, **how).plan()
+    return _Fates(alignment, delta, tensors, alpha, leave, **how).plan(rank, only_targeted=only_targeted)
 
 
 class _Fates:
@@ -99,7 +107,9 @@ class _Fates:
         available = Available.of(alignment)
         self.update = Update(self.source, self.target, delta, alpha, available, tuned=self.tuned, new=self.ends.new)
         self.update.shared, self.update.said, self.update.lone = self.ends.shared, self.ends.said, self.ends.lone
+        self.update.left = self.stays.asked
         self.fates: dict[str, TensorFate] = {}
+        self.added: list[TensorFate] = []  # layers of the target, in a moved adapter, that the tune has no factors of
         self.moves = self._paired_layers()
         for name in [n for n in self.tuned.slots if self.stays.asked(n)]:
             del self.tuned.slots[name]  # as if the tuned model had not changed it
@@ -117,19 +127,30 @@ class _Fates:
         fed = [(into, a.rules[into.name].source) for into in a.target.layers() if into.name in a.rules]
         return {name: Move(own[name], into, *rest) for into, name in fed}
 
-    def plan(self) -> Update:
+    def plan(self, rank: int | None, *, only_targeted: bool) -> Update:
         self._check_complete()
         for move in self.moves.values():
             self._plan_layer(move)
         for name, rule in self.alignment.vectors.items():
             self._plan_vector(rule, name)
         self._plan_factors()
+        self._plan_fits(rank, only_targeted=only_targeted)
         self._settle()
         order = {name: i for i, name in enumerate(self.source.slots)}
-        self.update.coverage = sorted(self.fates.values(), key=lambda f: order.get(self.family.canonical(f.tensor), -1))
+        told = sorted(self.fates.values(), key=lambda f: order.get(self.family.canonical(f.tensor), -1))
+        self.update.coverage = [*told, *(self.added if self.delta.adapter else ())]
         if not (self.update or self.presumed or self.alignment.draft):
             self.update.settled()
         return self.update
+
+    def _plan_fits(self, rank: int | None, *, only_targeted: bool) -> None:
+        """Layers that are fitted, among them such as the tune has no update of."""
+        fits, adapter = self.update.fits, self.delta.adapter
+        fits.rank = rank
+        if adapter is not None:
+            fits.scaling = adapter.scaling("")
+        for name in plan_fits(self.update, self.alignment, only_targeted=only_targeted):
+            self.added.append(TensorFate(name, "fitted", ADDED))
 
     def _check_complete(self) -> None:
         if self.delta.tuned is not None:
@@ -168,7 +189,9 @@ class _Fates:
             return
         deciding = ({weight, bias} if takes_bias else {weight}) | around
         tiles = self._tiles(f"{into.name}.weight") if into.role == "head" else ()  # whose outputs both sides share
-        computation = Computation(partial(self._dense, move), into.name, frozenset(deciding & self.changed), tiles)
+        computation = Computation(
+            partial(self._dense, move), frozenset({into.name}), frozenset(deciding & self.changed), tiles
+        )
         for part in moving:
             self.update.plan(f"{into.name}.{part}", computation)
             if f"{own.name}.{part}" in self.source:
@@ -212,7 +235,9 @@ class _Fates:
         move = VectorMove(into, self.update.available, self.source, self.target)
         if why := move.unfit():
             return self._decide(name, "left", why)
-        computation = Computation(lambda rows: {into: move(self.tuned, rows)}, into, frozenset({name}), move.tiles)
+        computation = Computation(
+            lambda rows: {into: move(self.tuned, rows)}, frozenset({into}), frozenset({name}), move.tiles
+        )
         self.update.plan(into, computation)
         self.update.moved[name] = into
         self._decide(name, "transported", "; ".join(filter(None, (move.note, self.ends.notes.get(name)))))
@@ -247,6 +272,10 @@ class _Fates:
     def _plan_piece(self, adapter: Adapter, spelled: str, part: str, slot: Slot, found: dict[str, list[Piece]]) -> None:
         """One layer of the adapter, or the part of a fused one."""
         move = self.moves.get(part)
+        if move is None and self._by_effect(part):
+            factors = adapter.factors(spelled)
+            zero = not (bool(factors.a.any()) and bool(factors.b.any()))
+            return self._decide(part, *(("unchanged", "its factors are zero") if zero else ("fitted", BY_EFFECT)))
         if move is None:
             if why := self.stays.by_rule(f"{part}.weight"):
                 return self._decide(part, "left", why)
@@ -276,13 +305,20 @@ class _Fates:
             self.update.carried_apart[part] = name
             return
         moved = partial(product, into, compute)
-        self.update.plan(into, Computation(moved, move.into.name, frozenset({weight}), self._tiles(into)))
+        needs = frozenset({move.into.name})
+        self.update.plan(into, Computation(moved, needs, frozenset({weight}), self._tiles(into)))
         self.update.moved[weight] = into
 
     def _moved_factors(self, move: Move, spelled: str, part: str, slot: Slot) -> Factors:
         assert self.delta.adapter is not None
         factors = self.delta.adapter.factors(spelled)
         return move.factors(replace(factors, b=self.ends.fitted(part, factors.b.chunk(slot.parts)[slot.part])))
+
+    def _by_effect(self, name: str) -> bool:
+        """Whether what no map moves is taken up by fits: all that comes before a write point of the target."""
+        paired = [own for own in self.alignment.blocks if own is not None]
+        block = self.family.block_of(f"{name}.")
+        return self.alignment.recipe.fits and block is not None and block <= max(paired)
 
     def _settle(self) -> None:
         """Every tensor has a fate; a changed one without a rule is an error."""
@@ -294,6 +330,9 @@ class _Fates:
                 self.update.compare([name])
             if name not in self.changed - self.update.unchanged:
                 self._decide(name, "unchanged")
+            elif self._by_effect(name):
+                self._decide(name, "fitted", BY_EFFECT)
+                self.update.fits.sources.add(name)
             elif why:
                 self._decide(name, "left", why)
             else:

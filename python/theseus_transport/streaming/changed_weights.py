@@ -1,0 +1,97 @@
+"""The weights of a model as a tune or an update changes it, tensor by tensor beside those of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from ..models.family import Family
+from ..models.tensors import Tensors, shape_of
+from ..updates.computed import ComputedUpdate
+from ..updates.delta import Delta
+from ..updates.merged import Merged
+from .window import Window
+
+
+class TunedWeights:
+    """Tensors of the tuned source under the names its base has for them; what the tune leaves is the base's own.
+
+    An adapter is added to its base tensor by tensor as it is read: no merged model is made.
+    """
+
+    def __init__(self, base: Window, delta: Delta, family: Family, left: Callable[[str], bool]) -> None:
+        """
+        Args:
+            left: whether a canonical tensor is left behind on request, as if the tune had not changed it.
+        """
+        self._base, self._family = base, family
+        if delta.tuned is None:
+            assert delta.adapter is not None
+            merged = Merged(base, delta.adapter, family)
+            self.tensors: Tensors = merged
+            names = {name: name for name in merged.changed if name in base}
+        else:
+            self.tensors = delta.tuned
+            stored = family.spelled(delta.tuned)
+            names = {name: stored[canonical] for canonical, name in family.spelled(base).items() if canonical in stored}
+        self._names = {
+            name: own for name, own in names.items() if self._like(name, own) and not left(family.canonical(name))
+        }
+
+    def _like(self, name: str, own: str) -> bool:
+        """Whether a tuned tensor can stand in the base's place: a table of a vocabulary may have gained rows."""
+        base, tuned = shape_of(self._base, name), shape_of(self.tensors, own)
+        return base == tuned or (len(base) == 2 and base[1:] == tuned[1:] and tuned[0] > base[0])
+
+    def changes(self, names: Collection[str]) -> bool:
+        """Whether any of these stored tensors differs from the base's; reads them up to the first that does."""
+        return any(
+            not torch.equal(self[name].to(self._base[name]), self._base[name]) for name in names if name in self._names
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            return self._base[name]
+        return self.tensors[self._names[name]][: self._base.shapes[name][0] if self._base.shapes[name] else None]
+
+    def take(self, name: str, index: Tensor) -> Tensor:
+        """The rows that ``index`` names (int64, ascending, each once), [len(index), ...]."""
+        if name not in self._names:
+            return self._base.take(name, index)
+        own, read = self._names[name], getattr(self.tensors, "take", None)
+        return self.tensors[own][index] if read is None else read(own, index)
+
+
+class UpdatedWeights:
+    """Tensors of the target with what its update holds of them so far; those of a block are kept until the next."""
+
+    def __init__(self, base: Window, update: ComputedUpdate) -> None:
+        self._base, self._update = base, update
+        self._made: dict[str, Tensor] = {}
+
+    def forget(self, *names: str) -> None:
+        """Make these anew when they are asked for, or all."""
+        for name in names or list(self._made):
+            self._made.pop(name, None)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not self._update.there(name):
+            return self._base[name]
+        if name not in self._made:
+            self._made[name] = self._base[name].detach().cpu().to(self._update.dtype(name)) + self._update[name]
+        return self._made[name]
+
+    def take(self, name: str, index: Tensor) -> Tensor:
+        """The rows that ``index`` names (int64, ascending, each once), [len(index), ...]."""
+        rows = self._base.take(name, index)
+        if not self._update.there(name):
+            return rows
+        found = rows.detach().cpu().to(self._update.dtype(name), copy=True)
+        for tile in self._update.tiles(name) or (slice(0, shape_of(self._base, name)[0]),):
+            first, last = torch.searchsorted(index, torch.tensor([tile.start, tile.stop])).tolist()
+            if first < last:
+                value = self._update.rows(name, tile) if self._update.tiles(name) else self._update[name]
+                found[first:last] += value[index[first:last] - tile.start]
+        return found

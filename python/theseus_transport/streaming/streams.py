@@ -1,0 +1,381 @@
+"""Four models side by side: source and target, and both as changed, S+ by its tune, T+ by what moved so far.
+
+One block after the other: the block of S+ runs; that of T+ runs with what the prior moved of the update, and each layer
+that writes the residual is fitted to what is missing behind it of the effect x(S+) - x(S). Then the block is written.
+All are fed the same tokens; nothing is ever run backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..activations.effects import EffectMoment
+from ..activations.moments import Energy, add_energies
+from ..activations.pairing_tokens import Mixings
+from ..linalg.ridge import Fit, Normal, ridge
+from ..models.forward import state_of
+from ..models.geometry import Layer
+from ..models.pair import Pair
+from ..recipes.effect import write_point, writers
+from ..recipes.solver import Solver
+from ..updates.computed import ComputedUpdate
+from .changed_weights import TunedWeights, UpdatedWeights
+from .hidden_states import Hidden
+from .loop import Loop, Side
+from .schedule import Visit
+from .skeleton import Weights
+from .stand_ins import Reached
+
+NOTHING = 100.0  # times the square of the recipe's floor: share of the effect's energy below which nothing is missing
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """How much of the effect is there at a write point, on rows that no fit has seen: 1 - |missing|^2 / |wanted|^2.
+
+    Attributes:
+        layer: of the target, which writes there.
+        share: 1 is all of it, 0 as much as without any update.
+    """
+
+    layer: str
+    share: float
+
+
+@dataclass
+class WritePoint:
+    """What is known of the residual behind a layer: the map between the two models there, and the ratio of scales."""
+
+    q: Tensor  # [dS, dT]
+    scale: float
+
+
+class Stream:
+    """One model as changed, beside its base: its weights, and its hidden states."""
+
+    def __init__(self, side: Side, weights: Weights, name: str, batches: Sequence[int]) -> None:
+        """``batches``: the numbers of those that run through it, in order."""
+        self.side, self.weights, self.name = side, weights, name
+        self._places = {i: k for k, i in enumerate(batches)}
+        self.hidden: Hidden  # of these batches
+
+    def __getitem__(self, i: int) -> Tensor:
+        """Hidden states [samples, tokens, width] of batch ``i``."""
+        return self.hidden[self._places[i]]
+
+    def put(self, i: int, state: Tensor) -> None:
+        """Replace those of batch ``i``; batches come in order."""
+        self.hidden.put(self._places[i], state)
+
+    @contextmanager
+    def filled(self, b: int) -> Iterator[Callable[..., Any]]:
+        """Block ``b`` with this stream's weights."""
+        with self.side.skeleton.filled(b, weights=self.weights) as block:
+            yield block
+
+    def run(self, block: Callable[..., Any], b: int, i: int) -> Tensor:
+        """What block ``b`` makes of batch ``i``; the stream stays where it is."""
+        rest, named = self.side.calls[i][b]
+        return state_of(block(self[i].to(self.side.device), *rest, **named))
+
+    @contextmanager
+    def watched(self, b: int, layer: str) -> Iterator[dict[str, Tensor]]:
+        """What block ``b`` shows while it runs: ``read`` by ``layer``, ``between`` attention and MLP."""
+        seen: dict[str, Tensor] = {}
+
+        def note(what: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, given: seen.__setitem__(what, given[0])
+
+        f, inside = self.side.geometry.family, self.side.skeleton.inside
+        handles = [
+            inside(b, layer).register_forward_pre_hook(note("read")),
+            inside(b, f.mlp_norm).register_forward_pre_hook(note("between")),
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Streams:
+    """The two changed models beside the two of a loop.
+
+    Where the recipe fits, all batches run through them; else the one that is held out, to tell what arrived.
+
+    Attributes:
+        active: whether anything has changed yet: until then both changed models are their bases.
+        arrived: by write point, how much of the effect is there.
+    """
+
+    def __init__(
+        self,
+        update: ComputedUpdate,
+        solver: Solver,
+        weights: tuple[TunedWeights, UpdatedWeights],
+        *,
+        folder: Path,
+        resident: bool,
+    ) -> None:
+        """
+        Args:
+            weights: of S+ and of T+.
+            folder: for files of hidden states; ``resident``: whether these stay in memory beside.
+        """
+        self._update, self._solver, self._recipe = update, solver, solver.recipe
+        (self._of_tuned, self._of_updated), self._folder, self._resident = weights, folder, resident
+        self._fits = {la.name for la in writers(self._recipe, solver.pairs.target.layers())} if solver.fits else set()
+        self._fits &= update.fits.planned.keys()
+        self._centred = solver.pairs.target.family.norm == "layer"
+        self.active, self.arrived = False, list[Arrived]()
+        self._point: WritePoint | None = None
+        self._loop: Loop
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is anything to do: fits to make, or rows to tell by."""
+        return bool(self._fits) or self._loop.held is not None
+
+    def beside(self, loop: Loop) -> None:
+        """Run beside this loop from here on."""
+        self._loop = loop
+        held = loop.held
+        self._batches = list(range(len(loop.rows))) if self._fits else [] if held is None else [held]
+        source, target = loop.sides
+        self.tuned = Stream(source, self._of_tuned, "tuned", self._batches)
+        self.updated = Stream(target, self._of_updated, "updated", self._batches)
+
+    def prepare(self, visit: Visit) -> None:
+        """Before a visit's blocks run: from the first block that the tune changed the two models go their own ways."""
+        if self.active or visit.source is None:
+            return
+        if self._of_tuned.changes(self._loop.sides.source.names(visit.source)):
+            self.active = True
+            for stream in (self.tuned, self.updated):
+                stream.hidden = stream.side.hidden.copied(stream.name, self._batches)
+
+    def follow(self, visit: Visit, *, first: bool) -> None:
+        """After a visit's maps were made: run the same blocks as changed, and fit what writes the residual."""
+        if first:
+            self._start()
+        elif self.active and visit.source is not None:
+            self._run_source(visit.source)
+        if visit.target is not None:
+            layers = {la.role: la for la in self._solver.pairs.target.layers() if la.block == visit.target}
+            if self.active:
+                self._run_target(visit, [layers["output"], layers["contract"]])
+            names = {layers[role].name for role in ("output", "contract")} & self._update.fits.planned.keys()
+            self._update.unchanged |= self._update.fits.reached(names)
+
+    def _start(self) -> None:
+        """Behind the embeddings, where these changed."""
+        source, target = self._loop.sides
+        family = source.geometry.family
+        outside = [n for n in source.window if family.block_of(family.canonical(n)) is None and not self._behind(n)]
+        state = [(source.hidden[i], target.hidden[i], i) for i in self._batches]
+        self._point = self._found(self._solver.behind, state)
+        if not self._of_tuned.changes(outside):
+            return
+        self.active = True
+        self._solver.embeddings_now()
+        for stream in (self.tuned, self.updated):
+            stream.hidden = Hidden(self._folder, stream.name, resident=self._resident)
+            with stream.side.skeleton.ahead(stream.side.batches, stream.weights) as embed:
+                for i in self._batches:
+                    stream.hidden.append(embed(i)[0])
+
+    def _behind(self, name: str) -> bool:
+        """Whether a stored tensor of the source lies behind the blocks."""
+        family = self._solver.pairs.source.family
+        module = family.canonical(name).rpartition(".")[0]
+        return module in {family.final_norm, *family.heads.values()}
+
+    def _run_source(self, own: int) -> None:
+        stream, family = self.tuned, self.tuned.side.geometry.family
+        self._between = Stream(stream.side, stream.weights, "between-tuned", self._batches)
+        self._between.hidden = Hidden(self._folder, "between-tuned", resident=self._resident)
+        with stream.filled(own) as block, stream.watched(own, family.output) as seen:
+            for i in self._batches:
+                state = stream.run(block, own, i)
+                self._between.hidden.append(seen["between"])
+                stream.put(i, state)
+
+    def _run_target(self, visit: Visit, layers: Sequence[Layer]) -> None:
+        stream, b = self.updated, visit.target
+        assert b is not None
+        points: dict[str, WritePoint] = {}
+        for layer in layers:
+            if visit.source is not None:
+                point = write_point(self._solver.pairs, layer)
+                states = ((*self._states(visit, layer, i), i) for i in self._batches)
+                if point in self._solver.ruleset.maps:
+                    self._point = self._found(point, states)
+            if self._point is None:
+                continue
+            points[layer.name] = self._point
+            if layer.name in self._fits:
+                self._fit(visit, layer, self._point)
+        with stream.filled(b) as block, stream.watched(b, stream.side.geometry.family.output) as seen:
+            for i in self._batches:
+                after = stream.run(block, b, i)
+                if i == self._loop.held:
+                    for layer, state in zip(layers, (seen["between"], after), strict=True):
+                        if layer.name in points:
+                            self._tell(visit, layer, points[layer.name], state)
+                stream.put(i, after)
+        self._of_updated.forget()
+        self._update.forget()
+
+    def _states(self, visit: Visit, layer: Layer, i: int) -> tuple[Tensor, Tensor]:
+        """Residuals of source and target base behind a writer, on batch ``i``."""
+        source, target = self._loop.sides
+        between = layer.role == "output"
+        assert target.between is not None
+        into = target.between[i] if between else target.hidden[i]
+        if visit.source is None or not between:
+            return source.hidden[i], into
+        assert source.between is not None
+        return source.between[i], into
+
+    def _tuned_state(self, visit: Visit, layer: Layer, i: int) -> Tensor:
+        between = layer.role == "output" and visit.source is not None
+        return (self._between if between else self.tuned)[i]
+
+    def _found(self, link: str, states: Any) -> WritePoint:
+        """The map of a link, and how much larger the target's residual is there."""
+        q: Any = self._solver.ruleset.maps[link]
+        energy, device = Energy.zeros(*self._solver.links[link].widths, self._loop.device), self._loop.device
+        for *both, i in states:
+            if i == self._loop.held and len(self._batches) > 1:
+                continue
+            for side, (state, mixing) in enumerate(zip(both, self._loop.rows[i], strict=True)):
+                rows = state.to(device).flatten(0, -2)
+                add_energies([energy], side, [rows], mixing and mixing.to(device))
+        own, other = energy.centred if self._centred else (float(energy.source.sum()), float(energy.target.sum()))
+        return WritePoint(q.matrix.to(device), (other / own) ** 0.5 if own > 0 else 0.0)
+
+    def _fit(self, visit: Visit, layer: Layer, point: WritePoint) -> None:
+        """Fit one writer to what is missing behind it; :attr:`ComputedUpdate.fits` has it afterwards."""
+        stream, b, device = self.updated, layer.block, self._loop.device
+        family = stream.side.geometry.family
+        name = family.output if layer.role == "output" else family.contract
+        moment: EffectMoment | None = None
+        with stream.filled(b) as block, stream.watched(b, name) as seen:
+            for i in self._batches:
+                if i == self._loop.held:
+                    continue
+                after = self._upto(stream, block, b, i, seen, between=layer.role == "output")
+                own, other = self._states(visit, layer, i)
+                read = seen["read"].flatten(0, -2)
+                if moment is None:
+                    widths = read.shape[1], own.shape[-1], other.shape[-1]
+                    moment = EffectMoment.zeros(*widths, device)
+                tuned, own, after, other = (
+                    state.to(device).flatten(0, -2) for state in (self._tuned_state(visit, layer, i), own, after, other)
+                )
+                mixings = self._loop.rows[i].map(lambda mixing: mixing and mixing.to(device))
+                moment.update(read, tuned, own, after, other, mixings.source, mixings.target)
+        assert moment is not None
+        normal = moment.missing(point.scale, point.q, centred=self._centred)
+        self._solve(layer, normal, wanted=point.scale**2 * float(moment.source_energy.sum()))
+
+    def _solve(self, layer: Layer, normal: Normal, *, wanted: float) -> None:
+        """Solve for a writer's update, where anything is missing of an effect of energy ``wanted``."""
+        update, into = self._update, self._update.target
+        stored = {part: into.slots[n] for part in ("weight", "bias") if (n := f"{layer.name}.{part}") in into}
+        dense = update.fits.planned[layer.name] is None
+        rho = self._recipe.ridge
+        found = ridge(normal, rho, bias=dense and "bias" in stored)
+        explained = float((found.weight.T * normal.cross).sum())
+        if found.bias is not None:
+            explained += float(found.bias @ normal.output_sum)
+        if not explained > NOTHING * self._recipe.floor**2 * wanted:
+            return
+        if layer.scale and layer.scale in into:  # a factor behind the layer: the residual gets it times that
+            factor = into.need(layer.scale).to(found.weight)
+            factor = torch.where(factor == 0, torch.inf, factor)
+            found = Fit(found.weight / factor[:, None], None if found.bias is None else found.bias / factor)
+        there = {part: slot for part, slot in stored.items() if update.there(slot.stored)}
+        prior = {part: slot.view(update[slot.stored]).double() for part, slot in there.items()}
+        update.fits.put(layer.name, prior, found, normal, rho)
+        self._of_updated.forget(*(slot.stored for slot in stored.values()))
+        update.forget()
+
+    def _upto(
+        self, stream: Stream, block: Callable[..., Any], b: int, i: int, seen: Mapping[str, Tensor], *, between: bool
+    ) -> Tensor:
+        """The residual behind a writer of block ``b``; attention's without the MLP behind it."""
+        if not between:
+            return stream.run(block, b, i)
+
+        def stop(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            raise Reached(given[0])
+
+        handle = stream.side.skeleton.inside(b, stream.side.geometry.family.mlp_norm).register_forward_pre_hook(stop)
+        try:
+            stream.run(block, b, i)
+        except Reached as reached:
+            state: Tensor = reached.state
+            return state
+        finally:
+            handle.remove()
+        raise AssertionError("the norm in front of the MLP did not run")
+
+    def _tell(self, visit: Visit, layer: Layer, point: WritePoint, after: Tensor) -> None:
+        """How much of the effect is there behind a writer, on the rows that are held out."""
+        held, device = self._loop.held, self._loop.device
+        assert held is not None
+        own, other = self._states(visit, layer, held)
+        mixings: Mixings = self._loop.rows[held].map(lambda mixing: mixing and mixing.to(device))
+        pairs = Pair((self._tuned_state(visit, layer, held), own), (after, other))
+        effect, change = (_difference(*both, mixing) for both, mixing in zip(pairs, mixings, strict=True))
+        if self._centred:
+            effect, change = (x - x.mean(1, keepdim=True) for x in (effect, change))
+        wanted = point.scale * effect @ point.q
+        if self._centred:
+            wanted -= wanted.mean(1, keepdim=True)
+        total = float(wanted.square().sum())
+        if total > 0:
+            self.arrived.append(Arrived(layer.name, 1 - float((wanted - change).square().sum()) / total))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON and tensors from which :meth:`restore` goes on."""
+        tensors = {} if self._point is None else {"streams/q": self._point.q}
+        told = {"active": self.active, "scale": self._point and self._point.scale}
+        return {**told, "arrived": [(one.layer, one.share) for one in self.arrived], **self._records()}, tensors
+
+    def _records(self) -> dict[str, Any]:
+        return {s.name: s.hidden.record() for s in (self.tuned, self.updated)} if self.active else {}
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on where :meth:`state` was taken; hidden states once the loop is there."""
+        self.active, self.arrived = state["active"], [Arrived(*one) for one in state["arrived"]]
+        if state["scale"] is not None:
+            self._point = WritePoint(tensors["streams/q"], state["scale"])
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take up recorded hidden states, :meth:`beside` a loop."""
+        for stream in (self.tuned, self.updated) if self.active else ():
+            stream.hidden = Hidden.restored(self._folder, stream.name, state[stream.name], resident=self._resident)
+
+    def files(self) -> list[Path]:
+        """Files with all hidden states as they are now; call :meth:`committed` once they are durable."""
+        return [stream.hidden.save() for stream in (self.tuned, self.updated)] if self.active else []
+
+    def committed(self) -> None:
+        for stream in (self.tuned, self.updated) if self.active else ():
+            stream.hidden.committed()
+
+
+def _difference(after: Tensor, before: Tensor, mixing: Any) -> Tensor:
+    """Rows of a change of hidden states, as they pair, in float64."""
+    rows = (after.to(before) - before).flatten(0, -2).double()
+    found: Tensor = rows if mixing is None else mixing(rows)
+    return found
