@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -13,9 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_stream_memory import MIB, OVER, with_peak
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ViTConfig, ViTModel
+from transformers import PreTrainedTokenizerFast, ViTConfig, ViTForImageClassification, ViTModel
 
 SMALL = ModelSizes("llama", 24, 32, 1, 4, 2, 300), ModelSizes("llama", 40, 48, 1, 5, 5, 300)
+HEADLESS = partial(ViTModel, add_pooling_layer=False)
 
 
 def written(root, pair):
@@ -32,12 +34,12 @@ def padded(root):
     return "--tokens", 1000
 
 
-def images(root):
+def images(root, cls=HEADLESS, **more):
     """50 tokens an image on one side, 785 on the other."""
     for seed, (side, patch, width) in enumerate((("source", 32, 192), ("target", 8, 384))):
         torch.manual_seed(seed)
         sizes = {"hidden_size": width, "intermediate_size": 512, "num_attention_heads": 6, "num_hidden_layers": 1}
-        model = ViTModel(ViTConfig(**sizes, image_size=224, patch_size=patch), add_pooling_layer=False)
+        model = cls(ViTConfig(**{**sizes, **more}, image_size=224, patch_size=patch))
         model.save_pretrained(root / side)
         if side == "source":
             with torch.no_grad():
@@ -45,6 +47,12 @@ def images(root):
             model.save_pretrained(root / "tuned")
     save_file({"pixel_values": torch.randn(100, 3, 224, 224)}, root / "data.safetensors")
     return "--tokens", 5000, "--batch-size", 1
+
+
+def classified(root):
+    """Of the class token alone once more all moments of the last block, whose MLP is wide."""
+    images(root, ViTForImageClassification, intermediate_size=1536)
+    return "--tokens", 2500, "--batch-size", 1
 
 
 def whitened(root):
@@ -104,7 +112,7 @@ def pictures(root):
     return "--tokens", 13 * 50, "--batch-size", 1, "--calibration", root / "pictures"
 
 
-@pytest.mark.parametrize("kind", [padded, images, whitened, large_file, other_depths, records, pictures])
+@pytest.mark.parametrize("kind", [padded, images, classified, whitened, large_file, other_depths, records, pictures])
 def test_the_peak_is_what_was_predicted_at_most(kind, tmp_path):
     options = kind(tmp_path)
     folders = [tmp_path / name for name in ("source", "tuned", "target", "out")]

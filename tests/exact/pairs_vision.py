@@ -35,11 +35,13 @@ def flat(names: Names) -> Spec:
 
 # A norm in front of the first block: its output is the residual, which then turns only as far as its gain lets it.
 CLIP_BASE, FLAT = partial(base, CLIP), partial(flat, CLIP)
+THREE_IMAGES = ("count", 1), ("shape", (3,))  # of the class token alone 3 rows, of all 51 for 40 neurons
 GAIN = {"keep": "pre_norm.weight"}  # whose change would not be diagonal any more
 
 CLIP_PAIRS = [
     p.Pair("new-gains", CLIP_BASE, (p.residual(p.same, 1.7),)),
     p.Pair("permuted", CLIP_BASE, (p.residual(p.signed_permutation, 1.3), *PERMUTED)),
+    p.Pair("three-images", CLIP_BASE, (p.residual(p.same, 1.7), *PERMUTED), NO_FACTORS, calibration=THREE_IMAGES),
     p.Pair("doubled", CLIP_BASE, (p.residual(p.doubled, 0.8), COPIED, SILENT), WIDE),
     p.Pair("turned-in-heads", CLIP_BASE, (TURNED,), ("gains", "lora")),
     p.Pair("rotated", FLAT, (p.residual(p.rotated, 1.7), *PERMUTED), **GAIN),

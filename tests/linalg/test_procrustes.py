@@ -5,7 +5,7 @@ import torch
 from theseus_transport import InputRefused, NumericalError
 from theseus_transport.linalg import procrustes as module
 from theseus_transport.linalg.certificate import certify
-from theseus_transport.linalg.procrustes import FLOOR, ITERATE_FROM, procrustes
+from theseus_transport.linalg.procrustes import FLOOR, ITERATE_FROM, LEAN, leaning, procrustes
 
 import theseus_ext
 
@@ -206,6 +206,22 @@ def test_completed_in_a_batch_is_completed_one_by_one() -> None:
     for i in range(3):
         one = procrustes(c[i], null="completed", toward=toward[i])
         torch.testing.assert_close(whole.map[i], one.map, rtol=0, atol=1e-12)
+
+
+def test_leaning_leaves_to_the_other_map_what_a_cross_leaves_open_and_no_more() -> None:
+    """Five rows of twelve features: where they lie the map is theirs, else the nearest to the other one."""
+    rows, right, other = draw(5, 12), *(torch.linalg.qr(draw(12, 12, seed=seed))[0] for seed in (1, 2))
+    c = rows.T @ (rows @ right)
+    t = procrustes(leaning(c, other)).map
+    # The lean moves the map of rows by its weight over their least singular value.
+    moved = LEAN * norm(c) / torch.linalg.svdvals(c)[4]
+    assert float(norm(rows @ (t - right))) <= moved * norm(rows) < 0.05 * norm(rows)
+    basis = torch.linalg.qr(rows.T)[0]
+    rest = torch.eye(12).double() - basis @ basis.T
+    open_to = rest, right.T @ rest @ right  # on either side
+    expected = procrustes(open_to[0] @ other @ open_to[1]).map
+    assert float(norm(open_to[0] @ t @ open_to[1] - expected)) <= moved * norm(expected)
+    torch.testing.assert_close(procrustes(leaning(c, right)).map, right, rtol=0, atol=EPS / LEAN * 12)
 
 
 # --- certificate -----------------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ def stopped(case: str) -> str:
     return f"tests/recipes/test_solver.py::test_a_run_that_stops_after_every_block_plans_the_same_bits[{case}]"
 
 
+ONE_TOKEN = "tests/activations/test_one_token.py"
+LAST_BLOCK = f"{ONE_TOKEN}::test_the_last_block_is_compared_by_its_class_token_and_its_keys_by_all"
 ELSEWHERE = "tests/updates/test_layer_moves_device.py::test_nothing_is_computed_elsewhere"
 
 
@@ -143,7 +145,7 @@ BUGS = [
         '            return Rule(own.name, f"{b}.mlp", f"{b}.middle", self._whitened, scale)',
         own_output("mlp", 12) + 'return Rule(own.name, f"{b}.mlp", layer.name, self._whitened, scale)'),
     Bug("rank of neurons read off their covariance", llama("massive-neuron"), COHERENT,
-        "            polar = self.polar(middle.cross, energies=energies)\n",
+        "            polar = self.polar(middle.cross, energies=(middle.source_energy, middle.target_energy))\n",
         "            from ..linalg.procrustes import procrustes\n\n            polar = procrustes(middle.cross, floor=1e-6)\n"),
     Bug("residual writers mapped by their own output", vit("rotated"), COHERENT,
         '                return Rule(own.name, f"{b}.context", f"{b}.mlp", 1.0, self._written(layer.name))',
@@ -180,6 +182,19 @@ BUGS = [
         "Link(source.after(own), target.after(b))", "Link(source.after(max(own - 1, 0)), target.after(b))"),
     Bug("what follows a block taken for a neighbour's", "tests/alignment/test_block_pairing.py::test_what_follows_a_block_is_compared"
         "_with_what_follows_its_source", LINKS, "and self.blocks[b + 1] == own + 1 else", "else"),
+    Bug("class token mixed with all the rest", f"{LAST_BLOCK}[vit]", CAPTURE,
+        'activation.detach()[:, 0].clone() if space.rows == "class" else activation', "activation"),
+    Bug("class tokens mixed as patches are", f"{LAST_BLOCK}[clip]", CAPTURE,
+        "self._mixings if self.links[name].whole else", "self._mixings if True else"),
+    Bug("energies of rows that nothing reads", f"{LAST_BLOCK}[vit]", LINKS, "link.of_class if alone else link", "link"),
+    Bug("few class tokens lean on nothing", family("clip-three-images", "linear"), COHERENT,
+        "self.polar(leaning(self._read(name).cross, polar.map))", "self.polar(self._read(name).cross)"),
+    Bug("few class tokens of a head lean on nothing", family("clip-three-images", "linear"), HEADS,
+        "procrustes(leaning(of_group(paired(alone)), t_context.map),", "procrustes(of_group(paired(alone)),"),
+    Bug("class token read where an earlier block feeds", f"{ONE_TOKEN}::test_one_token_is_read_only_where_both_last_blocks_pair",
+        LINKS, "and self.blocks[b] == self.source.depth - 1\n", "and self.blocks[b] is not None\n"),
+    Bug("class token read of a model without its head", f"{ONE_TOKEN}::test_all_rows_matter_without_such_a_head[vit without its "
+        "classifier]", FAMILY, "return bool(heads) and any(", "return bool(heads) or any("),
     Bug("register tokens of one side counted", family("dino-registers-added", "linear"), BATCHES,
         "tokens.select(kept[1].repeat(samples))", "tokens.select(kept[1].repeat(samples).roll(1))"),
 
@@ -392,7 +407,7 @@ BUGS = [
         CAPTURE, "                run()\n                self._flush_outputs()\n", "                run()\n"),
     Bug("Grams of the target mixed like the source",
         "tests/activations/test_capture.py::test_grams_follow_their_own_mixing", CAPTURE,
-        "for name in own], both, (mixing, mixing))", "for name in own], both, self._mixings)"),
+        "for name in own], twice, (mixing, mixing))", "for name in own], twice, self._mixings)"),
     Bug("heads fetched before they are decomposed",
         "tests/recipes/test_head_pairing.py::test_a_device_decomposes_heads_where_they_lie", "theseus_transport/recipes/head_pairing.py",
         ".transpose(1, 2)\n    energies", ".transpose(1, 2).cpu()\n    energies"),

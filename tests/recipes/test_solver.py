@@ -135,7 +135,7 @@ def test_moments_go_with_their_block(name: str, recipe: str) -> None:
         assert {f"{place}.{part}" for part in ("attention", "context", "middle")} <= solver.moments.keys()
         solver.block(place)
         late = {"0.attention"} if solver.wants_together else set()
-        late |= {"final"} if recipe == "regression" else set()
+        late |= {"final", "final.class"} if recipe == "regression" else set()
         assert solver.moments.keys() <= {f"{place + 1}.attention", *late}
         assert solver.grams.keys() <= solver.moments.keys()
         assert not any(f".{place}." in energy for energy in solver.energies)
@@ -189,7 +189,7 @@ def test_the_sum_over_depth_may_be_made_in_portions() -> None:
 def test_every_link_arrives_once_and_moments_in_the_order_of_a_pass(name: str) -> None:
     pairs = CASES[name].pairs
     found = [link for _, names in portions(name) for link in names]
-    assert sorted(found) == sorted([*pairs.moments, *pairs.energies])
+    assert sorted(found) == sorted([*pairs.moments, *pairs.class_rows, *pairs.energies])
     assert [link for link in found if link in pairs.moments] == list(pairs.moments)
 
 
@@ -204,6 +204,9 @@ def test_what_a_block_shows() -> None:
         (None, ["final"]),
     ]
     assert [len(names) for _, names in found] == [2, 12, 12, 1]  # 7 layers a block
+    last = ["1.context", "1.mlp", "1.middle", "final"]
+    alone = [f"{name}.class" for name in last]
+    assert portions("clip")[2][1][: 2 * len(last)] == [*last, *alone] and not CASES["clip"].pairs.reads_one_token(0)
     assert portions("clip")[0] == (None, ["embedding", "0.attention", "embedding.output", "embedding.norm"])
     assert "final" in portions("llama")[2][1] and portions("llama")[3] == (None, [])
 

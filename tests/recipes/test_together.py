@@ -27,7 +27,8 @@ def test_maps_of_one_shape_are_made_together(name, monkeypatch):
     assert one.maps.keys() == other.maps.keys() and one.reports == other.reports
     for space, t in one.maps.items():
         assert all(part.equal(other.maps[space].tensors()[n]) for n, part in t.tensors().items()), space
-    most = max(sum(n in solver.links and solver.links[n].target.norm is not None for n in names)
+    links = solver.pairs.moments
+    most = max(sum(n in links and links[n].target.norm is not None for n in names)
                for _, names in portions(name))  # fmt: skip
     assert most > 1 and max(len(shape) for shape in shapes if shape[-2:] == width) == 3
     assert max(shape[0] for shape in shapes if len(shape) == 3 and shape[-2:] == width) == most

@@ -19,7 +19,7 @@ def opened(name, folder):
     for side, model in enumerate(PAIRS[name]()):
         tiny_models.randomised(model).save_pretrained(folder / str(side))
     checkpoints = [Checkpoint.open(folder / str(side)) for side in range(2)]
-    return checkpoints, Pair(*(Geometry.of(checkpoint.config) for checkpoint in checkpoints))
+    return checkpoints, Pair(*(Geometry.of(checkpoint.config, checkpoint) for checkpoint in checkpoints))
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -31,13 +31,14 @@ def test_halves_show_what_whole_blocks_do(name, tmp_path):
     cases = [([None, 0, 1], False, 1), *([([0, 1, None], True, 1), ([0, None, 1], True, 2)] if name == "llama" else [])]
     for blocks, resident, tiles in cases:
         pairs = Pairs(*geometries, blocks)
-        grams = {name: (0, 1) if ".context" not in name else (1,) for name in pairs.moments}
+        links = {*pairs.moments, *pairs.class_rows, *pairs.energies}
+        grams = {name: (0, 1) if ".context" not in name else (1,) for name in {**pairs.moments, **pairs.class_rows}}
         seen, states = {}, {}
         for halves in (False, True):
             windows = Pair(*map(Window, checkpoints))
             how |= {"resident": resident, "tiles": tiles, "grams": grams, "halves": halves}
             loop, found = Loop(windows, geometries, batches, **how), seen.setdefault(halves, {})
-            for k, visit in enumerate(schedule(pairs, {*pairs.moments, *pairs.energies})):
+            for k, visit in enumerate(schedule(pairs, links)):
                 got = loop.visit(visit, first=k == 0)
                 assert (
                     list(got.links) == [*visit.moments, *visit.outputs] or halves and set(got.links) == {*visit.links}

@@ -34,6 +34,7 @@ from transformers import (
     Starcoder2Config,
     Starcoder2ForCausalLM,
     ViTConfig,
+    ViTForImageClassification,
     ViTModel,
 )
 
@@ -72,6 +73,7 @@ PAIRS = {
     "starcoder2": lambda: pair(Starcoder2ForCausalLM, Starcoder2Config, **TEXT),
     "gpt2": gpt2,
     "vit": lambda: pair(ViTModel, ViTConfig, **IMAGE),
+    "vit with its classifier": lambda: pair(ViTForImageClassification, ViTConfig, **IMAGE),
     "clip": lambda: pair(CLIPVisionModel, CLIPVisionConfig, **IMAGE),
     "both towers of clip": both_towers,
     "siglip": lambda: pair(SiglipVisionModel, SiglipVisionConfig, **IMAGE),
@@ -85,6 +87,7 @@ PAIRS = {
         ViTModel(ViTConfig(**SIDES[1], **IMAGE)),
     ],
 }
+ONE_TOKEN = "vit with its classifier", "both towers of clip"  # read behind their last blocks
 
 
 def calibration(modality):
@@ -102,7 +105,8 @@ def test_the_loop_sees_what_whole_models_show(name, tmp_path):
     for side, model in enumerate(PAIRS[name]()):
         tiny_models.randomised(model).save_pretrained(tmp_path / str(side))
     opened = [Checkpoint.open(tmp_path / str(side)) for side in range(2)]
-    geometries = Pair(*(Geometry.of(checkpoint.config) for checkpoint in opened))
+    geometries = Pair(*(Geometry.of(checkpoint.config, checkpoint) for checkpoint in opened))
+    assert geometries.target.one_token is (name in ONE_TOKEN)
     batches = [(batch, batch) for batch in calibration(geometries[0].family.modality)]
     for blocks in ([0, 1, None], [None, 0, 1], [1, None, None], [0, None, 1]):
         whole = [load_model(*side) for side in zip(opened, geometries, strict=True)]
@@ -114,7 +118,7 @@ def test_the_loop_sees_what_whole_models_show(name, tmp_path):
         how = {"held": None, "grams": {}, "device": torch.device("cpu"), "folder": tmp_path / "hidden"}
         loop = Loop(windows, geometries, batches, **how, resident=resident)
         moments, energies = {}, {}
-        for k, visit in enumerate(schedule(pairs, {*pairs.moments, *pairs.energies})):
+        for k, visit in enumerate(schedule(pairs, {*pairs.moments, *pairs.class_rows, *pairs.energies})):
             found = loop.visit(visit, first=k == 0)
             moments |= found.moments
             energies |= found.energies

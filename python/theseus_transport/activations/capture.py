@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -135,13 +135,14 @@ class Capture:
     def _observe(self, side: int, name: str, space: Space, activation: Tensor) -> None:
         if side != self._side:
             return
-        rows = activation.detach().flatten(0, -2)
+        # of one row a copy, or all of them would wait with it
+        rows = activation.detach()[:, 0].clone() if space.rows == "class" else activation.detach().flatten(0, -2)
         if rows.shape[1] != space.width:
             raise InputRefused(f"{space.module} is {rows.shape[1]} wide, but the config says {space.width}")
         if (side, name) in self._seen:
             raise InputRefused(f"{space.module} ran more than once in one forward pass of the {SIDES[side]}")
         self._seen.add((side, name))
-        rows, mixing = rows.to(self._device), self._mixings[side]
+        rows, mixing = rows.to(self._device), self._mixed(name)[side]
         if mixing is not None and mixing.tokens != len(rows):
             raise InputRefused(
                 f"{space.module} of the {SIDES[side]} has {len(rows)} tokens where {mixing.tokens} were expected; "
@@ -160,27 +161,40 @@ class Capture:
     def _pair(self, name: str, source: Tensor, target: Tensor) -> None:
         sides = Pair(source, target)
         if self.kept is not None:
-            self.kept[name] = Pair(*(x if m is None else m(x) for x, m in sides.zip(self._mixings)))
+            self.kept[name] = Pair(*(x if m is None else m(x) for x, m in sides.zip(self._mixed(name))))
             return
         self._waiting[name] = sides
         if len(self._waiting) == self._together:
             self._flush()
 
+    def _mixed(self, name: str) -> Mixings:
+        """How the rows of a link are mixed: class tokens pair up as they are."""
+        return self._mixings if self.links[name].whole else Pair(None, None)
+
+    def _alike(self, names: Iterable[str]) -> Iterator[tuple[Mixings, list[str]]]:
+        """Of these links those whose rows are mixed alike, with their mixings."""
+        for whole in (True, False):
+            if own := [name for name in names if self.links[name].whole is whole]:
+                yield self._mixed(own[0]), own
+
     def _flush(self) -> None:
         """Add what waits to be added."""
-        rows = [(own, other[:, self._columns(other.shape[1])]) for own, other in self._waiting.values()]
-        update_together([self.moments[name] for name in self._waiting], rows, self._mixings)
-        for side, mixing in enumerate(self._mixings):
-            own = {name: pair[side] for name, pair in self._waiting.items() if side in self.grams.get(name, ())}
-            both = [(x, x[:, self._columns(x.shape[1])]) for x in own.values()]
-            if own:
-                update_together([self.grams[name][side] for name in own], both, (mixing, mixing))
+        for both, names in self._alike(self._waiting):
+            waiting = {name: self._waiting[name] for name in names}
+            rows = [(own, other[:, self._columns(other.shape[1])]) for own, other in waiting.values()]
+            update_together([self.moments[name] for name in waiting], rows, both)
+            for side, mixing in enumerate(both):
+                own = {name: pair[side] for name, pair in waiting.items() if side in self.grams.get(name, ())}
+                twice = [(x, x[:, self._columns(x.shape[1])]) for x in own.values()]
+                if own:
+                    update_together([self.grams[name][side] for name in own], twice, (mixing, mixing))
         self._waiting.clear()
 
     def _flush_outputs(self) -> None:
         """Add the outputs of the present side that wait to their energies."""
-        energies = [self.energies[name] for name in self._outputs]
-        add_energies(energies, self._side, list(self._outputs.values()), self._mixings[self._side])
+        for both, names in self._alike(self._outputs):
+            rows = [self._outputs[name] for name in names]
+            add_energies([self.energies[name] for name in names], self._side, rows, both[self._side])
         self._outputs.clear()
 
     def _columns(self, width: int) -> slice:
@@ -240,7 +254,7 @@ def capture(
         device = next(inside.target.parameters()).device
         moments, outputs = (
             {name: link for name, link in links.items() if wanted is None or name in wanted}
-            for links in (pairs.moments, pairs.energies if energies else {})
+            for links in ({**pairs.moments, **pairs.class_rows}, pairs.energies if energies else {})
         )
         seen = Capture(inside, pairs.geometries, moments=moments, outputs=outputs, grams=grams, device=device)
         with seen.opened():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..models.geometry import Geometry, Layer, Space
@@ -23,6 +23,21 @@ class Link(Pair[Space]):
     def widths(self) -> Pair[int]:
         """Features of source and target."""
         return self.map(lambda space: space.width)
+
+    @property
+    def of_class(self) -> Link:
+        """The same two spaces, of each image's class token alone."""
+        return Link(*(replace(space, rows="class") for space in self))
+
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens are compared."""
+        return self.target.rows == "all"
+
+
+def of_class(name: str) -> str:
+    """The link that compares a link's two spaces by the class token alone."""
+    return f"{name}.class"
 
 
 def block_of(name: str) -> int | None:
@@ -92,8 +107,21 @@ class Pairs:
         return found
 
     @cached_property
+    def class_rows(self) -> Mapping[str, Link]:
+        """Beside :attr:`moments`, where :meth:`reads_one_token`: the spaces whose class token alone is read.
+
+        By the names that :func:`of_class` gives them: the last block's context, MLP and middle, and ``final``.
+        """
+        b = self.target.depth - 1
+        names = [f"{b}.{part}" for part in PARTS[1:]] + ["final"] if self.reads_one_token(b) else []
+        return {of_class(name): self.moments[name].of_class for name in names}
+
+    @cached_property
     def energies(self) -> Mapping[str, Link]:
-        """The outputs whose energies set the scales: by target layer, and ``embedding.output``, ``embedding.norm``."""
+        """The outputs whose energies set the scales: by target layer, and ``embedding.output``, ``embedding.norm``.
+
+        Of what :meth:`reads_one_token` says the energies of that row, but for queries, keys and values.
+        """
         source, target = self.source, self.target
         found = {"embedding.output": Link(source.embedded(), target.embedded())}
         if source.family.embedding_norm and target.family.embedding_norm:
@@ -102,12 +130,14 @@ class Pairs:
             if layer.role != "head" and (block := self.blocks[layer.block]) is not None:
                 own = source.counterpart(layer, block)
                 assert own is not None  # check_pair
-                found[layer.name] = Link(source.written(own), target.written(layer))
+                link = Link(source.written(own), target.written(layer))
+                alone = layer.role in ("output", "expand", "contract") and self.reads_one_token(layer.block)
+                found[layer.name] = link.of_class if alone else link
         return found
 
     @cached_property
     def arrivals(self) -> Sequence[tuple[Place, Sequence[str]]]:
-        """Names of :attr:`moments` and :attr:`energies` as a run block by block meets them, each once.
+        """Names of :attr:`moments`, :attr:`class_rows` and :attr:`energies` as a run meets them, each once.
 
         First ``None`` with what precedes the first block; every paired target block with what it and its successor
         show; at the end ``None`` with what is left.
@@ -117,8 +147,9 @@ class Pairs:
         for b in (b for b in self.places if b is not None):
             spaces = [f"{b}.{part}" for part in PARTS]
             layers = [la.name for la in self.target.layers() if la.block == b and la.name in self.energies]
-            steps.append((b, [*spaces, self.after(b), *layers]))
-        left = dict.fromkeys([*self.moments, *self.energies])
+            spaces.append(self.after(b))
+            steps.append((b, [*spaces, *map(of_class, spaces), *layers]))
+        left = dict.fromkeys([*self.moments, *self.class_rows, *self.energies])
         met = [
             (place, [name for name in names if left.pop(name, 0) is None])
             for place, names in [*steps, (None, ["final"])]

@@ -78,8 +78,7 @@ def align(
         grams = chosen.solver.gram_sides(pairs, chosen, pairs.moments)
         models = Pair(source, target).zip(geometries).map(lambda each: emptied(*each)) if chosen.fits else None
         solver = chosen.solver(*bases, pairs.blocks, chosen)
-        wanted = solver.every if chosen.solver.alone else None
-        with capture(source, target, pairs, energies=chosen.solver.reads_energies, grams=grams, wanted=wanted) as seen:
+        with capture(source, target, pairs, grams=grams, wanted=solver.every) as seen:
             for pair in both:
                 seen.run(*pair)
                 if progress:
@@ -87,8 +86,7 @@ def align(
     tokens = next(iter(seen.moments.values())).count
     if not tokens:
         raise InputRefused("the calibration holds no token that is not masked, or (by offsets) none both models have")
-    toward = together(*bases, seen.links, seen.moments) if chosen.solver.leans_on_depth(chosen) else None
-    solver.toward = toward
+    solver.toward = together(*bases, pairs.moments, seen.moments) if chosen.solver.leans_on_depth(chosen) else None
     made = solver.whole(seen.moments, seen.energies, seen.grams)
     known = {**sample_of(bases.source), **(provenance or {})}
     alignment = outline(*geometries, chosen, pairs.blocks).filled(made, tokens=tokens, provenance=known)

@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from ..activations.links import Pairs, block_of
+from ..activations.links import Pairs, block_of, of_class
 from ..calibration.extent import Extent
 from ..files.checkpoint import Checkpoint
 from ..models.geometry import Geometry
@@ -73,8 +73,16 @@ class Sizes:
 
     @property
     def spaces(self) -> list[Widths]:
-        """Features (source, target) of the spaces that a pair of blocks compares, and of the final one."""
+        """Features (source, target) of the spaces that a pair of blocks compares, and of the final one.
+
+        Where the class token alone is read those of the last block come twice, of all tokens and of that one.
+        """
         return list(self._links.values())
+
+    @property
+    def whole(self) -> list[Widths]:
+        """Of :attr:`spaces` those compared by all tokens."""
+        return [widths for name, widths in self._links.items() if name not in self._pairs.class_rows]
 
     @cached_property
     def grams(self) -> list[int]:
@@ -90,12 +98,14 @@ class Sizes:
     @cached_property
     def _links(self) -> dict[str, Widths]:
         found: dict[int | None, dict[str, Widths]] = {}
-        widths = {name: link.widths for name, link in self._pairs.moments.items()}
+        rows = self._pairs.class_rows if self.recipe.solver.reads_class_rows else {}
+        widths = {name: link.widths for name, link in {**self._pairs.moments, **rows}.items()}
         for name in filter(self._uses, widths):
             found.setdefault(block_of(name), {})[name] = widths[name]
         inside = [spaces for b, spaces in found.items() if b is not None]
         areas = [sum(own * other for own, other in spaces.values()) for spaces in inside]
-        return {**(inside[areas.index(max(areas))] if inside else {}), "final": widths["final"]}
+        outside = {name: widths[name] for name in ("final", of_class("final")) if name in widths}
+        return {**(inside[areas.index(max(areas))] if inside else {}), **outside}
 
     @cached_property
     def maps(self) -> int:

@@ -105,6 +105,8 @@ class Terms:
             most = max(most + max(self.crosses), whiten_bytes(*widest, center=recipe.center))
         elif recipe.center:
             most += max(self.crosses)
+        if len(self.sizes.spaces) > len(self.sizes.whole):  # the map of all rows, and the cross that leans on it
+            most += 2 * max(self.crosses)
         if not there:
             return most
         widths = (geometry.width for geometry in self.sizes.geometries)
@@ -149,8 +151,8 @@ class Terms:
 
     @cached_property
     def _features(self) -> Pair[int]:
-        """Features of all spaces of a pair of blocks together: source and target."""
-        return Pair(*(sum(widths[side] for widths in self.sizes.spaces) for side in (0, 1)))
+        """Features of all spaces of a pair of blocks together, of which all tokens are taken: source and target."""
+        return Pair(*(sum(widths[side] for widths in self.sizes.whole) for side in (0, 1)))
 
     @property
     def _square(self) -> int:

@@ -79,7 +79,8 @@ class Effort:
         for k, side in enumerate(zip(self.checkpoints, pairs.geometries, self.rows, strict=True)):
             run = {b for visit in visits if (b := visit.blocks[k]) is not None}
             flops += self.passes * forward(*side, run) + self.whole * forward(*side)
-        crosses = sum(prod(link.widths) for link in links.values())
+        compared = {name: link for name, link in links.items() if link.whole}  # one row of a sample's costs nothing
+        crosses = sum(prod(link.widths) for link in compared.values())
         grams = solver.gram_sides(pairs, self.recipe, links)
         own = sum(links[name].widths[k] ** 2 for name, sides in grams.items() for k in sides)
         found = {
@@ -88,7 +89,7 @@ class Effort:
             "decompositions": decompositions(pairs, self.recipe, links) / double,
         }
         if self.held:  # rows as they pair and as they are shifted
-            mapped = sum(prod(link.widths) // solver.diagonal(name, pairs.target) for name, link in links.items())
+            mapped = sum(prod(link.widths) // solver.diagonal(name, pairs.target) for name, link in compared.items())
             found["held-out quality"] = 2 * 2 * self.held * mapped / double
         return found
 

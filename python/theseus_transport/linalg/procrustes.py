@@ -26,6 +26,7 @@ Null = Literal["partial", "completed", "svd"]
 Method = Literal["auto", "iterate", "lapack"]
 FLOOR = 1e-6  # singular values below this share of the largest do not determine a direction
 FLOOR_DOUBLE = 1e-12  # where both models compute in float64, rounding lies at 1e-16
+LEAN = 1e-4  # weight of another map beside a cross-moment's norm: float32 rounds at 1e-7 of that
 ITERATE_FROM = 1024  # smaller sides at least this long are iterated where they have full rank: LAPACK is slower there
 # Rows and columns up to which a GPU's rotations (theseus_ext.polar) make maps, and not batched products: in float64,
 # with vectors, they fit the shared memory of any GPU. Not yet measured on a GPU.
@@ -113,6 +114,16 @@ def procrustes(
         del u, vh  # as large as C and more
     certify(result.map, c, rank, floor=floor)
     return result if null != "completed" or toward is None else _complete(result, u, vh, toward.double(), floor)
+
+
+def leaning(cross: Tensor, t: Tensor) -> Tensor:
+    """C + 1e-4 |C| T: what C [..., dS, dT] hardly determines is left to T, a map from more data than C sums.
+
+    Where both know the same map it is the polar factor of either, and no direction of T is near the floor.
+    """
+    c = cross.double()
+    weight: Tensor = LEAN * torch.linalg.matrix_norm(c)
+    return torch.addcmul(c, weight[..., None, None], t)
 
 
 def _first(s: Tensor) -> Tensor:

@@ -52,13 +52,14 @@ class Space:
         module: canonical name.
         side: the module's input or output, or its output behind ``norm`` where the model itself norms one token only.
         width: features.
-        norm: the norm whose output the activation is, if it is one.
+        norm: the norm whose output the activation is, if it is one; rows: of all tokens, or of the class token alone.
     """
 
     module: str
     side: Literal["input", "output", "normed"]
     width: int
     norm: str | None = None
+    rows: Literal["all", "class"] = "all"
 
 
 @dataclass(frozen=True)

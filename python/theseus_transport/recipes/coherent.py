@@ -13,9 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..activations.links import Blocks, Link, Pairs, block_of
+from ..activations.links import Blocks, Link, Pairs, block_of, of_class
 from ..activations.moments import CrossMoment
 from ..linalg.polar import remote
+from ..linalg.procrustes import Polar, leaning
 from ..models.base import Base
 from ..models.geometry import Geometry, Layer, Role
 from . import maps
@@ -31,7 +32,7 @@ from .solver import Rows, Solver, Widths
 class Coherent(Solver):
     """The recipe at work."""
 
-    folds = moves_embeddings = reads_energies = True
+    folds = moves_embeddings = reads_energies = reads_class_rows = True
 
     @classmethod
     def planned_maps(cls, pairs: Pairs, recipe: RecipeChoices) -> list[PlannedMap]:
@@ -50,8 +51,8 @@ class Coherent(Solver):
     def decompositions(cls, pairs: Pairs, recipe: RecipeChoices) -> list[tuple[str, Widths]]:
         heads = [(pairs.source.head_dim, pairs.target.head_dim)] * (2 * pairs.target.kv_heads)  # of v, and of q and k
         found: list[tuple[str, Widths]] = []
-        for name, link in pairs.moments.items():
-            by_head = name.endswith(".context")
+        for name, link in {**pairs.moments, **pairs.class_rows}.items():
+            by_head = name.removesuffix(of_class("")).endswith(".context")
             found += [(name, each) for each in heads if by_head]
             found += [(name, link.widths)] if recipe.heads == "dense" or not by_head else []
         return found
@@ -82,7 +83,7 @@ class Coherent(Solver):
     def needs(self, layers: Iterable[Layer], vectors: Iterable[str]) -> set[str]:
         fed = (la for la in layers if la.role == "head" or self.pairs.blocks[la.block] is not None)
         found = [*(self._layer_needs(la) for la in fed), *(self._vector_needs.get(name, set()) for name in vectors)]
-        return set().union(*found)
+        return self.with_class_rows(set().union(*found))
 
     def as_mapped(self, rows: Rows, link: Link) -> Rows:
         behind_norms = link.source.norm and link.target.norm
@@ -141,18 +142,18 @@ class Coherent(Solver):
         if name in self._starts() and self.together is not None:
             return True
         if (b := block_of(name)) is None:
-            return name == "final" and self.recipe.scale == "regression"
+            return name in ("final", of_class("final")) and self.recipe.scale == "regression"
         return b >= self.ahead and not name.endswith(".after")
 
     def _arrived(self, names: Sequence[str]) -> None:
-        behind_norms = [name for name in names if self.links[name].target.norm]
+        behind_norms = [name for name in names if self.links[name].target.norm and self.links[name].whole]
         if self.recipe.null == "completed" and self.toward is None and behind_norms:
             raise ValueError("null=completed completes toward the sum over depth; give toward=together(...)")
         together = self.toward is None and any(remote(self.moments[name].cross) for name in behind_norms)
         for some in [behind_norms] if together else [[name] for name in behind_norms]:
             zs = [self._z(name) for name in some]
             for name, z, polar in zip(some, zs, self.polars([z.cross for z in zs], toward=self.toward), strict=True):
-                self.ruleset.add(name, polar, z.count)
+                self.ruleset.add(name, self._of_class(name, polar), z.count)
                 self._add_together(name, z.cross)
 
     def _add_together(self, name: str, cross: Tensor) -> None:
@@ -164,6 +165,18 @@ class Coherent(Solver):
 
     def _z(self, name: str) -> CrossMoment:
         return normalised(self.source, self.target, self.links[name], self.moments[name])
+
+    def _of_class(self, name: str, polar: Polar) -> Polar:
+        """A space's map by the class token's rows, where these alone matter, leaning on that of all rows."""
+        return self.polar(leaning(self._read(name).cross, polar.map)) if of_class(name) in self.moments else polar
+
+    def _read(self, name: str) -> CrossMoment:
+        """The moment of a space by the rows that matter; of z behind norms."""
+        name = self._rows(name)
+        return self._z(name) if self.links[name].target.norm else self.moments[name]
+
+    def _rows(self, name: str) -> str:
+        return of_class(name) if of_class(name) in self.moments else name
 
     def _written(self, name: str) -> float:
         """Scale of an output that writes the residual."""
@@ -184,9 +197,8 @@ class Coherent(Solver):
             self.grams.pop(f"{b}.context", None)  # not beside the widest map
         if f"{b}.middle" in self.moments:
             middle = self.moments[f"{b}.middle"]
-            energies = (middle.source_energy, middle.target_energy)
-            polar = self.polar(middle.cross, energies=energies)
-            self.ruleset.add(f"{b}.middle", polar, middle.count)
+            polar = self.polar(middle.cross, energies=(middle.source_energy, middle.target_energy))
+            self.ruleset.add(f"{b}.middle", self._of_class(f"{b}.middle", polar), middle.count)
         for own_norm, norm, name in self.pairs.unread(b):
             self._norm_vectors(own_norm, norm, name)
         if self.recipe.scale == "regression":
@@ -201,7 +213,7 @@ class Coherent(Solver):
                 return Rule(own.name, reads, f"{b}.{layer.role}", self._whitened)
             case "output":
                 return Rule(own.name, f"{b}.context", f"{b}.mlp", 1.0, self._written(layer.name))
-        middle, seen = self.moments[f"{b}.middle"], self.energies[layer.name]
+        middle, seen = self._read(f"{b}.middle"), self.energies[layer.name]
         energies = (middle.source_energy, middle.target_energy)
         if layer.role == "expand":
             alive = [x > self.recipe.floor**2 * x.max() for x in energies]
@@ -215,12 +227,10 @@ class Coherent(Solver):
         """Scales by regression in place of those by energies; at an input whose map is still to come, at the end."""
         rule, link = self.ruleset.rules[layer.name], layer.reads
         if rule.input in self.ruleset.maps:
-            read = self._z(link) if self.links[link].target.norm else self.moments[link]
-            rule = fit_input(rule, self.ruleset.maps[rule.input], read)
+            rule = fit_input(rule, self.ruleset.maps[rule.input], self._read(link))
         sides, seen = ((self.source, own), (self.target, layer)), self.energies[layer.name]
-        self.ruleset.rules[layer.name] = fit_output(
-            rule, self.ruleset.maps[rule.output], self.moments[link], sides, seen
-        )
+        read, t = self.moments[self._rows(link)], self.ruleset.maps[rule.output]
+        self.ruleset.rules[layer.name] = fit_output(rule, t, read, sides, seen)
 
     def _finish(self) -> None:
         recipe = self.recipe
@@ -229,10 +239,10 @@ class Coherent(Solver):
             self._complete()
         self.together = None
         for own, layer in self.pairs.layers(None):
-            if recipe.head == "move" and "final" in self.seen:
+            if recipe.head == "move" and self.needs([layer], ()) <= self.seen:
                 rule = Rule(own.name, "final", "identity", self._whitened)
                 if recipe.scale == "regression":
-                    rule = fit_input(rule, self.ruleset.maps["final"], self._z("final"))
+                    rule = fit_input(rule, self.ruleset.maps["final"], self._read("final"))
                 self.ruleset.rules[layer.name] = rule
         self._embedding_rules(behind)
         for own_norm, norm, name in self.pairs.unread(None):
@@ -261,7 +271,7 @@ class Coherent(Solver):
 
     def _complete(self) -> None:
         """Complete the first maps, and fit the inputs that waited for them."""
-        behind_norms = {name for name, link in self.links.items() if link.target.norm}
+        behind_norms = {name for name, link in self.pairs.moments.items() if link.target.norm}
         if missing := behind_norms - self.seen:
             raise ValueError(f"the first map is completed from all spaces behind norms, {min(missing)} did not arrive")
         for name in sorted(self._starts()):

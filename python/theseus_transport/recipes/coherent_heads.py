@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..activations.links import Pairs
+from ..activations.links import Pairs, of_class
 from ..activations.moments import CrossMoment, Energy
-from ..linalg.procrustes import FLOOR_DOUBLE, Polar, procrustes
+from ..linalg.procrustes import FLOOR_DOUBLE, Polar, leaning, procrustes
 from ..models.geometry import Role
 from . import maps
 from .choices import RecipeChoices
@@ -49,6 +49,7 @@ def head_maps(p: Solver, b: int) -> None:
     source, target, out, recipe = p.source.geometry, p.target.geometry, p.ruleset, p.recipe
     names: Names = {la.role: (own.name, la.name) for own, la in p.pairs.layers(b)}
     context = p.moments[f"{b}.context"]
+    alone = p.moments.get(of_class(f"{b}.context"))  # of the class token, where that alone matters
     # Who feeds whom. Query heads that share a key-value head share its maps too, so all sums below are per kv head.
     heads, kv_heads = (source.heads, target.heads), (source.kv_heads, target.kv_heads)
     pairing = out.pairings[b] = pair_heads(context, heads, kv_heads)
@@ -77,18 +78,24 @@ def head_maps(p: Solver, b: int) -> None:
     def blocks(polar: Polar, scale: Tensor) -> Tensor:
         return polar.map.cpu() * scale[:, None, None]
 
+    def paired(moment: CrossMoment) -> Tensor:
+        """Crosses of paired heads, [heads_T, head_dim_S, head_dim_T]."""
+        cross: Tensor = moment.cross.unflatten(1, (target.heads, -1)).unflatten(0, (source.heads, -1)).transpose(1, 2)
+        return cross[pairing.query, torch.arange(target.heads)]
+
     # One map per kv head serves v's output and o's input: the context is a weighted mean of values, head by head.
-    cross = context.cross.unflatten(1, (target.heads, -1)).unflatten(0, (source.heads, -1)).transpose(1, 2)
-    paired = cross[pairing.query, torch.arange(target.heads)]
-    t_context = procrustes(of_group(paired), null=recipe.null, floor=recipe.floor)
+    t_context = procrustes(of_group(paired(context)), null=recipe.null, floor=recipe.floor)
     e_context = energies((context.source_energy, context.target_energy), heads, pairing.query)
     # Where several target heads copy one source head they share its update, or it would be added as often.
     share, fit = torch.ones(2, target.heads, dtype=torch.float64)
     if recipe.heads == "pair" and len(set(pairing.query.tolist())) < target.heads:
         loud = context.source_energy.unflatten(0, (source.heads, -1)).sum(1).cpu()[pairing.query]
         known = t_context.map.cpu()[group], _ratios(e_context)[group], loud, p.grams[f"{b}.context"][1].cross
-        share, fit = shares(pairing.query, paired, *known, floor=max(recipe.floor, FLOOR_DOUBLE))
+        share, fit = shares(pairing.query, paired(context), *known, floor=max(recipe.floor, FLOOR_DOUBLE))
     fit_kv = fit.unflatten(0, (target.kv_heads, -1)).amax(1)
+    if alone:
+        t_context = procrustes(leaning(of_group(paired(alone)), t_context.map), null=recipe.null, floor=recipe.floor)
+        e_context = energies((alone.source_energy, alone.target_energy), heads, pairing.query)
 
     def by_query(polar: Polar, scale: Tensor, weight: Tensor) -> maps.Heads:
         return maps.Heads(pairing.query, blocks(polar, scale)[group] * weight[:, None, None], source.heads)
@@ -118,7 +125,7 @@ def head_maps(p: Solver, b: int) -> None:
         out.add(f"{b}.query", t_shared, context.count, by_query(t_shared, _ratios(e_query, recipe), fit))
         out.put(f"{b}.key", by_kv(t_shared, _ratios(e_key, recipe)))
     if recipe.heads == "dense":
-        _dense_context(out, b, context, value, names, recipe)
+        _dense_context(out, b, context, alone, value, names, recipe)
 
 
 def shares(
@@ -177,10 +184,18 @@ def _shared(g: Tensor, r: Tensor, scale: Tensor, floor: float) -> tuple[Tensor, 
 
 
 def _dense_context(
-    out: Ruleset, b: int, context: CrossMoment, value: Energy | None, names: Names, recipe: RecipeChoices
+    out: Ruleset,
+    b: int,
+    context: CrossMoment,
+    alone: CrossMoment | None,
+    value: Energy | None,
+    names: Names,
+    recipe: RecipeChoices,
 ) -> None:
     """One map and one scale for v's output and o's input, in place of those per head."""
     polar = procrustes(context.cross, null=recipe.null, floor=recipe.floor)
+    if alone:
+        context, polar = alone, procrustes(leaning(alone.cross, polar.map), null=recipe.null, floor=recipe.floor)
     out.add(f"{b}.context", polar, context.count)
     if (layer := names["output"][1]) in out.rules:
         read = scale_of(float(context.source_energy.sum()), float(context.target_energy.sum()), recipe)

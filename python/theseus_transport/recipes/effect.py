@@ -51,7 +51,7 @@ class _Fitting(Solver, ABC):
         fitted = [layer for layer in self.pairs.target.layers() if layer.name in keys]
         found = super().needs(layers, [key for key in vectors if not key.endswith(FIT)])  # type: ignore[safe-super]
         points = {write_point(self.pairs, layer) or self.behind for layer in fitted}
-        return found | points | ({self.behind} if fitted else set())
+        return self.with_class_rows(found | points | ({self.behind} if fitted else set()))
 
 
 class AfterCoherent(_Fitting, Coherent):
@@ -82,7 +82,8 @@ class Effect(_Fitting, Coherent):
 
     @classmethod
     def decompositions(cls, pairs: Pairs, recipe: RecipeChoices) -> list[tuple[str, Widths]]:
-        return [(name, link.widths) for name, link in pairs.moments.items() if link.target.norm]
+        links = {**pairs.moments, **pairs.class_rows}
+        return [(name, link.widths) for name, link in links.items() if link.target.norm]
 
     @classmethod
     def gram_sides(cls, pairs: Pairs, recipe: RecipeChoices, links: Iterable[str]) -> dict[str, tuple[int, ...]]:

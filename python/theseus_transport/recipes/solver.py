@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..activations.links import Blocks, Link, Pairs, block_of
+from ..activations.links import Blocks, Link, Pairs, block_of, of_class
 from ..activations.moments import CrossMoment, Energy, Grams
 from ..errors import InputRefused, NumericalError
 from ..linalg.procrustes import ITERATE_FROM, Method, Polar, procrustes
@@ -41,7 +41,7 @@ class Solver(ABC):
         folds: norms' gains and biases are folded into the layers that read them, and move by themselves only where
             more than linear layers reads them; else every norm's own vectors move as rows.
         moves_embeddings: embeddings move, where the recipe's choice is not to leave them.
-        reads_energies: it wants the energies of :attr:`Pairs.energies`.
+        reads_energies: it wants the energies of :attr:`Pairs.energies`; reads_class_rows: and :attr:`Pairs.class_rows`.
         whitens: it takes the choices ``center`` and ``whiten_power``.
         fits: behind its maps the layers that write the residual are fitted to the effect of the tune.
         alone: nothing of a block moves through maps; only fits are made there.
@@ -58,6 +58,7 @@ class Solver(ABC):
     folds: ClassVar[bool] = False
     moves_embeddings: ClassVar[bool] = False
     reads_energies: ClassVar[bool] = False
+    reads_class_rows: ClassVar[bool] = False
     whitens: ClassVar[bool] = False
     any_module: ClassVar[bool] = False
     fits: ClassVar[bool] = False
@@ -106,7 +107,7 @@ class Solver(ABC):
         """
         self.source, self.target, self.recipe, self.toward = source, target, recipe, toward
         self.pairs = Pairs(source.geometry, target.geometry, blocks)
-        self.links = self.pairs.moments
+        self.links = {**self.pairs.moments, **(self.pairs.class_rows if self.reads_class_rows else {})}
         self.ruleset = Ruleset()
         self.moments: dict[str, CrossMoment] = {}
         self.energies: dict[str, Energy] = {}
@@ -201,6 +202,10 @@ class Solver(ABC):
         Args:
             layers: of the target. vectors: names of tensors of the target, as in ``ruleset.vectors``.
         """
+
+    def with_class_rows(self, names: set[str]) -> set[str]:
+        """These links, and of those whose class token alone matters the links that compare it."""
+        return names | {own for own in map(of_class, names) if own in self.links}
 
     def needed(self, keys: Collection[str]) -> set[str]:
         """:meth:`needs` of keys of an alignment's rules (layers) and vectors."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..activations.capture import Capture
-from ..activations.links import Pairs
+from ..activations.links import Pairs, of_class
 from ..alignment.quality import Quality, quality, warn
 from ..calibration.calibration import Calibration
 from ..errors import InputRefused, NumericalError
@@ -172,8 +172,8 @@ class Passage:
     @property
     def skipped(self) -> str:
         """How many blocks and spaces nothing that moves needed, in words; "" where all were visited."""
-        visits, links = self.visits, self.solver.links
-        compared = {name for visit in visits for name in visit.moments}
+        visits, links = self.visits, self.solver.pairs.moments
+        compared = {name for visit in visits for name in visit.moments if name in links}
         read = {visit.target for visit in visits} - {None}
         if compared == links.keys():
             return ""
@@ -282,7 +282,8 @@ class Passage:
         samples = samples_of(self.data.held.source)
         for name in (n for n in seen.links if n in seen.kept):
             if (t := self.solver.ruleset.maps.get(name)) is not None:
-                mapped = self.solver.as_mapped(seen.kept[name], seen.links[name])
+                rows = seen.kept.get(of_class(name), seen.kept[name])  # those that matter
+                mapped = self.solver.as_mapped(rows, seen.links[name])
                 self.qualities.append(Quality(name, *quality(t, mapped, samples)))
 
     def _commit(self, loop: Loop) -> None:

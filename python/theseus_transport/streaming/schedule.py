@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..activations.links import Link, Pairs
+from ..activations.links import Link, Pairs, of_class
 from ..models.geometry import Space
 from ..models.pair import Pair
 
@@ -40,7 +40,8 @@ class Visit:
         Args:
             layers: those of the target's attention.
         """
-        spaces = f"{self.target}.attention", f"{self.target}.context"
+        own = f"{self.target}.attention", f"{self.target}.context"
+        spaces = {*own, *map(of_class, own)}
         first, second = (
             replace(
                 self,
@@ -64,7 +65,7 @@ def schedule(pairs: Pairs, wanted: Collection[str], *, whole: bool = False) -> l
     Args:
         wanted: names of links. whole: nothing is left out.
     """
-    moments = {n: _unpooled(link) for n, link in pairs.moments.items() if n in wanted}
+    moments = {n: _unpooled(link) for n, link in {**pairs.moments, **pairs.class_rows}.items() if n in wanted}
     outputs = {n: link for n, link in pairs.energies.items() if n in wanted}
     (_, first), *inside, (_, last) = pairs.arrivals
     met = dict(inside)
@@ -81,7 +82,7 @@ def schedule(pairs: Pairs, wanted: Collection[str], *, whole: bool = False) -> l
             visits.append(Visit(target=b))
             continue
         (spaces, layers), after = seen(met[b]), pairs.after(b)
-        follow = _norms([spaces[after]] if after in spaces else [])
+        follow = _norms([spaces[name] for name in (after, of_class(after)) if name in spaces])
         visits += [Visit(source=j) for j in range(at, own)] + [Visit(own, b, spaces, layers, follow)]
         at = own + 1
     visits += [Visit(source=j) for j in range(at, pairs.source.depth)]
