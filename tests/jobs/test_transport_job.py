@@ -72,8 +72,9 @@ def held(folder):
 def computed(job, cls):
     """(base, its update) by the library alone: models from transformers, batches cut by hand."""
     vision = cls in (ViTModel, ViTForImageClassification)
-    extra = {"add_pooling_layer": False} if vision else {}
-    bases = [AutoModel.from_pretrained(r, dtype="auto", **extra).eval() for r in (job.source, job.target)]
+    extra = {"add_pooling_layer": False} if cls is ViTModel else {}
+    opened = cls if vision else AutoModel  # what reads the class token alone is known by its head
+    bases = [opened.from_pretrained(r, dtype="auto", **extra).eval() for r in (job.source, job.target)]
     data, batches = load_file(job.calibration), []
     count = len(next(iter(data.values())))
     order = drawn_rows(torch.ones(count), job.tokens, job.batch_size, job.seed)  # those held out are the last batch
