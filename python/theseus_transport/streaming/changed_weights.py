@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models.family import Family
-from ..models.tensors import Tensors, shape_of
+from ..models.tensors import Tensors, growing, rows_of, shape_of
 from ..updates.computed import ComputedUpdate
 from ..updates.delta import Delta
 from ..updates.merged import Merged
@@ -46,10 +46,17 @@ class TunedWeights:
         return base == tuned or (len(base) == 2 and base[1:] == tuned[1:] and tuned[0] > base[0])
 
     def changes(self, names: Collection[str]) -> bool:
-        """Whether any of these stored tensors differs from the base's; reads them up to the first that does."""
+        """Whether any of these stored tensors differs from the base's; reads them up to the first rows that do."""
         return any(
-            not torch.equal(self[name].to(self._base[name]), self._base[name]) for name in names if name in self._names
+            not self._same(name, rows)
+            for name in names
+            if name in self._names
+            for rows in growing(shape_of(self._base, name))
         )
+
+    def _same(self, name: str, rows: slice | None) -> bool:
+        base, tuned = rows_of(self._base, name, rows), rows_of(self.tensors, self._names[name], rows)
+        return torch.equal(tuned.to(base), base)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

@@ -115,6 +115,10 @@ class Hidden:
             if not self._resident:
                 self._advance()
 
+    def keep(self, i: int | None) -> None:
+        """Let go of all batches but this one, where they are in memory."""
+        self._held = [state if k == i else None for k, state in enumerate(self._held)]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all batches."""

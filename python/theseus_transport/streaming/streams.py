@@ -136,6 +136,7 @@ class Streams:
         self._centred = solver.pairs.target.family.norm == "layer"
         self.active, self.arrived = False, list[Arrived]()
         self._point: WritePoint | None = None
+        self._between: Stream | None = None  # of S+, between attention and MLP of the block that ran last
         self._loop: Loop
 
     @property
@@ -222,6 +223,8 @@ class Streams:
             points[layer.name] = self._point
             if layer.name in self._fits:
                 self._fit(visit, layer, self._point)
+                if layer.role == "output":
+                    self._forget_between()
         with stream.filled(b) as block, stream.watched(b, stream.side.geometry.family.output) as seen:
             for i in self._batches:
                 after = stream.run(block, b, i)
@@ -232,6 +235,13 @@ class Streams:
                 stream.put(i, after)
         self._of_updated.forget()
         self._update.forget()
+
+    def _forget_between(self) -> None:
+        """Of the residuals between attention and MLP only those that are held out are needed behind attention's fit."""
+        tuned = [self._between.hidden] if self._between else []
+        for states in (*(side.between for side in self._loop.sides), *tuned):
+            if states is not None:
+                states.keep(self._loop.held)
 
     def _states(self, visit: Visit, layer: Layer, i: int) -> tuple[Tensor, Tensor]:
         """Residuals of source and target base behind a writer, on batch ``i``."""
@@ -245,8 +255,10 @@ class Streams:
         return source.between[i], into
 
     def _tuned_state(self, visit: Visit, layer: Layer, i: int) -> Tensor:
-        between = layer.role == "output" and visit.source is not None
-        return (self._between if between else self.tuned)[i]
+        if layer.role != "output" or visit.source is None:
+            return self.tuned[i]
+        assert self._between is not None
+        return self._between[i]
 
     def _found(self, link: str, states: Any) -> WritePoint:
         """The map of a link, and how much larger the target's residual is there."""
@@ -282,9 +294,13 @@ class Streams:
                 )
                 mixings = self._loop.rows[i].map(lambda mixing: mixing and mixing.to(device))
                 moment.update(read, tuned, own, after, other, mixings.source, mixings.target)
+                seen.clear()
+                del read, tuned, own, after, other  # before the next batch needs memory
         assert moment is not None
+        wanted = point.scale**2 * float(moment.source_energy.sum())
         normal = moment.missing(point.scale, point.q, centred=self._centred)
-        self._solve(layer, normal, wanted=point.scale**2 * float(moment.source_energy.sum()))
+        del moment  # all but the Gram
+        self._solve(layer, normal, wanted=wanted)
 
     def _solve(self, layer: Layer, normal: Normal, *, wanted: float) -> None:
         """Solve for a writer's update, where anything is missing of an effect of energy ``wanted``."""
