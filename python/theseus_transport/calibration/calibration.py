@@ -6,27 +6,25 @@ import hashlib
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from ..activations.inputs import SideInfo, check_ids, check_tensors
+from ..activations.inputs import SideInfo, check_ids
 from ..activations.pairing_tokens import Tensors
 from ..errors import InputRefused
-from ..files.checkpoint import Checkpoint, check_finite
 from ..files.companions import has_tokenizer
 from ..models.pair import SIDES, Pair
 from .documents import LINES, PROGRAMS, Records, TextFile, builtin_pieces, refuse_other_files
 from .images import Preprocessor, find_images, read_images
-from .text import Tokenizer, rows_of_text
+from .ready import ready_tensors
+from .text import LENGTH, Tokenizer, enough_texts, rows_of_text
 
 log = logging.getLogger(__name__)
-KEYS = ("input_ids", "attention_mask", "pixel_values", "offsets")
 TEXTS = (".txt", ".md", *LINES, *PROGRAMS)  # to be found in a folder
-LENGTH = 512  # tokens of a row of text
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,9 @@ def load_calibration(
     hold_out: bool = False,
     skip_bad: bool = False,
     chats: Path | None = None,
+    sampled: Iterable[Sequence[str]] | None = None,
 ) -> Calibration:
-    """Batches for both models from a `.safetensors` of ready tensors, text, a folder of images, or "builtin".
+    """Batches for both models from a `.safetensors` of ready tensors, text, a folder of images, "builtin" or "self".
 
     A tensor file holds `input_ids` [n, tokens] with optional `attention_mask` [n, tokens], or `pixel_values`
     [n, c, h, w]; names may carry `source.` and `target.` where the sides differ, then `offsets` [n, tokens, 2] may join
@@ -67,7 +66,8 @@ def load_calibration(
     preprocessor_config.json says. Of more data than `tokens_wanted` a sample drawn with `seed` is used, in its order,
     of less all, with a warning. With `hold_out` some more rows are drawn and held out, as :func:`drawn_rows` says.
     `skip_bad` leaves out images and lines that cannot be read, and counts them, rather than refusing them. Chats are
-    told by the chat template of the tokenizer in the folder `chats`, else by the source's, else by the target's.
+    told by the chat template of the tokenizer in the folder `chats`, else by the source's, else by the target's. "self"
+    is text that the tune says: as many batches of texts as it takes are drawn from `sampled`.
 
     Raises InputRefused, with values and the cure, for data that do not fit the models.
     """
@@ -75,16 +75,16 @@ def load_calibration(
         raise InputRefused(
             f"{source.name} is a {source.kind} model, {target.name} a {target.kind} model: no common data"
         )
-    path, builtin = Path(os.path.expanduser(reference)), str(reference) == "builtin"
+    path, builtin = Path(os.path.expanduser(reference)), str(reference) == "builtin" or sampled is not None
     if not builtin and not (path.is_file() or path.is_dir()):  # nor is a pipe or a device
         raise InputRefused(
-            f"calibration {str(reference)!r} is no file; give a .safetensors, a text file, a folder of images "
-            "or 'builtin'"
+            f"calibration {str(reference)!r} is no file; give a .safetensors, a text file, a folder of images, "
+            "'builtin' or 'self'"
         )
     most = batch_size if hold_out else 0  # rows held out
     infos, form = Pair(source, target), ""  # form: in which the data were read
     if path.suffix == ".safetensors" and not builtin:
-        sides = _ready_tensors(path, infos)
+        sides = ready_tensors(path, infos)
     elif path.is_dir() and not builtin:
         sides, form = _pictures(path, infos, tokens_wanted, most, seed, skip_bad)
     elif source.kind == "vision":
@@ -98,19 +98,23 @@ def load_calibration(
         same = Path(source.folder).resolve() == Path(target.folder).resolve()
         tokenizers = Pair(own, own if same else Tokenizer(target.folder, target.name, target.vocab_size))
         groups: Sequence[Sequence[str]]
-        if builtin:
+        tokens = max(tokens_wanted, length * with_held(-(-tokens_wanted // length), most))
+        if sampled is not None:
+            groups = [enough_texts(sampled, tokenizers, tokens + length)]
+        elif builtin:
             groups = builtin_pieces()
         else:
             file = _text_file(path, tokenizers, chats, skip_bad)
             groups = [file]
-        tokens = max(tokens_wanted, length * with_held(-(-tokens_wanted // length), most))
         sides = rows_of_text(groups, tokenizers, tokens=tokens, length=length, seed=seed)
         form = "" if builtin else f" ({file.words})"
         for side, info in sides.zip(infos):
             check_ids(f"the tokenizer of {info.name}", side["input_ids"], info)
     if not path.is_dir() or builtin:  # images were drawn before they were read
         sides = _rows(sides, drawn_rows(_counts(sides, infos), tokens_wanted, most, seed))
-    origin = f"text of Python {platform.python_version()}" if builtin else path.name
+    origin = path.name
+    if builtin:
+        origin = f"text of Python {platform.python_version()}" if sampled is None else "text sampled from TUNED"
     counts = _counts(sides, infos)
     held = held_of(len(counts), most)
     rows = len(counts) - held
@@ -159,45 +163,6 @@ def _text_file(path: Path, tokenizers: Sequence[Tokenizer], chats: Path | None, 
     return Records(path, template, skip_bad=skip_bad)
 
 
-def _ready_tensors(path: Path, infos: Pair[SideInfo]) -> Pair[Tensors]:
-    file = Checkpoint.open(path)
-    split = [name.rpartition(".") for name in file]
-    wrong = [name for name, (side, _, key) in zip(file, split, strict=True) if key not in KEYS or side not in
-             ("", *SIDES)]  # fmt: skip
-    if wrong:
-        raise InputRefused(f"{path}: {wrong[0]!r} is not known; names are {', '.join(KEYS)}, or source.… and target.…")
-    prefixes = {side for side, _, _ in split}
-    if prefixes not in ({""}, {*SIDES}):
-        raise InputRefused(f"{path} holds {', '.join(file)}; give both source.… and target.…, or plain names only")
-    if prefixes == {""}:
-        shared = dict(file)
-        for info in infos:
-            _check_side(path, "", shared, info)
-        return Pair(shared, shared)
-
-    def side_of(label: str) -> Tensors:
-        return {name.removeprefix(f"{label}."): file[name] for name in file if name.startswith(f"{label}.")}
-
-    sides = SIDES.map(side_of)
-    for label, side, info in zip(SIDES, sides, infos, strict=True):
-        _check_side(path, f"{label}.", side, info)
-    rows = sides.map(lambda side: len(next(iter(side.values()))))
-    if rows.source != rows.target:
-        raise InputRefused(
-            f"{path}: {rows.source} source rows and {rows.target} target rows; row i must be the same text or image"
-        )
-    if ("offsets" in sides.source) != ("offsets" in sides.target):
-        raise InputRefused(f"{path}: offsets on one side only; give source.offsets and target.offsets")
-    if infos.source.kind == "text" and "offsets" not in sides.source:
-        own, other = sides.map(lambda side: side["attention_mask"])
-        if own.shape != other.shape or not torch.equal(own, other):
-            raise InputRefused(
-                f"{path}: source tokens {list(own.shape)} and target tokens {list(other.shape)} differ in "
-                "shape or mask, so they cannot pair one to one; add source.offsets and target.offsets [n, tokens, 2]"
-            )
-    return sides
-
-
 def images_wanted(infos: Sequence[SideInfo], tokens: int, most: int) -> int:
     """How many images hold ``tokens`` tokens (patches) of the model with fewer a picture, and are held out beside."""
     return with_held(-(-tokens // min(info.tokens_per_image for info in infos)), most)
@@ -232,24 +197,6 @@ def _pictures(
     shown = [{"pixel_values": pixels} for pixels in found]
     skipped = f", {bad} skipped" if bad else ""
     return Pair(shown[0], shown[-1]), f" ({len(found[0])} of {len(paths)} images{skipped})"
-
-
-def _check_side(path: Path, prefix: str, side: Tensors, info: SideInfo) -> None:
-    """Validate one side in place (integers become int64); every refusal names values and the model."""
-    main = "pixel_values" if info.kind == "vision" else "input_ids"
-    allowed = {main} if info.kind == "vision" else {main, "attention_mask"} | ({"offsets"} if prefix else set())
-    if main not in side or not set(side) <= allowed:
-        raise InputRefused(
-            f"{path} holds {', '.join(prefix + key for key in side)}; {info.name} is a {info.kind} model and needs "
-            f"{prefix}{main}" + ("" if len(allowed) == 1 else f", with {prefix}attention_mask if wanted")
-        )
-    check_tensors(f"{path}: {prefix}", side, info)
-    if info.kind == "vision":
-        check_finite(f"{path}: {prefix}pixel_values", side[main])
-        return
-    side |= {key: tensor.long() for key, tensor in side.items()}
-    if not side.setdefault("attention_mask", torch.ones_like(side[main])).any(dim=1).all():
-        raise InputRefused(f"{path}: {prefix}attention_mask must hold a 1 in every row")
 
 
 def _counts(sides: Pair[Tensors], infos: Pair[SideInfo]) -> torch.Tensor:

@@ -29,8 +29,11 @@ class ChatTemplate:
         self._job = {"template": template, "tokens": dict(tokens), "seconds": SECONDS, "bytes": MEMORY}
         self._process: subprocess.Popen[str] | None = None
 
-    def __call__(self, messages: list[Any], tools: Any = None) -> str:
+    def __call__(self, messages: list[Any], tools: Any = None, *, asking: bool = False) -> str:
         """The text.
+
+        Args:
+            asking: it ends where the model is to answer.
 
         Raises:
             ValueError: the template refuses these messages.
@@ -39,7 +42,7 @@ class ChatTemplate:
         process = self._process = self._process or self._started()
         assert process.stdin and process.stdout
         try:
-            process.stdin.write(json.dumps({"messages": messages, "tools": tools or None}) + "\n")
+            process.stdin.write(json.dumps({"messages": messages, "tools": tools or None, "asking": asking}) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except OSError:

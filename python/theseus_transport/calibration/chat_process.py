@@ -1,8 +1,8 @@
 """The process in which a chat template runs: started by file, imports nothing of this package.
 
-The first line on stdin is JSON {"template", "tokens", "seconds", "bytes"}, every further one {"messages", "tools"};
-each is answered by a line of JSON on stdout, {"text"} or {"error"}. What takes more seconds of CPU time than that ends
-the process; its memory is what it has after its imports, and so many bytes more.
+The first line on stdin is JSON {"template", "tokens", "seconds", "bytes"}, every further one {"messages", "tools",
+"asking"}; each is answered by a line of JSON on stdout, {"text"} or {"error"}. What takes more seconds of CPU time than
+that ends the process; its memory is what it has after its imports, and so many bytes more.
 """
 
 import datetime
@@ -36,6 +36,7 @@ def main() -> None:
         try:
             chat = json.loads(line)
             options = {"tools": chat["tools"], "chat_template": job["template"], **job["tokens"]}
+            options["add_generation_prompt"] = chat["asking"]
             text = render_jinja_template([chat["messages"]], **options)[0][0]
             longest = (1 << 16) + 8 * len(line)
             if len(text) > longest:

@@ -17,10 +17,10 @@ from ..files.companions import VOCABULARIES
 from ..files.headers import if_inside
 from ..models.forward import MAIN_INPUT
 from ..models.pair import Pair
-from .calibration import LENGTH, drawn_rows, held_of, images_wanted, in_random_order, with_held
+from .calibration import drawn_rows, held_of, images_wanted, in_random_order, with_held
 from .documents import LINES, PIECE, Size, measured, refuse_other_files
 from .images import find_images, largest
-from .text import ENCODED_AT_ONCE
+from .text import ENCODED_AT_ONCE, LENGTH
 
 PREFIXES = "source.", "target."
 ROWS = 4096  # of a mask that are read at a time
@@ -54,6 +54,17 @@ class Extent:
     expected: int = 0
     held: int = 0
 
+    def with_(self, other: Extent) -> Extent:
+        """Of this and of ``other``, which is read after it."""
+        return Extent(
+            self.samples + other.samples,
+            Pair(*map(max, zip(self.lengths, other.lengths, strict=True))),
+            self.nbytes + other.nbytes,
+            max(self.loading, self.nbytes + other.loading),
+            self.expected + other.expected,
+            self.held + other.held,
+        )
+
 
 def extent(reference: str, infos: Pair[SideInfo], *, wanted: int, most: int, seed: int) -> Extent:
     """The extent of what ``load_calibration`` gives for these arguments; of a file that it refuses, anything.
@@ -66,7 +77,7 @@ def extent(reference: str, infos: Pair[SideInfo], *, wanted: int, most: int, see
         return _of_tensors(Checkpoint.open(path), infos, wanted, most, seed)
     if infos.source.kind == "vision":
         return _of_images(path, infos, wanted, most, seed)
-    return _of_text(path if reference != "builtin" else None, infos, wanted, most)
+    return _of_text(path if reference not in ("builtin", "self") else None, infos, wanted, most)
 
 
 def _of_images(folder: Path, infos: Pair[SideInfo], wanted: int, most: int, seed: int) -> Extent:
@@ -84,7 +95,7 @@ def _of_images(folder: Path, infos: Pair[SideInfo], wanted: int, most: int, seed
 
 
 def _of_text(path: Path | None, infos: Pair[SideInfo], wanted: int, most: int) -> Extent:
-    """Path: None for the built-in text."""
+    """Path: None for text that Python ships, or that the tune says."""
     length = min([LENGTH, *(info.max_positions for info in infos if info.max_positions)])
     expected, same = with_held(-(-wanted // length), most), _same(infos, VOCABULARIES)
     samples = (expected + 2) * (1 if same else 2)  # a row is as long as the finer of both tokenizers makes it

@@ -65,6 +65,28 @@ def read_example(record: Any) -> Example:
     )
 
 
+def read_prompt(record: Any) -> Example:
+    """What a record asks: a text to go on with, or a chat without the answers it ends in; ValueError as `read_example`.
+
+    A `prompt`, an `instruction` or messages need no answer beside them.
+    """
+    if isinstance(record, dict) and "prompt" in record:
+        given = record["prompt"]
+        said = given if isinstance(given, str) else _messages(given, "prompt")
+        example = Example("prompt", said, _parsed(record.get("tools")))
+    else:
+        asked = {"output": ""} if isinstance(record, dict) and "instruction" in record else {}
+        example = read_example({**record, **asked} if asked else record)
+    if isinstance(example.said, str):
+        return example
+    turns = [*example.said]
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns:
+        raise ValueError("it has no turn that asks for an answer")
+    return example._replace(said=turns)
+
+
 def _continued(prompt: Any, answer: Any, key: str) -> str | list[Message]:
     """A prompt and what follows it: strings, messages, or a string and messages."""
     if isinstance(answer, str) and isinstance(prompt, str | None):

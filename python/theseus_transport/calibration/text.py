@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +15,16 @@ from ..files.companions import has_tokenizer
 from ..models.loading import refused, tokenizer_of
 from ..models.pair import Pair
 from .chat import ChatTemplate
-from .formats import Template
 
+LENGTH = 512  # tokens of a row of text
 ENCODED_AT_ONCE = 8  # pieces
 
 
 class Tokenizer:
-    """A model's own tokenizer, from its folder only; `prefix` and `suffix` are the special tokens around a text."""
+    """A model's own tokenizer, from its folder only; `prefix` and `suffix` are the special tokens around a text.
+
+    `plain` is the tokenizer as transformers has it.
+    """
 
     def __init__(self, folder: Path, name: str, vocab_size: int | None) -> None:
         """Load it; InputRefused with the cure if the folder has none."""
@@ -31,23 +34,23 @@ class Tokenizer:
                 f"{name}: {folder} has no tokenizer; copy the model's tokenizer files there, or give --calibration "
                 "with a .safetensors of input_ids [n, tokens]"
             )
-        self._call: Any = tokenizer_of(folder)
+        self.plain: Any = tokenizer_of(folder)
         self._says = f"the tokenizer in {folder} does not work"
         with refused(self._says):
-            plain, whole = self._call("a", add_special_tokens=False)["input_ids"], self._call("a")["input_ids"]
+            plain, whole = self.plain("a", add_special_tokens=False)["input_ids"], self.plain("a")["input_ids"]
             place = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), 0)
             added = len(whole) > len(plain)
             self.prefix: list[int] = whole[:place] if added else []
             self.suffix: list[int] = whole[place + len(plain) :] if added else []
-            pad = self._call.pad_token_id
+            pad = self.plain.pad_token_id
             self.pad = pad if pad is not None and pad < (vocab_size or pad + 1) else 0
-            self.exact = bool(self._call.is_fast)  # only those know offsets
-            self.chat: Template | None = None  # where there is a chat template
-            template = getattr(self._call, "chat_template", None)
+            self.exact = bool(self.plain.is_fast)  # only those know offsets
+            self.chat: ChatTemplate | None = None  # where there is a chat template
+            template = getattr(self.plain, "chat_template", None)
             if isinstance(template, dict):  # by name; other names are asked for
                 template = template.get("default")
             if template:
-                tokens = {key: value for key, value in self._call.special_tokens_map.items() if isinstance(value, str)}
+                tokens = {key: value for key, value in self.plain.special_tokens_map.items() if isinstance(value, str)}
                 self.chat = ChatTemplate(template, tokens, name)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
@@ -55,7 +58,7 @@ class Tokenizer:
         options = {"return_offsets_mapping": True} if self.exact else {}
         options |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         with refused(self._says):
-            found = self._call(list(texts), **options)
+            found = self.plain(list(texts), **options)
         offsets = found.get("offset_mapping") or [[(0, 0)] * len(ids) for ids in found["input_ids"]]
         return [
             Encoded(np.asarray(ids, dtype=np.int64), np.asarray(spans, dtype=np.int64).reshape(-1, 2))
@@ -68,6 +71,21 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray
     offsets: np.ndarray
+
+
+def enough_texts(batches: Iterable[Sequence[str]], tokenizers: Pair[Tokenizer], tokens: int) -> list[str]:
+    """As many texts as hold so many tokens of both tokenizers, each a line or more of its own."""
+    texts, counts = list[str](), [0, 0]
+    for batch in batches:
+        lines = [f"{text.rstrip()}\n" for text in batch]
+        texts += lines
+        counts = [
+            count + sum(len(each.ids) for each in tokenizer.encode(lines)) if lines else count
+            for count, tokenizer in zip(counts, tokenizers, strict=True)
+        ]
+        if min(counts) >= tokens:
+            break
+    return texts
 
 
 Place = tuple[int, int]  # of a piece: its group, and which of it

@@ -18,8 +18,8 @@ from ..budget.plan import Plan, fitted
 from ..budget.sizes import Sizes
 from ..budget.terms import Terms
 from ..budget.time import Effort, move_seconds
-from ..calibration.calibration import Calibration, load_calibration
-from ..calibration.extent import Extent, extent
+from ..calibration.calibration import Calibration
+from ..calibration.extent import Extent
 from ..errors import InputRefused
 from ..files.checkpoint import Checkpoint
 from ..files.earlier_runs import unfinished
@@ -37,7 +37,8 @@ from ..streaming.window import Window
 from ..updates.arguments import check_whole
 from ..updates.computed import ComputedUpdate
 from ..updates.merged import Merged
-from .checks import check_dtypes, read_geometry, trim_memory
+from .calibrating import Calibrating
+from .checks import check_dtypes, read_geometry
 from .provenance import reference_of, versions
 from .settings import AlignJob
 
@@ -74,7 +75,9 @@ class Bases:
                 raise InputRefused(f"{name} {checkpoint.folder} is an adapter; give the base it was trained on, {base}")
         geometries = ARGUMENTS.zip(checkpoints).map(lambda named: read_geometry(*named))
         check_dtypes(*checkpoints)
-        return cls(job, device, references, checkpoints, geometries, checkpoints.map(Window))
+        opened = cls(job, device, references, checkpoints, geometries, checkpoints.map(Window))
+        opened.calibrating.check()
+        return opened
 
     @property
     def source(self) -> Checkpoint:
@@ -87,8 +90,7 @@ class Bases:
     @property
     def inputs(self) -> list[Path]:
         """What the output may not overlap."""
-        given = [] if self.job.calibration == "builtin" else [Path(self.job.calibration)]
-        return [*(c.folder for c in self.checkpoints), *given]
+        return [*(c.folder for c in self.checkpoints), *self.calibrating.inputs]
 
     @property
     def bytes_of_maps(self) -> int:
@@ -119,7 +121,7 @@ class Bases:
         job, free, solver = self.job, available_memory(), self.solver()
         names = needed(solver, keys)
         tokens = job.tokens or tokens_for(solver, names)
-        samples = Extent(0, Pair(0, 0), 0) if aligned else self._extent(tokens)
+        samples = Extent(0, Pair(0, 0), 0) if aligned else self.calibrating.extent(tokens)
         sizes = Sizes(
             checkpoints=self.checkpoints,
             geometries=self.geometries,
@@ -148,9 +150,10 @@ class Bases:
             seconds = effort.seconds(self.device) | seconds
         return Fit(self, tokens, samples, plan, seconds)
 
-    def _extent(self, tokens: int) -> Extent:
-        most = self.job.batch_size if self.job.held_out else 0
-        return extent(self.job.calibration, self.infos, wanted=tokens, most=most, seed=self.job.seed)
+    @property
+    def calibrating(self) -> Calibrating:
+        """The calibration that the job asks for."""
+        return Calibrating(self.job, self.infos, self.source, self.geometries.source, self.device)
 
     def solver(self) -> Solver:
         """One that knows what is needed; depths may be paired otherwise."""
@@ -209,20 +212,7 @@ class Fit:
 
     def calibration(self) -> Calibration:
         """Read, in batches of the plan's size."""
-        job = self.bases.job
-        tuned = job.tuned and Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
-        data = load_calibration(
-            job.calibration,
-            *self.bases.infos,
-            tokens_wanted=self.tokens,
-            batch_size=self.plan.choice.batch_size,
-            seed=job.seed,
-            hold_out=job.held_out,
-            skip_bad=job.skip_bad_inputs,
-            chats=tuned.folder if tuned else None,
-        )
-        trim_memory()
-        return data
+        return self.bases.calibrating.read(self.tokens, self.plan.choice.batch_size)
 
     def draft(self, data: Calibration) -> Alignment:
         """The outline of the alignment, with the pairing of blocks."""

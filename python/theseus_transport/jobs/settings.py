@@ -32,8 +32,8 @@ def calibration_option() -> Any:
     """Of both jobs, which take it by position too, behind ``out``."""
     return option(
         "builtin",
-        "Text (.txt), records (.jsonl), a folder of images, a .safetensors of ready tensors, or "
-        "'builtin' (text Python ships).",
+        "Text (.txt), records (.jsonl), a folder of images, a .safetensors of ready tensors, "
+        "'self' (text sampled from TUNED, which is whole in memory meanwhile), or 'builtin' (text Python ships).",
     )
 
 
@@ -43,6 +43,8 @@ class Aligning:
 
     recipe: Recipe = field(default_factory=Recipe)  # whose fields are options
     device: str = option("cpu", "cpu, cuda or cuda:N.")
+    prompts: Path | None = option(None, "What texts of 'self' begin with: lines of text, or .jsonl, chats too.")
+    mix: float = option(0.0, "Share of general text ('builtin') among the calibration's tokens, below 1.")
     tokens: int | None = option(None, "Calibration tokens.", unset="4 x the widest space", least=1)
     batch_size: int = option(8, "Samples per forward pass.", least=1)
     seed: int = option(0, "Which calibration samples are drawn.")
@@ -87,7 +89,7 @@ class AlignJob(Running, Aligning):
     Attributes:
         source, target: folders or hub ids of the base models.
         out: folder to write.
-        tuned: a tune of the source, if its chat template is to tell the calibration's chats.
+        tuned: a tune of the source, if its chat template is to tell the calibration's chats, or it is to say text.
     """
 
     source: str
@@ -148,6 +150,6 @@ class Job(Running, Moving, Aligning):
 
 def options_of(job: AlignJob | Job) -> dict[str, Any]:
     """The choices that decide what is written, beside the inputs and the recipe."""
-    names = ["tokens", "seed", "held_out", "skip_bad_inputs", "device", "leave", "output", "out_dtype"]
+    names = ["tokens", "mix", "seed", "held_out", "skip_bad_inputs", "device", "leave", "output", "out_dtype"]
     names += ["rank", "only_targeted"]
     return {name: getattr(job, name) for name in names if hasattr(job, name)}

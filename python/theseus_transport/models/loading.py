@@ -52,6 +52,25 @@ def model_of(folder: Path, tower: Any = None, **options: Any) -> Any:
     return loaded(folder, (CONFIG,), load)
 
 
+def language_model_of(folder: Path, *, tied: bool, **options: Any) -> Any:
+    """A language model of the configuration in a folder, with its head, its weights as they are initialised.
+
+    Args:
+        tied: whether the head is the token embedding, whatever the configuration says.
+        options: of the model.
+
+    Raises:
+        InputRefused: transformers has no such language model, or it needs code of its own.
+    """
+
+    def load(place: Path) -> Any:
+        config = transformers.AutoConfig.from_pretrained(place, **SAFE)
+        config.tie_word_embeddings = tied
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+
+    return loaded(folder, (CONFIG,), load)
+
+
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer in a folder, by transformers.
 
