@@ -121,6 +121,15 @@ def test_special_tokens_stay_only_where_a_chat_template_told_them(model) -> None
     assert text.startswith("5 6 ") and str(END) not in text.split()[:3]
 
 
+def test_a_chat_ends_with_its_first_end(model) -> None:
+    """Others of its batch go on, and it is padded meanwhile."""
+    model.lm_head.weight.data[END] = model.lm_head.weight.data.abs().max(0).values * 4  # said now and then
+    said = sample_texts(model, Numbers(), tokens=2000, prompts=[Prompt("5 6", told=True)], length=40)
+    ended = [text.split() for text in said if str(END) in text.split()]
+    assert len({len(words) for words in ended}) > 3
+    assert all(words.count(str(END)) == 1 and words[-1] == str(END) for words in ended)
+
+
 def test_what_is_said_can_be_read_by_a_real_tokenizer(model, tmp_path: Path) -> None:
     model.resize_token_embeddings(400, mean_resizing=False)
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path, 330, begin=True))

@@ -114,6 +114,13 @@ def test_it_is_mixed_with_general_text(root: Path, tmp_path: Path) -> None:
     assert told.startswith("text sampled from TUNED: ") and "; mixed with text of Python 3" in told
 
 
+def test_a_strength_that_needs_all_maps_first_moves_on_the_same_text(root: Path, tmp_path: Path) -> None:
+    sides = [root / name for name in ("source", "tuned", "target")]
+    for name, alpha in (("match", "match"), ("one", "1")):
+        invoke("transport", *sides, tmp_path / name, *SAMPLED, "--alpha", alpha)
+    assert outcome_of(tmp_path / "match")["calibration"] == outcome_of(tmp_path / "one")["calibration"]
+
+
 def test_an_interrupted_run_goes_on_with_the_same_text(root: Path, tmp_path: Path) -> None:
     def job(name: str, **options) -> Job:
         sides = [str(root / side) for side in ("source", "tuned", "target")]
@@ -141,7 +148,7 @@ def test_prompts_and_a_chat_template_tell_what_is_said(root: Path, tmp_path: Pat
     (tmp_path / "ask.txt").write_text("\n".join(TEXT.split("\n")[:2]))
     for file, start in (("ask.jsonl", "Q fox A "), ("ask.txt", ("The quick brown", "Äpfel und Birnen"))):
         options = {"prompts": tmp_path / file, "calibration": "self"}
-        texts = next(tune_of(root, "source", str(tuned), **options).batches())
+        texts = next(tune_of(root, "source", str(tuned), **options).batches(10**4))
         assert len(texts) == 16 and all(text.startswith(start) for text in texts), file
         command = ("transport", root / "source", tuned, root / "target", tmp_path / file.replace(".", "-"))
         invoke(*command, *SAMPLED, "--prompts", tmp_path / file)

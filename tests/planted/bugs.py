@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from calibrating import CALIBRATION_BUGS
 from choices import CHOICE_BUGS
 from fits import FIT_BUGS
 from hostile import HOSTILE_BUGS
@@ -598,4 +599,7 @@ BUGS = [
         "theseus_ext/ops.py",
         "increment_version([tensor for tensors in masters.values() for tensor in tensors])", "increment_version([])"),
 ]
-BUGS += [Bug(*bug) for bug in (*STREAM_BUGS, *CHOICE_BUGS, *RECORD_BUGS, *NUMBER_BUGS, *FIT_BUGS, *HOSTILE_BUGS)]
+BUGS += [
+    Bug(*bug)
+    for bug in (*CALIBRATION_BUGS, *STREAM_BUGS, *CHOICE_BUGS, *RECORD_BUGS, *NUMBER_BUGS, *FIT_BUGS, *HOSTILE_BUGS)
+]

@@ -87,7 +87,7 @@ class Calibrating:
         """Batches of this many samples; sampled first where it is what the tune says."""
         job, options = self.job, dict[str, Any]()
         if job.calibration == SELF:
-            options["sampled"] = self._tune.batches()
+            options["sampled"] = self._tune.batches(own_tokens(tokens, job.mix))
         elif job.tuned:
             options["chats"] = Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle).folder
         data = load_mixed(

@@ -102,11 +102,16 @@ class SelfText:
                 )
         return host + (OF_PROMPT * self._file.stat().st_size if self._file else 0)
 
-    def batches(self) -> Iterator[list[str]]:
-        """Texts, batch by batch, without an end; the model is loaded with the first, and gone with this iterator."""
+    def batches(self, tokens: int) -> Iterator[list[str]]:
+        """Texts, batch by batch, without an end; the model is loaded with the first, and gone with this iterator.
+
+        Args:
+            tokens: about as many are wanted.
+        """
         folder = self.tuned.folder if has_tokenizer(self.tuned.folder) else self.source.folder
         tokenizer = Tokenizer(folder, f"TUNED {self.tuned.folder.name}", None)
-        given, model, how = self._prompts(tokenizer), self._model(), {"seed": self.job.seed, "length": self.length}
+        given, model, many = self._prompts(tokenizer), self._model(), min(TEXTS, -(-tokens // self.length))
+        how = {"seed": self.job.seed, "length": self.length, "batch_size": many}
         for texts, _ in sampled_batches(model, tokenizer.plain, prompts=given, **how):
             yield texts
 
