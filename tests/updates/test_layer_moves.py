@@ -131,13 +131,15 @@ def aligned(name: str, scale: str) -> Alignment:
 
 
 def seen(name: str, spec: Spec, layer: str) -> tuple[Tensor, Tensor]:
-    """What a layer reads and writes on the batches aligned on, [tokens, features]."""
+    """What a layer reads and writes while aligning, [tokens, features]; in ViT's last block the class token alone."""
     model, found = spec.build(), []
     model.get_submodule(layer).register_forward_hook(lambda module, args, output: found.append((args[0], output)))
     with torch.no_grad():
         for batch in batches(PAIRS[name][0], seed=3):
             model(**batch)
-    return tuple(torch.cat([x.flatten(0, -2) for x in side]) for side in zip(*found, strict=True))
+    alone = name == "vit" and layer.removeprefix("vit.").startswith("layers.1.")
+    rows = [[x[:, 0] if alone else x.flatten(0, -2) for x in side] for side in zip(*found, strict=True)]
+    return torch.cat(rows[0]), torch.cat(rows[1])
 
 
 def cosine(t: Map, source: Tensor, target: Tensor) -> float:
