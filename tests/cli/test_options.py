@@ -121,9 +121,7 @@ def test_an_option_is_declared_once(command, job):
     declared = {field.name: field for field in fields(job) if field.name in names_of(job)}
     there = parameters.keys() & declared.keys()
     assert there >= {*names_of(Running), *(() if command == "apply" else names_of(Aligning))}
-    assert values({name: parameters[name].default for name in there}) == {n: declared[n].default for n in there} | (
-        {"alpha": (1.0,)} if "alpha" in there else {}
-    )
+    assert values({name: parameters[name].default for name in there}) == {n: declared[n].default for n in there}
     assert all(parameters[name].help == declared[name].metadata["help"] for name in there)
     own = {name for kind in (Job, AlignJob) for name in kind.__annotations__ if name in names_of(kind)}
     assert own == {"calibration", "verify_inputs"}

@@ -215,7 +215,7 @@ def test_a_family_that_keeps_layers_fused_and_transposed(tmp_path):
 
 def test_strengths_that_are_none():
     for alpha, message in (((1, 1.0), "given twice"), (0.0, "finite number other than 0"), ((), "no alpha"),
-                           (10**400, "finite"), ("x", "or match"), (float("inf"), "finite")):  # fmt: skip
+                           (10**400, "finite"), ("x", "match or auto"), (float("inf"), "finite")):  # fmt: skip
         with pytest.raises(InputRefused, match=message):
             chosen(alpha)
     names = [p.name for p in folders(Path("nowhere"), chosen((1e-7, -2, 0.1 + 0.2, 0.3)))]

@@ -90,7 +90,7 @@ def computed(job, cls):
     target, source, tuned = cls.from_pretrained(job.target), held(job.source), Path(job.tuned)
     adapted = (tuned / "adapter_config.json").exists()
     delta = tt.Delta.from_adapter(tuned, source) if adapted else tt.Delta.between(source, held(tuned))
-    return target, tt.transport(alignment, delta, target, alpha=job.alpha, leave=job.leave)
+    return target, tt.transport(alignment, delta, target, alpha=job.strength, leave=job.leave)
 
 
 def norm(tensors):

@@ -21,6 +21,7 @@ from ..jobs.settings import Job
 from ..recipes.choices import RecipeChoices
 from ..recipes.recipe import Recipe
 from ..recipes.registry import SOLVERS
+from ..updates.alpha import Alpha
 from .failures import errors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -124,14 +125,16 @@ def read_config(path: Path, command: Any) -> dict[str, Any]:
     return found
 
 
-def parse_alpha(text: str) -> tuple[float | Literal["match"], ...]:
-    """The strengths that ``--alpha`` lists: numbers and ``match``, separated by commas."""
-    found: list[float | Literal["match"]] = []
+def parse_alpha(text: str | None) -> tuple[Alpha, ...] | None:
+    """The strengths that ``--alpha`` lists: numbers, ``match`` and ``auto``, separated by commas."""
+    if text is None:
+        return None
+    found: list[Alpha] = []
     for part in (piece.strip() for piece in str(text).split(",")):
         try:
-            found.append("match" if part == "match" else float(part))
+            found.append("match" if part == "match" else "auto" if part == "auto" else float(part))
         except ValueError:
-            raise InputRefused(f"alpha is {part!r}; give numbers separated by commas, or match") from None
+            raise InputRefused(f"alpha is {part!r}; give numbers separated by commas, match or auto") from None
     return tuple(found)
 
 
@@ -154,7 +157,7 @@ READ: dict[str, Callable[[Any], Any]] = {  # field of a job that the command lin
     "max_ram": partial(parse_size, option="--max-ram"),
     "max_memory": partial(parse_size, option="--max-memory"),
 }
-TEXTS: dict[str, Any] = {"alpha": str, "leave": list[str] | None}  # what typer takes for it; else str | None
+TEXTS: dict[str, Any] = {"leave": list[str] | None}  # what typer takes for it; else str | None
 KINDS = get_type_hints(Job)
 
 

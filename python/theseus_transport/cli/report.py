@@ -16,8 +16,9 @@ from rich.text import Text
 from ..budget.plan import Plan
 from ..jobs.model_card import _share, choices, condensed
 from ..jobs.outcome import Outcome
+from ..jobs.verdict import verdict
 from ..shown import percent
-from ..updates.alpha import MATCH
+from ..updates.alpha import WHY
 
 
 def coverage_table(rows: list[dict[str, str]]) -> Table:
@@ -27,7 +28,7 @@ def coverage_table(rows: list[dict[str, str]]) -> Table:
     table.add_column("layer", no_wrap=True)
     for column in ("tensors", "fate", "why"):
         table.add_column(column)
-    colours = {"transported": "green", "folded": "green", "unchanged": "dim", "left": "yellow"}
+    colours = {"transported": "green", "fitted": "green", "folded": "green", "unchanged": "dim", "left": "yellow"}
     for (layer, fate, note), n in counts.items():
         table.add_row(escape(layer), str(n), Text(fate, colours.get(fate, "")), escape(note))
     return table
@@ -82,7 +83,7 @@ def quality_table(quality: list[dict[str, Any]]) -> Table:
 
 def report(outcome: Outcome) -> RenderableType:
     """All of an outcome, for a terminal."""
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [f"[bold]{said}[/]", ""] if (said := verdict(outcome)) else []
     if outcome.coverage:
         parts += [coverage_table(outcome.coverage), coverage_counts(outcome)]
     if outcome.maps:
@@ -107,7 +108,7 @@ def report(outcome: Outcome) -> RenderableType:
     if outcome.seconds:
         facts.add_row("time used", _stages(outcome.seconds))
     for row in outcome.alphas:
-        alpha = f"{row['alpha']:.4g}" + (f" (match: {MATCH})" if row["asked"] == "match" else "")
+        alpha = f"{row['alpha']:.4g}" + WHY.get(row["asked"], "")
         if row["rounding"]["tensors"]:
             alpha += f", rounding is {percent(row['rounding']['total'], 1)} of the update"
         facts.add_row("alpha", alpha)

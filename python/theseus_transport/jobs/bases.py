@@ -248,12 +248,14 @@ class Fit:
         *,
         update: ComputedUpdate | None = None,
         given: bool = False,
+        strengths: Sequence[float] = (),
     ) -> tuple[Alignment, Passage]:
         """One pass over both models; maps go into the sink, and what is told of them into the alignment.
 
         Args:
             draft: the outline of this pairing of blocks; ``given``: it is a whole alignment, no map is made.
             update: that is moved on the way, and fitted where the recipe does.
+            strengths: others than 1 at which it is tried on the rows that are held out.
         """
         bases, recipe, choice, models = self.bases, draft.recipe, self.plan.choice, self.bases.models()
         folder, toward = bases.hidden, None
@@ -269,10 +271,10 @@ class Fit:
             solver = recipe.solver(*models, draft.blocks, recipe, toward=toward)
         solver.method = choice.method
         how: dict[str, Any] = {name: getattr(choice, name) for name in ("ahead", "resident", "tiles", "halves")}
-        how["folder"] = folder
+        how |= {"folder": folder, "update": update, "strengths": strengths}
         if choice.polar == "cpu":
             how["decompose"] = torch.device("cpu")
-        passage = Passage(bases.windows, bases.geometries, data, solver, sink, work, bases.device, update=update, **how)
+        passage = Passage(bases.windows, bases.geometries, data, solver, sink, work, bases.device, **how)
         held = passage.run(progress)
         if given:
             return draft, passage

@@ -11,8 +11,9 @@ import jinja2
 from markupsafe import Markup
 
 from ..shown import in_page, percent
-from ..updates.alpha import MATCH
+from ..updates.alpha import WHY
 from .outcome import Outcome
+from .verdict import verdict
 
 PAGE = jinja2.Environment(finalize=lambda value: value if isinstance(value, Markup) else in_page(value))
 CARD = PAGE.from_string(
@@ -29,15 +30,16 @@ base_model: {{ job.target | tojson }}
 # {{ title }}
 
 Moved from `{{ job.source }}` to `{{ job.target }}` by [Theseus](https://arxiv.org/abs/2602.12952) without training: the
-update of `{{ job.tuned }}` was mapped through an alignment of the two base models' activations. It has not been
+update of `{{ job.tuned }}` was moved through an alignment of the two base models' activations. It has not been
 evaluated; measure it on your task before you rely on it.
 
 | | |
 |---|---|
 | output | {{ kind }} |
 | recipe | {{ recipe }} |
-| alpha | {{ job.alpha }}{% if alphas[0].asked == "match" %} (match: {{ match }}){% endif %} |
-{% if rounding %}| rounding | {{ rounding }} of the update |
+| alpha | {{ job.alpha }}{{ why }} |
+{% if arrived_in_words %}| arrived | {{ arrived_in_words }} |
+{% endif %}{% if rounding %}| rounding | {{ rounding }} of the update |
 {% endif %}| calibration | {{ calibration }} |
 | tensors | {% for fate, n in fates %}{{ n }} {{ fate }}{% if not loop.last %}, {% endif %}{% endfor %} |
 {% if maps %}| maps | {{ maps | length }}, lowest rank {{ "%.0f" | format(100 * lowest) }} % of the most it could have |
@@ -67,7 +69,8 @@ def model_card(outcome: Outcome) -> str:
         title=title,
         held=held_out(outcome.quality) if outcome.quality else "",
         recipe=choices(outcome.job["recipe"]),
-        match=MATCH,
+        why=WHY.get(outcome.alphas[0]["asked"], ""),
+        arrived_in_words=verdict(outcome),
         rounding=percent(lost, 1) if (lost := outcome.alphas[0]["rounding"]["total"]) else "",
     )
     return card

@@ -16,6 +16,7 @@ from ..alignment.alignment import Alignment
 from ..files.checkpoint import Checkpoint
 from ..machine import peak_memory
 from ..models.pair import SIDES
+from ..streaming.passage import Passage
 from ..streaming.window import Window
 from .bases import Fit
 from .provenance import versions
@@ -42,6 +43,8 @@ class Outcome:
     blocks: list[int | None] = field(default_factory=list)
     skipped: str = ""
     carried: list[str] = field(default_factory=list)
+    arrived: list[dict[str, Any]] = field(default_factory=list)
+    removed: dict[str, float] = field(default_factory=dict)
     lost_heads: dict[int, list[int]] = field(default_factory=dict)
     alphas: list[dict[str, Any]] = field(default_factory=list)
     used_bytes: int | None = None
@@ -106,6 +109,14 @@ def told(alignment: Alignment) -> dict[str, Any]:
     }
 
 
+def arrived(passage: Passage | None) -> dict[str, Any]:
+    """What a pass says once it is over: how much of the effect arrived, and what was not run."""
+    if passage is None:
+        return {}
+    removed = {f"{alpha:g}": share for alpha, share in passage.removed.items()}
+    return {"arrived": [asdict(one) for one in passage.arrived], "removed": removed, "skipped": passage.skipped}
+
+
 def told_in_manifest(outcome: Outcome) -> dict[str, Any]:
     """What a manifest records: nothing that another run of the same job would measure otherwise."""
     predicted = {"plan": "", "predicted_bytes": 0, "predicted_device_bytes": 0, "predicted_seconds": {}}
@@ -121,6 +132,7 @@ def describe(job: Any, *checkpoints: Checkpoint) -> dict[str, Any]:
     hashes = {name: c.header_hash() for name, c in zip((*SIDES, "tuned"), checkpoints, strict=False)}
     return {
         **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(job).items() if k not in RUNS},
+        **({"alpha": job.strength} if hasattr(job, "strength") else {}),
         "fingerprints": hashes,
         "target_class": named[0] if named else "AutoModel",
         "versions": versions(),

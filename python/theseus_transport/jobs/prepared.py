@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..alignment.alignment import Alignment, outline
 from ..budget.time import move_flops
 from ..errors import InputRefused
@@ -84,7 +86,8 @@ class Prepared:
     Attributes:
         alignment: that is applied; None: it is to be made.
         places: folders to write, one for every strength.
-        maps_first: a strength follows from all of the update, so that all maps are made before anything is moved.
+        maps_first: a strength follows from all that maps move, so that all maps are made before anything is moved.
+        update_first: a strength follows from all of the update, fits included, so that it is written by itself first.
         needs: keys of the alignment's rules and vectors that are wanted; None: all.
         flops: of moving.
     """
@@ -97,13 +100,14 @@ class Prepared:
     places: list[Path]
     bytes_out: int
     maps_first: bool
+    update_first: bool
     needs: frozenset[str] | None
     flops: int
 
 
 def open_inputs(job: Job) -> Inputs:
     """Both bases and the tune, which is what its folder says."""
-    alphas, bases = chosen(job.alpha), Bases.open(job.alignment)
+    alphas, bases = chosen(job.strength), Bases.open(job.alignment)
     tuned = Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
     kind = kind_of(job.output, tuned)
     base, family = bases.windows.source, bases.geometries.source.family
@@ -129,9 +133,14 @@ def prepare(inputs: Inputs) -> Prepared:
     places = folders(job.out, inputs.alphas)
     tensors = planned(draft, inputs.kind, DTYPES[job.out_dtype])
     bytes_out = len(places) * planned_bytes(tensors)
-    maps_first = alignment is None and any(alpha.asked == "match" for alpha in inputs.alphas)
+    asked, fits = {alpha.asked for alpha in inputs.alphas}, bool(draft.fits.planned)
+    maps_first = alignment is None and "match" in asked and not fits
+    update_first = "auto" in asked or ("match" in asked and fits)
     maps = bases.bytes_of_maps if maps_first else 0
     twice = 2 if inputs.kind == "delta" else 1  # what did not change is left out by a copy, at the end
+    if update_first:
+        kind: Kind = "adapter" if inputs.kind == "adapter" else "delta"
+        maps += 2 * planned_bytes(planned(draft, kind, torch.float32))
     check_room(places, max(2 * maps, maps + twice * bytes_out), job.alignment, inputs=inputs.folders)
     needs = None if maps_first else frozenset[str]().union(*(tensor.needs for tensor in tensors))
     return Prepared(
@@ -143,6 +152,7 @@ def prepare(inputs: Inputs) -> Prepared:
         places=places,
         bytes_out=bytes_out,
         maps_first=maps_first,
+        update_first=update_first,
         needs=needs,
         flops=move_flops(draft),
     )

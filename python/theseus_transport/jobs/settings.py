@@ -13,7 +13,7 @@ from ..errors import InputRefused
 from ..files.located import located
 from ..models.pair import SIDES
 from ..recipes.recipe import Recipe
-from ..updates.alpha import MATCH, Alpha
+from ..updates.alpha import AUTO, MATCH, Alpha
 from .provenance import recorded_base
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,8 +56,11 @@ class Aligning:
 class Moving:
     """How an update is moved, and what is written; of ``alpha`` one, or several."""
 
-    alpha: Alpha | tuple[Alpha, ...] = option(
-        1.0, f"Strength of the update; several, as 0.5,1,2, fill OUT/alpha-0.5, ...; match is where {MATCH}."
+    alpha: Alpha | tuple[Alpha, ...] | None = option(
+        None,
+        f"Strength of the update; several, as 0.5,1,2, fill OUT/alpha-0.5, ...; match is where {MATCH}; auto is where "
+        f"{AUTO}.",
+        unset="auto for effect, else 1",
     )
     output: Literal["auto", "adapter", "checkpoint", "delta"] = option(
         "auto", "What to write; auto writes what TUNED is."
@@ -141,6 +144,11 @@ class Job(Running, Moving, Aligning):
 
         places = SIDES.zip((source, target)).map(lambda each: place(*each))
         return cls(places.source, tuned, places.target, out, recipe=recorded.recipe, maps=maps, **more)
+
+    @property
+    def strength(self) -> Alpha | tuple[Alpha, ...]:
+        """As it was asked for; else ``auto`` where the recipe fits, 1 where it does not."""
+        return ("auto" if self.recipe.fits else 1.0) if self.alpha is None else self.alpha
 
     @property
     def alignment(self) -> AlignJob:

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..alignment.alignment import Alignment
 from ..budget.plan import Plan
 from ..calibration.calibration import Calibration
-from ..errors import AlreadyDone, InputRefused, NumericalError, ResourceError
-from ..files.companions import has_tokenizer
-from ..files.earlier_runs import tell_apart, unfinished, workplace_of
-from ..files.headers import real
+from ..errors import AlreadyDone
 from ..files.journal import Work
-from ..files.result_folder import read_manifest, refuse_foreign
-from ..files.writer import Ending
+from ..files.result_folder import read_manifest
 from ..progress import Progress, quiet
 from ..recipes.recipe import Recipe
+from ..streaming.passage import Passage
 from ..streaming.sinks import UpdateSink, apply
-from ..updates.alpha import Strength
+from ..updates.alpha import TRIED
 from ..updates.fates import TensorFate
-from ..updates.output import Written, described_outputs
+from ..updates.output import described_outputs
 from ..updates.trained_on import doubt_of_base
 from .align_job import AlignSession
 from .bases import Fit
 from .checks import check_values
-from .model_card import model_card
-from .outcome import Clock, Outcome, begun, collected_warnings, describe, told, told_in_manifest
+from .in_two_steps import add, beside
+from .outcome import Clock, Outcome, arrived, begun, collected_warnings, describe, told
 from .prepared import Inputs, Prepared, check, open_inputs, prepare
 from .settings import DTYPES, Job, options_of
-from .task_classes import config_of
 from .tune_settings import warn_of_settings
+from .verdict import doubts
 from .vocabularies import check_rows
+from .written import ending, strength, told_of, written
 
 
 def fit(prepared: Prepared) -> Fit:
@@ -75,19 +70,20 @@ def carry_out(
     *,
     finished: Callable[[], None] = lambda: None,
     key: dict[str, Any] | None = None,
+    stem: str | None = None,
+    strengths: Sequence[float] = (),
 ) -> Outcome:
     """Align unless an alignment is applied, move and write, block by block.
 
     Args:
         finished: called once all is written.
-        key: of what is written, where this is a part of another job.
+        key, stem: of what is written and of its files, where this is a part of another job.
+        strengths: others than 1 that are tried on the rows that are held out.
 
     Raises:
         InputRefused, NumericalError: nothing is left behind.
         ResourceError: what was done is kept; the same job with ``resume`` goes on.
     """
-    if prepared.maps_first:
-        return _aligned_first(prepared, fitted, progress, finished)
     inputs, job, clock = prepared.inputs, prepared.inputs.job, Clock()
     with collected_warnings() as warnings:
         _warn(prepared, warnings)
@@ -95,27 +91,27 @@ def carry_out(
         update = inputs.transport(draft)
         clock.lap("calibration")
         outputs = [
-            _written(prepared, place, alpha.resolved(update))
+            written(prepared, place, alpha.resolved(update))
             for place, alpha in zip(prepared.places, inputs.alphas, strict=True)
         ]
-        stem, described = described_outputs(
+        own, described = described_outputs(
             update, outputs, inputs.kind, dtype=DTYPES[job.out_dtype], base_name=job.target
         )
-        key = key or _key(inputs, fitted, data, draft.recipe)
-        writing = inputs.bases.writing(key, stem=stem, inputs=inputs.folders)
+        key = key or key_of(inputs, fitted, data, draft.recipe)
+        writing = inputs.bases.writing(key, stem=stem or own, inputs=inputs.folders)
         with inputs.window, Work.open(job.out, described, **writing) as work:
             tensors = described[0].tensors
             how: dict[str, Any] = {"kind": inputs.kind, "progress": progress("write", len(tensors))}
             sink = UpdateSink(update, outputs, tensors, work, inputs.window, **how)
-            alignment, seconds, skipped = _moved(
-                fitted, draft, data, sink, work, progress, given=prepared.alignment is not None
-            )
-            outcome = _outcome(prepared, fitted, update.settled(), **told(alignment), skipped=skipped)
+            how = {"given": prepared.alignment is not None, "strengths": strengths}
+            alignment, passage, seconds = _moved(fitted, draft, data, sink, work, progress, **how)
+            outcome = _outcome(prepared, fitted, update.settled(), **told(alignment), **arrived(passage))
             outcome.job["recipe"] = asdict(draft.recipe)  # its floor follows the models' precision
-            outcome.alphas = [_strength(*each) for each in zip(inputs.alphas, outputs, strict=True)]
+            outcome.alphas = [strength(*each) for each in zip(inputs.alphas, outputs, strict=True)]
+            warnings += doubts(outcome)
             said = [*warnings, *update.warnings]
-            each = [_told_of(outcome, i, output, said) for i, output in enumerate(outputs)]
-            work.finish([_ending(one, alignment) for one in each])
+            each = [told_of(outcome, i, output, said) for i, output in enumerate(outputs)]
+            work.finish([ending(one, alignment.provenance) for one in each])
             finished()
         clock.stages(seconds)
         rounded = [text for out in outputs for text in out.rounding.warnings()]
@@ -152,7 +148,40 @@ class Session:
 
     def run(self, progress: Progress = quiet) -> Outcome:
         """Align unless an alignment is applied, move and write; errors are those of :func:`carry_out`."""
+        if self.prepared.maps_first:
+            return self._aligned_first(progress)
+        if self.prepared.update_first:
+            return self._updated_first(progress)
         return carry_out(self.prepared, self.fitted, progress, finished=self._finish)
+
+    def _aligned_first(self, progress: Progress) -> Outcome:
+        """A strength that follows from all that maps move needs all maps first."""
+        job, prepared, fitted = self.job, self.prepared, self.fitted
+        key = key_of(prepared.inputs, fitted, fitted.calibration(), prepared.inputs.bases.recipe())
+        with beside(prepared, key, "maps") as (place, resume, overwrite):
+            with suppress(AlreadyDone):
+                AlignSession(replace(job.alignment, out=place, resume=resume, overwrite=overwrite)).run(progress)
+            second = Session(replace(job, maps=str(place)))
+            outcome = carry_out(second.prepared, second.fitted, progress, key=key)
+        self._finish()
+        return outcome
+
+    def _updated_first(self, progress: Progress) -> Outcome:
+        """A strength that follows from all of the update, fits included, needs that first; then it is added."""
+        job, prepared, fitted = self.job, self.prepared, self.fitted
+        inputs = prepared.inputs
+        key = key_of(inputs, fitted, fitted.calibration(), inputs.bases.recipe())
+        tried = TRIED if any(alpha.asked == "auto" for alpha in inputs.alphas) else ()
+        with beside(prepared, key, "update") as (place, resume, overwrite):
+            kind = "adapter" if inputs.kind == "adapter" else "delta"
+            how: dict[str, Any] = {"alpha": 1.0, "output": kind, "out_dtype": "float32"}
+            first = Session(replace(job, out=place, resume=resume, overwrite=overwrite, **how))
+            stem = None if kind == "adapter" else "model"
+            with suppress(AlreadyDone):
+                carry_out(first.prepared, first.fitted, progress, stem=stem, strengths=tried)
+            outcome = add(prepared, fitted, place, key, progress)
+        self._finish()
+        return outcome
 
     def _finish(self) -> None:
         self.done = True
@@ -174,53 +203,19 @@ def _moved(
     sink: UpdateSink,
     work: Work,
     progress: Progress,
-    *,
-    given: bool,
-) -> tuple[Alignment, dict[str, float], str]:
-    """The alignment once all is moved through it, seconds by stage, and what was not run."""
+    **how: Any,
+) -> tuple[Alignment, Passage | None, dict[str, float]]:
+    """The alignment once all is moved through it, the pass that did if one ran, and seconds by stage."""
     if data is None:
         began = Clock()
         apply(sink, draft.pairs, fitted.bases.windows, work)
         began.lap("move and write")
-        return draft, began.seconds, ""
-    how: dict[str, Any] = {"update": sink.update, "given": given}
-    alignment, passage = fitted.align(data, draft, sink, work, partial(progress, "align"), **how)
-    return alignment, passage.seconds, passage.skipped
+        return draft, None, began.seconds
+    alignment, passage = fitted.align(data, draft, sink, work, partial(progress, "align"), update=sink.update, **how)
+    return alignment, passage, passage.seconds
 
 
-def _aligned_first(prepared: Prepared, fitted: Fit, progress: Progress, finished: Callable[[], None]) -> Outcome:
-    """A strength that follows from all of the update needs all maps first: they lie beside the output meanwhile."""
-    inputs, job, out = prepared.inputs, prepared.inputs.job, real(prepared.inputs.job.out)
-    maps = out.with_name(f".{out.name}.maps")
-    key = _key(inputs, fitted, fitted.calibration(), inputs.bases.recipe())
-    if there := os.path.lexists(maps):  # of a run that got so far
-        refuse_foreign(maps)
-    if job.resume and not unfinished(out):
-        try:
-            tell_apart(out, [*map(real, prepared.places)], key, overwrite=job.overwrite)
-        except AlreadyDone:
-            shutil.rmtree(maps, ignore_errors=True)  # a process was killed while it tidied up
-            raise
-    first = replace(job.alignment, out=maps, resume=job.resume or there, overwrite=job.overwrite or there)
-    try:
-        with suppress(AlreadyDone):
-            AlignSession(first).run(progress)
-        second = Session(replace(job, maps=str(maps)))
-        outcome = carry_out(second.prepared, second.fitted, progress, key=key)
-        shutil.rmtree(maps)
-        finished()
-    except (AlreadyDone, InputRefused, NumericalError):
-        if not workplace_of(out).exists():  # else that goes on with these maps
-            shutil.rmtree(maps, ignore_errors=True)
-        raise
-    except (KeyboardInterrupt, ResourceError) as error:
-        if not maps.exists():
-            raise
-        raise type(error)(f"{str(error) or 'interrupted'}; --resume goes on with {maps}, or remove it") from error
-    return outcome
-
-
-def _key(inputs: Inputs, fitted: Fit, data: Calibration | None, recipe: Recipe) -> dict[str, Any]:
+def key_of(inputs: Inputs, fitted: Fit, data: Calibration | None, recipe: Recipe) -> dict[str, Any]:
     """All that decides what is written; see :meth:`Fit.key`."""
     job = inputs.job
     known = {"MAPS": read_manifest(job.maps)["files"]} if job.maps else {}  # by content
@@ -239,38 +234,8 @@ def _warn(prepared: Prepared, said: list[str]) -> None:
     said += [*([doubt] if doubt else []), *prepared.behaviour.warnings]
 
 
-def _written(prepared: Prepared, place: Path, alpha: float) -> Written:
-    """A folder to write, with what belongs beside the tensors."""
-    inputs, behaviour = prepared.inputs, prepared.behaviour
-    job, target, tuned = inputs.job, inputs.bases.target, inputs.tuned
-    files, whole = dict[str, Any](), inputs.kind != "adapter"
-    if whole:
-        dtype = job.out_dtype if DTYPES[job.out_dtype] and inputs.kind == "checkpoint" else ""
-        files["config.json"] = config_of(prepared.head, target, tuned, behaviour.config, dtype)
-    if whole or has_tokenizer(tuned.folder):
-        files |= behaviour.beside(target.folder, whole=whole)
-    return Written(place, alpha, files)
-
-
 def _outcome(prepared: Prepared, fitted: Fit, fates: Sequence[TensorFate], **known: Any) -> Outcome:
     inputs, head = prepared.inputs, prepared.head
     job = describe(inputs.job, *inputs.bases.checkpoints, inputs.tuned) | (head.told if head else {})
     known |= {"coverage": [asdict(fate) for fate in fates], "carried": prepared.behaviour.carried}
     return begun(fitted, kind=inputs.kind, job=job, bytes_out=prepared.bytes_out, **known)
-
-
-def _strength(asked: Strength, output: Written) -> dict[str, Any]:
-    """What is told of one strength, once its folder is written."""
-    known = {"asked": asked.asked, "alpha": output.alpha, "written": str(output.folder)}
-    return {**known, "rounding": output.rounding.as_dict()}
-
-
-def _told_of(outcome: Outcome, i: int, output: Written, said: list[str]) -> Outcome:
-    """The outcome as one folder tells it, once its tensors are written."""
-    one, said = {**outcome.job, "alpha": output.alpha}, [*said, *output.rounding.warnings()]
-    return replace(outcome, job=one, alphas=[outcome.alphas[i]], warnings=said)
-
-
-def _ending(outcome: Outcome, alignment: Alignment) -> Ending:
-    told = {"outcome": told_in_manifest(outcome), "provenance": alignment.provenance}
-    return Ending({"README.md": model_card(outcome)}, told)

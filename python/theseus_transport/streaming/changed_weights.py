@@ -70,6 +70,10 @@ class TunedWeights:
         own, read = self._names[name], getattr(self.tensors, "take", None)
         return self.tensors[own][index] if read is None else read(own, index)
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Consecutive rows of a tensor, [rows, ...]."""
+        return rows_of(self.tensors, self._names[name], rows) if name in self._names else self._base.rows(name, rows)
+
 
 class UpdatedWeights:
     """Tensors of the target with what its update holds of them so far; those of a block are kept until the next."""
@@ -92,13 +96,38 @@ class UpdatedWeights:
 
     def take(self, name: str, index: Tensor) -> Tensor:
         """The rows that ``index`` names (int64, ascending, each once), [len(index), ...]."""
-        rows = self._base.take(name, index)
+        found = self._base.take(name, index)
         if not self._update.there(name):
-            return rows
-        found = rows.detach().cpu().to(self._update.dtype(name), copy=True)
+            return found
+        found = found.detach().cpu().to(self._update.dtype(name), copy=True)
         for tile in self._update.tiles(name) or (slice(0, shape_of(self._base, name)[0]),):
             first, last = torch.searchsorted(index, torch.tensor([tile.start, tile.stop])).tolist()
             if first < last:
                 value = self._update.rows(name, tile) if self._update.tiles(name) else self._update[name]
                 found[first:last] += value[index[first:last] - tile.start]
         return found
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Consecutive rows of a tensor, [rows, ...]."""
+        return self.take(name, torch.arange(*rows.indices(self._base.shapes[name][0])))
+
+
+class Scaled:
+    """The target's tensors with its update at another strength."""
+
+    def __init__(self, base: Window, updated: UpdatedWeights, alpha: float) -> None:
+        self._base, self._updated, self._alpha = base, updated, alpha
+
+    def _between(self, before: Tensor, after: Tensor) -> Tensor:
+        return after if after is before else torch.lerp(before.to(after), after, self._alpha)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._between(self._base[name], self._updated[name])
+
+    def take(self, name: str, index: Tensor) -> Tensor:
+        """The rows that ``index`` names (int64, ascending, each once), [len(index), ...]."""
+        return self._between(self._base.take(name, index), self._updated.take(name, index))
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Consecutive rows of a tensor, [rows, ...]."""
+        return self._between(self._base.rows(name, rows), self._updated.rows(name, rows))

@@ -32,7 +32,7 @@ from .changed_weights import TunedWeights, UpdatedWeights
 from .hidden_states import own_folder, temporary
 from .loop import Loop
 from .schedule import Visit, schedule
-from .streams import Streams
+from .streams import Arrived, Streams
 from .window import Window
 
 Steps = Callable[[int], Callable[[], object]]  # number of steps -> call after every step
@@ -100,6 +100,8 @@ class Passage:
         tiles: of columns in which moments are added up, each by a pass of its own through the blocks.
         halves: attention and MLP of a block run one after the other.
         update: that is moved: the two models run as changed by it too, and what writes the residual is fitted.
+        strengths: others than 1 at which the update is tried on the rows that are held out.
+        arrived, removed: how much of the effect arrived, once the pass is over; see :class:`Streams`.
         resident: keep hidden states in memory; folder: for their files, of this run alone, by default the work's.
         qualities, visits: how well maps fit, and what was visited, once the pass is over; seconds: by stage.
     """
@@ -121,6 +123,9 @@ class Passage:
     qualities: list[Quality] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    strengths: Sequence[float] = ()
+    arrived: list[Arrived] = field(default_factory=list)
+    removed: dict[float, float] = field(default_factory=dict)
 
     def run(self, steps: Steps) -> list[Quality]:
         """Visit all blocks; returns how well maps fit the batch that was held out, if one was."""
@@ -155,6 +160,14 @@ class Passage:
         # What lies outside all blocks comes last: its maps may have been completed from the deepest spaces.
         with self._timed("maps"):
             self.solver.finish()
+        last = self.geometries.map(lambda geometry: geometry.depth - 1)
+        reached = last.source in {v.source for v in visits} and last.target in {v.target for v in visits}
+        if self._streams and reached:  # else something that moves nothing was not run
+            loop = loop or self._loop(batches)
+            assert self.update is not None
+            with self._timed("fits"), self.update.available.showing(self.solver.ruleset):
+                self._streams.judge(one_tokenizer=self.update.one_tokenizer)
+            self.arrived, self.removed = self._streams.arrived, self._streams.removed
         with self._timed("moves and writing"):
             self.sink.take(self.solver.ruleset, None)
         self.seconds["of these waiting for reads"] = sum(window.seconds_waiting for window in self.windows)
@@ -163,11 +176,12 @@ class Passage:
 
     def _beside(self) -> Streams | None:
         """The two models as changed, where there is anything to fit, or rows to tell by what arrives."""
-        if self.update is None or not self.update.fits.planned:
+        if self.update is None or not (self.update.fits.planned or self.data.held):
             return None
         tuned = TunedWeights(self.windows.source, self.update.delta, self.geometries.source.family, self.update.left)
         weights = tuned, UpdatedWeights(self.windows.target, self.update)
-        return Streams(self.update, self.solver, weights, folder=self._folder, resident=self.resident)
+        how: dict[str, Any] = {"folder": self._folder, "resident": self.resident, "strengths": self.strengths}
+        return Streams(self.update, self.solver, weights, **how)
 
     @property
     def skipped(self) -> str:
@@ -208,7 +222,7 @@ class Passage:
         wanted = self.sink.needs(self.solver)
         if self.solver.wants_together:
             wanted |= {name for name, link in self.solver.links.items() if link.target.norm}
-        return schedule(self.solver.pairs, wanted, whole=self._streams is not None)
+        return schedule(self.solver.pairs, wanted, whole=self.update is not None and bool(self.update.fits.planned))
 
     def _loop(self, batches: Sequence[Any]) -> Loop:
         held = len(self.data.batches) if self.data.held else None

@@ -31,6 +31,9 @@ class Weights(Protocol):
     def take(self, name: str, index: Tensor) -> Tensor:
         """The rows that ``index`` names (int64, ascending, each once), [len(index), ...]."""
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Consecutive rows of a tensor, [rows, ...]."""
+
 
 TOWERS: dict[str, Any] = {"clip": transformers.CLIPVisionModel, "siglip": transformers.SiglipVisionModel}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..activations.effects import EffectMoment
 from ..activations.moments import Energy, add_energies
-from ..activations.pairing_tokens import Mixings
+from ..activations.pairing_tokens import Mixings, of_class_token
 from ..linalg.ridge import Fit, Normal, ridge
 from ..models.forward import state_of
 from ..models.geometry import Layer
@@ -26,12 +26,13 @@ from ..models.pair import Pair
 from ..recipes.effect import write_point, writers
 from ..recipes.solver import Solver
 from ..updates.computed import ComputedUpdate
-from .changed_weights import TunedWeights, UpdatedWeights
+from .changed_weights import Scaled, TunedWeights, UpdatedWeights
 from .hidden_states import Hidden
 from .loop import Loop, Side
 from .schedule import Visit
 from .skeleton import Weights
 from .stand_ins import Reached
+from .verdict import logits, removed, shared_head
 
 NOTHING = 100.0  # times the square of the recipe's floor: share of the effect's energy below which nothing is missing
 
@@ -113,6 +114,7 @@ class Streams:
     Attributes:
         active: whether anything has changed yet: until then both changed models are their bases.
         arrived: by write point, how much of the effect is there.
+        removed: strength -> share of divergence removed, see `verdict.py`; empty where there are no rows to tell by.
     """
 
     def __init__(
@@ -123,10 +125,12 @@ class Streams:
         *,
         folder: Path,
         resident: bool,
+        strengths: Sequence[float] = (),
     ) -> None:
         """
         Args:
             weights: of S+ and of T+.
+            strengths: others than 1 at which the update is tried on the rows that are held out.
             folder: for files of hidden states; ``resident``: whether these stay in memory beside.
         """
         self._update, self._solver, self._recipe = update, solver, solver.recipe
@@ -135,6 +139,8 @@ class Streams:
         self._fits &= update.fits.planned.keys()
         self._centred = solver.pairs.target.family.norm == "layer"
         self.active, self.arrived = False, list[Arrived]()
+        self._strengths, self._tried = strengths, dict[float, Tensor]()  # strength -> hidden states of the held batch
+        self.removed: dict[float, float] = {}
         self._point: WritePoint | None = None
         self._between: Stream | None = None  # of S+, between attention and MLP of the block that ran last
         self._loop: Loop
@@ -161,6 +167,8 @@ class Streams:
             self.active = True
             for stream in (self.tuned, self.updated):
                 stream.hidden = stream.side.hidden.copied(stream.name, self._batches)
+            for alpha in self._trials():
+                self._tried[alpha] = self.updated[self._held]
 
     def follow(self, visit: Visit, *, first: bool) -> None:
         """After a visit's maps were made: run the same blocks as changed, and fit what writes the residual."""
@@ -180,8 +188,8 @@ class Streams:
         source, target = self._loop.sides
         family = source.geometry.family
         outside = [n for n in source.window if family.block_of(family.canonical(n)) is None and not self._behind(n)]
-        state = [(source.hidden[i], target.hidden[i], i) for i in self._batches]
-        self._point = self._found(self._solver.behind, state)
+        if self._solver.behind in self._solver.ruleset.maps:
+            self._point = self._found(self._solver.behind)
         if not self._of_tuned.changes(outside):
             return
         self.active = True
@@ -191,6 +199,44 @@ class Streams:
             with stream.side.skeleton.ahead(stream.side.batches, stream.weights) as embed:
                 for i in self._batches:
                     stream.hidden.append(embed(i)[0])
+        for alpha, weights in self._trials().items():
+            with target.skeleton.ahead(target.batches, weights) as embed:
+                self._tried[alpha] = embed(self._held)[0].cpu()
+
+    @property
+    def _held(self) -> int:
+        assert self._loop.held is not None
+        return self._loop.held
+
+    def _trials(self) -> dict[float, Weights]:
+        """The target's weights at the strengths that are tried, where there are rows to try them on."""
+        if self._loop.held is None:
+            return {}
+        base = self._loop.sides.target.window
+        return {alpha: Scaled(base, self._of_updated, alpha) for alpha in self._strengths}
+
+    def judge(self, *, one_tokenizer: bool) -> None:
+        """Once all blocks ran and all maps are there: how much of the divergence is removed, at every strength."""
+        if self._loop.held is None or not self.active:
+            return
+        bases = Pair(self._solver.source, self._solver.target)
+        mixings = self._loop.rows[self._held]
+        if (head := shared_head(bases, mixings, one_tokenizer=one_tokenizer)) is None:
+            return
+        masks = self._loop.sides.map(lambda side: side.batches[self._held].get("attention_mask"))
+        (source, target), held = self._loop.sides, self._held
+
+        def of(k: int, state: Tensor, weights: Weights) -> Tensor:
+            side = self._loop.sides[k]
+            return logits(side, bases[k], head, state.to(side.device), weights, mixings[k], masks[k])
+
+        before = of(1, target.hidden[held], target.window)
+        wanted = before + of(0, self.tuned[held], self._of_tuned) - of(0, source.hidden[held], source.window)
+        states: dict[float, tuple[Tensor, Weights]] = {1.0: (self.updated[held], self._of_updated)}
+        states |= {alpha: (self._tried[alpha], weights) for alpha, weights in self._trials().items()}
+        for alpha in sorted(states):
+            if (share := removed(wanted, before, of(1, *states[alpha]))) is not None:
+                self.removed[alpha] = share
 
     def _behind(self, name: str) -> bool:
         """Whether a stored tensor of the source lies behind the blocks."""
@@ -215,9 +261,8 @@ class Streams:
         for layer in layers:
             if visit.source is not None:
                 point = write_point(self._solver.pairs, layer)
-                states = ((*self._states(visit, layer, i), i) for i in self._batches)
                 if point in self._solver.ruleset.maps:
-                    self._point = self._found(point, states)
+                    self._point = self._found(point, visit, layer)
             if self._point is None:
                 continue
             points[layer.name] = self._point
@@ -233,6 +278,10 @@ class Streams:
                         if layer.name in points:
                             self._tell(visit, layer, points[layer.name], state)
                 stream.put(i, after)
+        for alpha, weights in self._trials().items():
+            with stream.side.skeleton.filled(b, weights=weights) as block:
+                rest, named = stream.side.calls[self._held][b]
+                self._tried[alpha] = state_of(block(self._tried[alpha].to(stream.side.device), *rest, **named)).cpu()
         self._of_updated.forget()
         self._update.forget()
 
@@ -260,16 +309,33 @@ class Streams:
         assert self._between is not None
         return self._between[i]
 
-    def _found(self, link: str, states: Any) -> WritePoint:
-        """The map of a link, and how much larger the target's residual is there."""
+    def _rows(self, b: int | None, i: int) -> Mixings:
+        """Which rows of batch ``i`` stand for each other: behind the last block those alone that the models read."""
+        rows: Mixings
+        if b is not None and self._solver.pairs.reads_one_token(b):
+            rows = of_class_token(self._solver.pairs.geometries, len(self._loop.sides.target.hidden[i]))
+        else:
+            rows = self._loop.rows[i]
+        return rows.map(lambda mixing: mixing and mixing.to(self._loop.device))
+
+    def _found(self, link: str, visit: Visit | None = None, layer: Layer | None = None) -> WritePoint:
+        """The map of a link, and how much larger the target's residual is there.
+
+        Args:
+            visit, layer: whose write point it is; none: behind the embeddings.
+        """
         q: Any = self._solver.ruleset.maps[link]
         energy, device = Energy.zeros(*self._solver.links[link].widths, self._loop.device), self._loop.device
-        for *both, i in states:
+        for i in self._batches:
             if i == self._loop.held and len(self._batches) > 1:
                 continue
-            for side, (state, mixing) in enumerate(zip(both, self._loop.rows[i], strict=True)):
-                rows = state.to(device).flatten(0, -2)
-                add_energies([energy], side, [rows], mixing and mixing.to(device))
+            if visit is None or layer is None:
+                states = tuple(side.hidden[i] for side in self._loop.sides)
+            else:
+                states = self._states(visit, layer, i)
+            rows = self._rows(visit.target if visit else None, i)
+            for side, (state, mixing) in enumerate(zip(states, rows, strict=True)):
+                add_energies([energy], side, [state.to(device).flatten(0, -2)], mixing)
         own, other = energy.centred if self._centred else (float(energy.source.sum()), float(energy.target.sum()))
         return WritePoint(q.matrix.to(device), (other / own) ** 0.5 if own > 0 else 0.0)
 
@@ -292,8 +358,7 @@ class Streams:
                 tuned, own, after, other = (
                     state.to(device).flatten(0, -2) for state in (self._tuned_state(visit, layer, i), own, after, other)
                 )
-                mixings = self._loop.rows[i].map(lambda mixing: mixing and mixing.to(device))
-                moment.update(read, tuned, own, after, other, mixings.source, mixings.target)
+                moment.update(read, tuned, own, after, other, *self._rows(b, i))
                 seen.clear()
                 del read, tuned, own, after, other  # before the next batch needs memory
         assert moment is not None
@@ -346,10 +411,9 @@ class Streams:
 
     def _tell(self, visit: Visit, layer: Layer, point: WritePoint, after: Tensor) -> None:
         """How much of the effect is there behind a writer, on the rows that are held out."""
-        held, device = self._loop.held, self._loop.device
-        assert held is not None
+        held = self._held
         own, other = self._states(visit, layer, held)
-        mixings: Mixings = self._loop.rows[held].map(lambda mixing: mixing and mixing.to(device))
+        mixings = self._rows(visit.target, held)
         pairs = Pair((self._tuned_state(visit, layer, held), own), (after, other))
         effect, change = (_difference(*both, mixing) for both, mixing in zip(pairs, mixings, strict=True))
         if self._centred:
@@ -364,6 +428,7 @@ class Streams:
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON and tensors from which :meth:`restore` goes on."""
         tensors = {} if self._point is None else {"streams/q": self._point.q}
+        tensors |= {f"streams/at/{alpha:g}": state for alpha, state in self._tried.items()}
         told = {"active": self.active, "scale": self._point and self._point.scale}
         return {**told, "arrived": [(one.layer, one.share) for one in self.arrived], **self._records()}, tensors
 
@@ -375,6 +440,8 @@ class Streams:
         self.active, self.arrived = state["active"], [Arrived(*one) for one in state["arrived"]]
         if state["scale"] is not None:
             self._point = WritePoint(tensors["streams/q"], state["scale"])
+        there = {alpha: f"streams/at/{alpha:g}" for alpha in self._strengths}
+        self._tried = {alpha: tensors[name] for alpha, name in there.items() if name in tensors}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Take up recorded hidden states, :meth:`beside` a loop."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -16,16 +17,24 @@ from ..errors import InputRefused
 from ..models.tensors import double, fresh, row_tiles, rows_of, squares
 from .computed import ComputedUpdate
 
-Alpha = float | Literal["match"]
+Alpha = float | Literal["match", "auto"]
+TRIED = 0.25, 0.5, 0.75, 1.25, 1.5, 2.0  # strengths that auto compares with 1
 
 
 @dataclass(frozen=True)
 class Strength:
-    """One strength as it was asked for: a finite number other than 0, or ``match``."""
+    """One strength as it was asked for: a finite number other than 0, ``match`` or ``auto``."""
 
     asked: Alpha
 
-    def resolved(self, update: ComputedUpdate) -> float:
+    def resolved(self, update: ComputedUpdate, removed: Mapping[float, float] = MappingProxyType({})) -> float:
+        """The number that it is.
+
+        Args:
+            removed: strength -> share of divergence it removes on rows that were held out; empty where none can tell.
+        """
+        if self.asked == "auto":
+            return max(removed, key=lambda alpha: removed[alpha], default=1.0)
         return matched(update) if self.asked == "match" else float(self.asked)
 
 
@@ -34,9 +43,9 @@ def chosen(alpha: Alpha | Sequence[Alpha]) -> list[Strength]:
     asked: list[Any] = list(alpha) if isinstance(alpha, (list, tuple)) else [alpha]
     for one in asked:
         number = isinstance(one, (int, float)) and not isinstance(one, bool)
-        if one != "match" and not (number and 0 < abs(one) <= sys.float_info.max):
-            raise InputRefused(f"alpha is {one}; give a finite number other than 0, or match")
-    asked = [one if one == "match" else float(one) for one in asked]
+        if one not in ("match", "auto") and not (number and 0 < abs(one) <= sys.float_info.max):
+            raise InputRefused(f"alpha is {one}; give a finite number other than 0, match or auto")
+    asked = [one if isinstance(one, str) else float(one) for one in asked]
     if twice := [one for one in asked if asked.count(one) > 1]:
         raise InputRefused(f"alpha {twice[0]} is given twice; keep one")
     if not asked:
@@ -101,4 +110,6 @@ def _source_weights(update: ComputedUpdate) -> Iterator[tuple[str, Callable[[sli
             yield name, partial(product if factored else difference, name)
 
 
+AUTO = "the share of divergence removed on held-out rows is largest"
 MATCH = "alpha |delta_T| / |W_T| = |delta_S| / |W_S|, norms over the weight matrices that move"
+WHY = {"match": f" (match: {MATCH})", "auto": f" (auto: {AUTO})"}  # asked -> what is said beside the number

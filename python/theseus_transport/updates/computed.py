@@ -51,6 +51,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
         lone: the embedding of a tune whose head is not it, where the target ties the two.
         dense: it is to become the target's own tensors.
         fits: of layers that are fitted.
+        one_tokenizer: rows of one index mean the same token in both vocabularies, though their numbers differ.
         left: whether a canonical tensor of the source is left behind on request.
         carried_apart: of a LoRA on a head that the target ties: layer of the source -> its name in :attr:`factors`.
     """
@@ -76,6 +77,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
     carried: Carried = field(default_factory=Carried)
     fits: Fits = field(default_factory=Fits)
     left: Callable[[str], bool] = lambda name: False
+    one_tokenizer: bool = False
     _computations: dict[str, dict[str, Computation]] = field(
         default_factory=dict
     )  # stored name -> canonical name -> computation

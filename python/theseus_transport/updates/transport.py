@@ -107,7 +107,7 @@ class _Fates:
         available = Available.of(alignment)
         self.update = Update(self.source, self.target, delta, alpha, available, tuned=self.tuned, new=self.ends.new)
         self.update.shared, self.update.said, self.update.lone = self.ends.shared, self.ends.said, self.ends.lone
-        self.update.left = self.stays.asked
+        self.update.left, self.update.one_tokenizer = self.stays.asked, one_tokenizer
         self.fates: dict[str, TensorFate] = {}
         self.added: list[TensorFate] = []  # layers of the target, in a moved adapter, that the tune has no factors of
         self.moves = self._paired_layers()
