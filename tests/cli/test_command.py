@@ -101,7 +101,7 @@ CASES = [
     case("half an adapter", "lora_B alone", tuned=tensors("lora", lambda t: t.pop(Q + "A.weight"))),
     case("adapter beyond the model", "layers.7.* has 2 blocks; give the base", tuned=tensors("lora", lambda t: t.update(
         {Q.replace(".0.", ".7.") + f"{f}.weight": torch.ones(s) for f, s in (("A", (4, 24)), ("B", (24, 4)))}))),
-    case("adapter from a full tune", "is a full checkpoint; write it as", "--output", "adapter"),
+    case("rank of a checkpoint", "rank 4 is of an adapter, a checkpoint has none; add --output adapter", "--rank", "4"),
     case("out is an input", "overlaps the input", "--overwrite", out="causal/tuned"),
     case("out in an input", "overlaps the input", out="causal/source/out"),
     case("out holds the calibration", "overlaps the input", "--overwrite", out="."),

@@ -41,7 +41,11 @@ def moved_error(alignment: tt.Alignment, source: Spec, tuned: Spec, target: Spec
 
 
 def adapter_error(
-    pair: Pair, folder: Path, dtype: torch.dtype = torch.float64, recipe: str | tt.Recipe = "coherent"
+    pair: Pair,
+    folder: Path,
+    dtype: torch.dtype = torch.float64,
+    recipe: str | tt.Recipe = "coherent",
+    rank: int | None = None,
 ) -> float:
     """The same through files: a PEFT folder in, a PEFT folder out, loaded by PEFT on the target."""
     source, _, target, _ = pair.sides("lora")
@@ -49,7 +53,7 @@ def adapter_error(
     start, tuned = source.build(dtype), with_adapter(source, dtype)
     tuned.save_pretrained(folder / "source")
     delta, into = tt.Delta.from_adapter(folder / "source", start), target.build(dtype)
-    update = tt.transport(aligned(pair, dtype, recipe), delta, into)
+    update = tt.transport(aligned(pair, dtype, recipe), delta, into, rank=rank)
     if target.names.lora:
         update.save_adapter(folder / "target")
         moved = PeftModel.from_pretrained(into, folder / "target").eval()

@@ -5,7 +5,7 @@ import theseus_transport as tt
 import torch
 
 from .controls import adapter_error, cases, error
-from .models import TOLERANCE
+from .models import LORA_RANK, TOLERANCE
 from .pairs_llama import EXACT
 from .pairs_text import TEXT
 from .pairs_vision import VISION
@@ -25,3 +25,8 @@ def test_exact(pair, kind):
 @pytest.mark.parametrize("pair, kind", LORA)
 def test_adapter_is_exact(pair, kind, tmp_path):
     assert adapter_error(pair, tmp_path, recipe=RECIPE) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("pair, kind", LORA[::5])
+def test_adapter_of_a_higher_rank_is_exact(pair, kind, tmp_path):
+    assert adapter_error(pair, tmp_path, recipe=RECIPE, rank=2 * LORA_RANK + 1) <= TOLERANCE[torch.float64]

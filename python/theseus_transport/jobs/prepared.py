@@ -22,6 +22,7 @@ from ..updates.alpha import Strength, chosen, folders
 from ..updates.changes import first_change
 from ..updates.computed import ComputedUpdate
 from ..updates.delta import Delta
+from ..updates.factored import RANK
 from ..updates.fates import TensorFate
 from ..updates.merged import Merged
 from ..updates.output import Kind, kind_of, planned
@@ -70,7 +71,8 @@ class Inputs:
     def transport(self, alignment: Alignment) -> ComputedUpdate:
         """The update of the target; nothing is computed."""
         job, how = self.job, dict[str, Any](presumed=True, one_tokenizer=self.one_tokenizer)
-        how |= {"rank": self.job.rank, "only_targeted": self.job.only_targeted}
+        made = RANK if self.kind == "adapter" and self.delta.adapter is None else None
+        how |= {"rank": job.rank or made, "only_targeted": job.only_targeted}
         update = transport(alignment, self.delta, self.bases.windows.target, leave=job.leave, device=job.device, **how)
         return update if self.kind == "adapter" else update.as_tensors()
 
@@ -109,9 +111,10 @@ def open_inputs(job: Job) -> Inputs:
     """Both bases and the tune, which is what its folder says."""
     alphas, bases = chosen(job.strength), Bases.open(job.alignment)
     tuned = Checkpoint.open(job.tuned, allow_pickle=job.allow_pickle)
-    kind = kind_of(job.output, tuned)
+    kind = kind_of(job.output, tuned, job.rank)
     base, family = bases.windows.source, bases.geometries.source.family
-    delta, window = open_tune(tuned, bases.source, base, family, as_adapter=kind == "adapter")
+    as_adapter = kind == "adapter" and job.rank is None  # at a rank of its own what is merged becomes factors again
+    delta, window = open_tune(tuned, bases.source, base, family, as_adapter=as_adapter)
     return Inputs(job, alphas, bases, tuned, kind, delta, window, one_tokenizer(*bases.checkpoints))
 
 

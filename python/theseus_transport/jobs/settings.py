@@ -68,7 +68,9 @@ class Moving:
     out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Of what is written; auto is TARGET's, an adapter's own, float32 for a delta."
     )
-    rank: int | None = option(None, "Rank of a moved adapter.", unset="its own", least=1)
+    rank: int | None = option(
+        None, "Most directions of a layer of the adapter.", unset="its own, 16 of a full tune", least=1
+    )
     only_targeted: bool = option(False, "Fit only the kinds of layers that the adapter has factors of.")
     leave: tuple[str, ...] = option((), "Glob of tensors to leave behind; may be repeated.")
 

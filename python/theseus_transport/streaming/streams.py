@@ -371,21 +371,26 @@ class Streams:
         """Solve for a writer's update, where anything is missing of an effect of energy ``wanted``."""
         update, into = self._update, self._update.target
         stored = {part: into.slots[n] for part in ("weight", "bias") if (n := f"{layer.name}.{part}") in into}
-        dense = update.fits.planned[layer.name] is None
+        planned = update.fits.planned[layer.name]
+        dense = planned is None
         rho = self._recipe.ridge
         found = ridge(normal, rho, bias=dense and "bias" in stored)
         explained = float((found.weight.T * normal.cross).sum())
         if found.bias is not None:
             explained += float(found.bias @ normal.output_sum)
-        if not explained > NOTHING * self._recipe.floor**2 * wanted:
-            return
+        missing = explained > NOTHING * self._recipe.floor**2 * wanted
+        if not missing:
+            if planned is None or not planned.wider:
+                return
+            found = Fit(torch.zeros_like(found.weight), None)  # what the prior moved is cut as a fit is
         if layer.scale and layer.scale in into:  # a factor behind the layer: the residual gets it times that
             factor = into.need(layer.scale).to(found.weight)
             factor = torch.where(factor == 0, torch.inf, factor)
             found = Fit(found.weight / factor[:, None], None if found.bias is None else found.bias / factor)
         there = {part: slot for part, slot in stored.items() if update.there(slot.stored)}
         prior = {part: slot.view(update[slot.stored]).double() for part, slot in there.items()}
-        update.fits.put(layer.name, prior, found, normal, rho)
+        if missing or prior:
+            update.fits.put(layer.name, prior, found, normal, rho)
         self._of_updated.forget(*(slot.stored for slot in stored.values()))
         update.forget()
 

@@ -52,7 +52,8 @@ def transport(
             only what has no rule is compared at once.
         one_tokenizer: rows of one index are one token in both vocabularies, though one is padded further: the rows
             they share move. Else embeddings and heads of another number of rows stay.
-        rank: of the factors of a moved adapter; None: its own.
+        rank: the most directions of every layer of a moved adapter; None: its own. A full tune becomes factors of this
+            rank where it is given; what no factors hold stays.
         only_targeted: where the recipe fits layers, of an adapter only those of the kinds it has factors of.
         device: where it is computed; None: the GPU the target lies on, else the CPU. Values are handed out on the CPU.
 

@@ -22,7 +22,10 @@ from ..models.tensors import Tensors, shape_of
 
 PREFIX = "base_model.model."
 SAVE = "save it with PEFT: model.save_pretrained(folder)"
-MERGING = "--output checkpoint (in Python Delta.merged) merges it into its base and moves that"
+MERGING = (
+    "--output checkpoint (in Python Delta.merged) merges it into its base and moves that, --output adapter --rank 16 "
+    "what of it factors hold"
+)
 HEAD = re.compile(r"(score|classifier)\.weight$")
 PATIENCE = 5  # seconds for one pattern on one name; re would take years over some
 # what PEFT calls the parts of a LoRA layer; state dicts name the adapter in between

@@ -105,6 +105,18 @@ class ComputedUpdate(Mapping[str, Tensor]):
         """Have ``computation`` compute the canonical tensor ``name`` (and maybe others)."""
         self._computations.setdefault(self.target.slots[name].stored, {})[name] = computation
 
+    def leave(self, name: str) -> None:
+        """Have the canonical tensor ``name`` of the target stay as it is."""
+        stored = self.target.slots[name].stored
+        del self._computations[stored][name]
+        if not self._computations[stored]:
+            del self._computations[stored]
+
+    @property
+    def into(self) -> set[str]:
+        """Canonical names of the target's tensors that are planned to move."""
+        return {part for computations in self._computations.values() for part in computations}
+
     def computations(self, name: str) -> dict[str, Computation]:
         """Canonical name -> computation of what moves in a stored tensor, or in one an adapter saves (PEFT's name)."""
         stored = name.removeprefix(PREFIX)
@@ -115,10 +127,13 @@ class ComputedUpdate(Mapping[str, Tensor]):
 
     def needs(self, name: str) -> frozenset[str]:
         """Keys of the alignment's rules and vectors that a stored tensor, or a factor of an adapter, waits for."""
-        factor = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", name)
-        if factor and factor[1] in self.factors:
-            return self.factors[factor[1]].needs
+        if factors := self._factors_of(name):
+            return factors.needs
         return frozenset().union(*(computation.needs for computation in self.computations(name).values()))
+
+    def _factors_of(self, name: str) -> MovedFactors | None:
+        factor = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", name)
+        return self.factors.get(factor[1]) if factor else None
 
     def ready(self, key: str) -> bool:
         """Whether a rule is there with both its maps, or a fit was made where it had to be."""
@@ -130,7 +145,9 @@ class ComputedUpdate(Mapping[str, Tensor]):
         return name in self and all(self.ready(key) for key in self.needs(name) if not key.endswith(FIT))
 
     def sources(self, name: str) -> frozenset[str]:
-        """Canonical names of the source that decide whether a stored tensor moves."""
+        """Canonical names of the source that decide whether a stored tensor moves, or that factors are made of."""
+        if factors := self._factors_of(name):
+            return factors.sources
         return frozenset().union(*(computation.sources for computation in self.computations(name).values()))
 
     def tiles(self, name: str) -> tuple[slice, ...]:
@@ -214,7 +231,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
             self._computations[name] = self.computations(name)
             if not self._computations[name]:
                 del self._computations[name]
-        into = {part for computations in self._computations.values() for part in computations}
+        into = self.into
         for name in [name for name, part in self.moved.items() if part not in into]:
             del self.moved[name]
         same = self.unchanged

@@ -10,6 +10,9 @@ from ..alignment.alignment import Alignment
 from ..errors import InputRefused
 
 TIES = "the target ties its head to the embedding"
+BY_EFFECT = "by its effect on what the residual's writers add"
+ADDED = "added: the source's update has no such layer"
+NO_FACTORS = "no factors hold it; --output checkpoint does"
 GUESSED = ", as guessed"  # ends the reason why a block stays where the pairing of blocks is not known yet
 
 
@@ -39,7 +42,7 @@ class Stays:
     def by_rule(self, name: str) -> str | None:
         """Why a tensor stays whatever the two bases hold: the recipe, the pairing of blocks, or the family says so."""
         recipe, source = self.alignment.recipe, self.alignment.source
-        if self._is_embedding(name) and not recipe.moves_embeddings:
+        if self.is_embedding(name) and not recipe.moves_embeddings:
             return f"the {recipe.name} recipe leaves embeddings"
         if self.of_head(name) and recipe.head == "leave":
             return "the recipe leaves heads"
@@ -60,9 +63,9 @@ class Stays:
         """
         f, layer = self.alignment.source.family, name.rpartition(".")[0]
         vectors = {rule.source.rpartition(".")[0] for rule in self.alignment.vectors.values()}
-        if layer in {*self.alignment.source.norms(), *vectors} and not self._is_embedding(name):
+        if layer in {*self.alignment.source.norms(), *vectors} and not self.is_embedding(name):
             return "no layer that reads it moves"
-        if self._is_embedding(name) or self.of_head(name):
+        if self.is_embedding(name) or self.of_head(name):
             return f"the {'source base' if is_new else 'target'} has no such tensor"
         inside = tuple(part for part in (f.query_norm, f.key_norm) if part)
         behind = tuple(part for part in (f.output_scale, f.contract_scale) if part)
@@ -70,5 +73,5 @@ class Stays:
             return f"the {self.alignment.recipe.name} recipe has no rule for it"
         return None
 
-    def _is_embedding(self, name: str) -> bool:
+    def is_embedding(self, name: str) -> bool:
         return any(e.name == name for e in self.alignment.source.family.embeddings)

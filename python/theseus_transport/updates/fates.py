@@ -25,7 +25,13 @@ class TensorFate:
 
 @dataclass(frozen=True)
 class MovedFactors:
-    """A moved LoRA of one layer of the target: rank, [out, in], dtype of A and B, computation, the rules it needs."""
+    """The moved factors of one module of the target.
+
+    Attributes:
+        rank, dtype, scaling: of A and B; shape: [out, in] of the module.
+        needs: keys of rules and fits that have to be there; sources: canonical names of the source it is made of, of a
+            full tune.
+    """
 
     rank: int
     shape: tuple[int, int]
@@ -33,6 +39,7 @@ class MovedFactors:
     scaling: float
     compute: Callable[[], Factors]
     needs: frozenset[str] = frozenset()
+    sources: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,8 +14,9 @@ from ..recipes.effect import fit_of, writers
 from .adapter import Factors
 from .computed import ComputedUpdate
 from .fates import Computation, MovedFactors
-from .fused_factors import module_in
-from .ranks import cut
+from .fits import AsFactors
+from .fused_factors import module_in, product
+from .ranks import low_rank_of, resized
 
 Dense = Callable[[slice | None], dict[str, Tensor]]
 
@@ -37,6 +37,8 @@ def plan_fits(update: ComputedUpdate, alignment: Alignment, *, only_targeted: bo
             continue
         if adapter is not None and only_targeted and layer.slot not in _slots(update, alignment):
             continue
+        if own := alignment.source.counterpart(layer, alignment.blocks[layer.block]):
+            update.fits.feeds[own.name] = layer.name
         if _plan(update, layer):
             added.append(layer.name)
     return added
@@ -70,12 +72,14 @@ def _plan(update: ComputedUpdate, layer: Layer) -> bool:
     prior = planned.get(weight)
     needs = frozenset({fit_of(layer.name)}) | (prior.needs if prior else frozenset())
     sources = frozenset({fit_of(layer.name)}) | (prior.sources if prior else frozenset())
-    update.fits.planned[layer.name] = None
-    compute: Dense = partial(_dense, update, layer.name, bias in update.target, prior)
-    if update.delta.adapter is not None:
-        compute = _plan_factors(update, layer, needs)
+    if update.delta.adapter is None and update.fits.rank is None:
+        update.fits.planned[layer.name] = None
+        compute: Dense = partial(_dense, update, layer.name, bias in update.target, prior)
+        names = [weight, bias]
+    else:
+        compute, names = _plan_factors(update, layer, prior, needs, sources), [weight]
     computation = Computation(compute, needs, sources)
-    for name in (weight, bias) if update.delta.adapter is None else (weight,):
+    for name in names:
         if name in update.target:
             update.plan(name, computation)
     return prior is None
@@ -93,46 +97,34 @@ def _dense(
     return {f"{layer}.weight": zeros} | ({f"{layer}.bias": zeros[:, 0].clone()} if bias else {})
 
 
-def _plan_factors(update: ComputedUpdate, layer: Layer, needs: frozenset[str]) -> Dense:
-    """Factors of an adapter's layer, and the product that they stand for."""
-    adapter = update.delta.adapter
-    assert adapter is not None
+def _plan_factors(
+    update: ComputedUpdate, layer: Layer, prior: Computation | None, needs: frozenset[str], sources: frozenset[str]
+) -> Dense:
+    """Factors of a layer in an adapter, and the product that they stand for: of the whole prior until it is fitted."""
+    fits, adapter, weight = update.fits, update.delta.adapter, f"{layer.name}.weight"
     name, _ = module_in(update.target, layer.name)
-    shape = update.target.shape(f"{layer.name}.weight")
-    prior = update.factors.get(name)
-    rank = update.fits.rank or (prior.rank if prior else int(adapter.config["r"]))
-    dtype = prior.dtype if prior else next((f.dtype for f in update.factors.values()), torch.float32)
-    update.fits.planned[layer.name] = rank
+    rows, columns = update.target.shape(weight)
+    moved = update.factors.get(name)
+    own = moved.rank if moved else int(adapter.config["r"]) if adapter else min(rows, columns)
+    rank = own if fits.rank is None else min(fits.rank, rows, columns)
+    scaling = moved.scaling if moved else adapter.scaling("") if adapter else 1.0
+    dtypes = [moved.dtype] if moved else [factors.dtype for factors in update.factors.values()]
+    dtype = dtypes[0] if dtypes else update.dtype(update.target.slots[weight].stored)
+    fits.planned[layer.name] = AsFactors(rank, scaling, prior is not None and own > rank)
 
     def compute() -> Factors:
-        made = update.fits.made.get(layer.name)
-        if made is not None:
-            assert made.factors is not None
+        made = fits.made.get(layer.name)
+        if made is not None and made.factors is not None:
             return made.factors
-        if prior is not None:
-            return prior.compute()
-        a, b = torch.zeros(rank, shape[1], dtype=torch.float64), torch.zeros(shape[0], rank, dtype=torch.float64)
-        return Factors(a, b, update.fits.scaling)
-
-    scaling = prior.scaling if prior else update.fits.scaling
-    update.factors[name] = MovedFactors(rank, (shape[0], shape[1]), dtype, scaling, compute, needs)
+        if moved is not None:
+            return resized(moved.compute(), rank)
+        a, b, _ = low_rank_of(_dense(update, layer.name, False, prior, None)[weight], rank)
+        return Factors(a, b / scaling, scaling)
 
     def dense(rows: slice | None) -> dict[str, Tensor]:
-        if layer.name in update.fits.made:
-            return update.fits.made[layer.name].dense(layer.name, rows)
-        f = compute()
-        return {f"{layer.name}.weight": ((f.b if rows is None else f.b[rows]) @ f.a).mul_(f.scaling)}
+        if layer.name in fits.done and layer.name not in fits.made:
+            return product(weight, compute, rows)
+        return _dense(update, layer.name, False, prior, rows)
 
+    update.factors[name] = MovedFactors(rank, (rows, columns), dtype, scaling, compute, needs, sources)
     return dense
-
-
-def _cut(compute: Callable[[], Factors], rank: int) -> Factors:
-    found: Factors = cut(compute(), rank)
-    return found
-
-
-def at_rank(update: ComputedUpdate, rank: int) -> None:
-    """Cut the factors of every layer that has more to ``rank``."""
-    for name, moved in update.factors.items():
-        if moved.rank > rank:
-            update.factors[name] = replace(moved, rank=rank, compute=partial(_cut, moved.compute, rank))

@@ -37,29 +37,45 @@ class Fitted:
         return {f"{layer}.{part}": value if rows is None else value[rows] for part, value in found.items()}
 
 
+@dataclass(frozen=True)
+class AsFactors:
+    """How a fitted layer becomes factors of an adapter.
+
+    Attributes:
+        rank, scaling: of them.
+        wider: what the prior moves has more directions, so that it is cut even where nothing is missing.
+    """
+
+    rank: int
+    scaling: float
+    wider: bool
+
+
 @dataclass
 class Fits:
     """The fits of one update: what is planned, what is there now, and what is told of all.
 
     Attributes:
-        planned: canonical names of the layers of the target that may be fitted -> rank of the factors an adapter gets;
-            None: it becomes a tensor of the target.
+        planned: canonical names of the layers of the target that may be fitted -> the factors an adapter gets; None: it
+            becomes a tensor of the target.
         made: layer -> its fit, while it is needed.
         done: layers that were reached, whether or not anything was missing there.
         share: layer -> share of its update's norm that came from the fit, of those that were fitted.
-        kept: layer -> share of the fitted update's effect that is left at the rank of its factors.
-        scaling: of the factors; rank: as it was asked for, if it was.
+        kept: layer -> share of its update that is left at the rank of its factors: of the effect where it was fitted,
+            |X dW^T|^2 + lambda |dW|^2, else of the squared norm.
+        rank: of factors, as it was asked for, if it was.
         sources: canonical names of the source's tensors that move through fits alone.
+        feeds: layer of the source -> the layer of the target that is fitted in its place.
     """
 
-    planned: dict[str, int | None] = field(default_factory=dict)
+    planned: dict[str, AsFactors | None] = field(default_factory=dict)
     made: dict[str, Fitted] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     share: dict[str, float] = field(default_factory=dict)
     kept: dict[str, float] = field(default_factory=dict)
-    scaling: float = 1.0
     rank: int | None = None
     sources: set[str] = field(default_factory=set)
+    feeds: dict[str, str] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
         """What is told, as JSON; fits themselves are used up within a visit."""
@@ -82,11 +98,11 @@ class Fits:
         """
         weight, moved = fit.weight, prior.get("weight")
         size, before = float(weight.norm()), 0.0 if moved is None else float(moved.norm())
-        self.share[layer] = size / (size + before)
+        self.share[layer] = size / (size + before) if size else 0.0
         total = weight if moved is None else weight + moved.to(weight)
-        if (rank := self.planned[layer]) is not None:
-            a, b, self.kept[layer] = low_rank(total, normal, rho, rank, bias=False)
-            self.made[layer] = Fitted(factors=Factors(a, b / self.scaling, self.scaling))
+        if (how := self.planned[layer]) is not None:
+            a, b, self.kept[layer] = low_rank(total, normal, rho, how.rank, bias=False)
+            self.made[layer] = Fitted(factors=Factors(a, b / how.scaling, how.scaling))
             return
         bias = None if fit.bias is None else fit.bias + (0 if prior.get("bias") is None else prior["bias"].to(fit.bias))
         self.made[layer] = Fitted(total, bias)

@@ -75,14 +75,16 @@ def product(into: str, compute: Callable[[], Factors], rows: slice | None) -> di
 
 
 def module_in(target: Base, layer: str) -> tuple[str, Slot]:
-    """The module that computes a layer of the backbone, and which part of its output the layer is.
+    """The module that computes a layer, and which part of its output the layer is.
 
     Named as transformers' class with its head names it, if the target is of such a class; so PEFT will look for it.
     """
     family = target.geometry.family
     module, place = family.home(layer)
     block = family.block_of(layer)
-    if block is not None and family.aliases and _plain(family.model_type) in CONFIG_MAPPING:
+    if block is None:  # a head
+        return module, place
+    if family.aliases and _plain(family.model_type) in CONFIG_MAPPING:
         own = layer.removeprefix(f"{family.blocks}.{block}.")
         found = _first_block(family.model_type)[f"{family.blocks}.0.{own}"]
         module = found.stored.replace(".0.", f".{block}.", 1)

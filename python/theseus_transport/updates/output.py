@@ -54,7 +54,7 @@ def write_updates(
 
     Args:
         outputs: the folders; each tensor is moved once for all of them.
-        kind: ``adapter`` (for a LoRA), ``checkpoint`` (target base plus update) or ``delta``.
+        kind: ``adapter`` (of what has factors), ``checkpoint`` (target base plus update) or ``delta``.
         dtype: of what is written; None keeps the base's (checkpoint), the adapter's own, or float32 (delta).
         base_name: what an adapter's configuration should name as its base.
 
@@ -74,8 +74,11 @@ def described_outputs(
     base_name: str | None = None,
 ) -> tuple[str, list[Output]]:
     """The stem of the files, and what is planned for each folder; arguments as for :func:`write_updates`."""
-    if kind == "adapter" and update.delta.adapter is None:
-        raise InputRefused("a full fine-tune has no low-rank factors; write it as a checkpoint or a delta")
+    if kind == "adapter" and not update.factors:
+        told = (
+            "a full fine-tune has no factors" if update.fits.rank is None else "nothing that factors hold has changed"
+        )
+        raise InputRefused(f"{told}; transport(..., rank=16) makes some, or write it as a checkpoint or a delta")
     if kind != "adapter":
         update.as_tensors()
     elif not update.family.adapters:
@@ -178,14 +181,14 @@ def _factor(compute: Callable[[], Factors], part: str, dtype: torch.dtype, alpha
     return (factor * alpha).to(dtype).contiguous()
 
 
-def kind_of(asked: Literal["auto"] | Kind, tuned: Checkpoint) -> Kind:
+def kind_of(asked: Literal["auto"] | Kind, tuned: Checkpoint, rank: int | None = None) -> Kind:
     """What to write for a tune, where ``auto`` is an adapter for an adapter and a checkpoint for a checkpoint.
 
     Raises:
-        InputRefused: an adapter is asked for, and the tune is none.
+        InputRefused: a rank is asked for of what is no adapter.
     """
-    if asked == "auto":
-        return "adapter" if tuned.kind == "adapter" else "checkpoint"
-    if asked == "adapter" and tuned.kind != "adapter":
-        raise InputRefused(f"TUNED {tuned.folder} is a full checkpoint; write it as --output checkpoint or delta")
-    return asked
+    auto: Kind = "adapter" if tuned.kind == "adapter" else "checkpoint"
+    kind = auto if asked == "auto" else asked
+    if rank is not None and kind != "adapter":
+        raise InputRefused(f"--rank {rank} is of an adapter, a {kind} has none; add --output adapter, or leave it out")
+    return kind

@@ -29,6 +29,20 @@ def cut(factors: Factors, rank: int) -> Factors:
     return Factors(*balanced((right @ (v * s)).mT, left @ u, rank), factors.scaling)
 
 
+def resized(factors: Factors, rank: int) -> Factors:
+    """The factors cut to ``rank``, or with zeros up to it; see :func:`cut`."""
+    found = cut(factors, rank)
+    missing = rank - len(found.a)
+    pad = torch.nn.functional.pad
+    return Factors(pad(found.a, (0, 0, 0, missing)), pad(found.b, (0, missing)), found.scaling) if missing else found
+
+
+def kept(whole: Factors, part: Factors) -> float:
+    """The share of the squared norm of B A that a cut of it has, 1 of a zero product."""
+    total, left = (float(((f.b.mT @ f.b) * (f.a @ f.a.mT)).sum()) for f in (_double(whole), _double(part)))
+    return min(left / total, 1.0) if total else 1.0
+
+
 def low_rank_of(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The product B A of that rank nearest to a whole update [out, in] in the Frobenius norm; see ``leading``.
 
@@ -45,9 +59,13 @@ def low_rank_of(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     if not total < torch.inf:
         raise NumericalError(f"an update {list(dense.shape)} holds NaN or Inf")
     u, s, v = leading(wide, rank)
-    kept = float(s.square().sum()) / total if total else 1.0
+    share = float(s.square().sum()) / total if total else 1.0
     a, b = balanced((v * s).mT, u, rank)
-    return a, b, min(kept, 1.0)
+    return a, b, min(share, 1.0)
+
+
+def _double(factors: Factors) -> Factors:
+    return Factors(factors.a.double(), factors.b.double(), factors.scaling)
 
 
 def _check(rank: int) -> None:

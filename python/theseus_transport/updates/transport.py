@@ -19,12 +19,13 @@ from ..models.family import Slot
 from ..models.tensors import Tensors, device_of, row_tiles, tensors_of
 from ..recipes.ruleset import Rule
 from .adapter import MERGING, Adapter, Factors
-from .arguments import check_direction
+from .arguments import check_direction, check_whole
 from .available import Available
 from .changes import changes, leaving, leaving_alone
-from .coverage import TIES, Stays
+from .coverage import ADDED, BY_EFFECT, NO_FACTORS, TIES, Stays
 from .delta import Delta
 from .embeddings_and_heads import Ends
+from .factored import at_rank, held_by_adapters
 from .fates import Computation, Fate, TensorFate
 from .fit_plans import plan_fits
 from .fused_factors import Piece, fused, module_in, product
@@ -32,9 +33,6 @@ from .layer_moves import Move
 from .trained_on import changed_by, check_layers
 from .update import Update
 from .vector_moves import VectorMove
-
-BY_EFFECT = "by its effect on what the residual's writers add"
-ADDED = "added: the source's update has no such layer"
 
 
 def transport(
@@ -61,7 +59,8 @@ def transport(
             only what has no rule is compared at once.
         one_tokenizer: rows of one index are one token in both vocabularies, though one is padded further: the rows
             they share move. Else embeddings and heads of another number of rows stay.
-        rank: of the factors of a moved adapter; None: its own.
+        rank: the most directions of every layer of a moved adapter; None: its own. A full tune becomes factors of this
+            rank where it is given; what no factors hold stays.
         only_targeted: where a recipe fits layers, of an adapter only those of the kinds it has factors of.
         device: where moves are computed, in float64 always; None: the GPU the target lies on, else the CPU. Bases,
             tune and maps may lie anywhere: of each, what one layer needs is copied there and freed behind it. Values
@@ -73,6 +72,7 @@ def transport(
     Source: arXiv 2602.12952 (the map of an update), and the fields of ``Recipe`` for gains, biases and scales.
     """
     check_kinds(alignment=(alignment, Alignment), delta=(delta, Delta))
+    check_whole(**({} if rank is None else {"rank": (rank, 1)}))
     tensors = tensors_of(target)
     place = device_of(tensors) if device is None else named_device(device)
     how: dict[str, Any] = {"presumed": presumed, "one_tokenizer": one_tokenizer, "device": place}
@@ -134,7 +134,11 @@ class _Fates:
         for name, rule in self.alignment.vectors.items():
             self._plan_vector(rule, name)
         self._plan_factors()
+        if rank is not None and self.delta.adapter is None:
+            self._keep_what_adapters_hold()
         self._plan_fits(rank, only_targeted=only_targeted)
+        if rank is not None:
+            at_rank(self.update, rank)
         self._settle()
         order = {name: i for i, name in enumerate(self.source.slots)}
         told = sorted(self.fates.values(), key=lambda f: order.get(self.family.canonical(f.tensor), -1))
@@ -145,12 +149,25 @@ class _Fates:
 
     def _plan_fits(self, rank: int | None, *, only_targeted: bool) -> None:
         """Layers that are fitted, among them such as the tune has no update of."""
-        fits, adapter = self.update.fits, self.delta.adapter
-        fits.rank = rank
-        if adapter is not None:
-            fits.scaling = adapter.scaling("")
+        self.update.fits.rank = rank
         for name in plan_fits(self.update, self.alignment, only_targeted=only_targeted):
             self.added.append(TensorFate(name, "fitted", ADDED))
+
+    def _keep_what_adapters_hold(self) -> None:
+        """What no adapter holds of a full tune stays; where fits see its effect, it moves through them."""
+        update, recipe = self.update, self.alignment.recipe
+        for into in [name for name in update.into if not held_by_adapters(update, name)]:
+            update.leave(into)
+            update.new.discard(into)
+        gone = [name for name, into in update.moved.items() if into not in update.into]
+        gone += [name for name, told in self.fates.items() if told.fate == "folded" and name.endswith(".bias")]
+        for name in gone:
+            update.moved.pop(name, None)
+            if self._by_effect(name) or (recipe.fits and self.stays.is_embedding(name)):
+                self._decide(name, "fitted", f"{BY_EFFECT}; {NO_FACTORS}")
+                update.fits.sources.add(name)
+            else:
+                self._decide(name, "left", NO_FACTORS)
 
     def _check_complete(self) -> None:
         if self.delta.tuned is not None:
@@ -296,8 +313,7 @@ class _Fates:
         compute = partial(self._moved_factors, move, spelled, part, slot)
         tied = self.target.geometry.vocabulary or 0, self.target.geometry.width
         kept = len(factors.a), factors.a.dtype, tied if reason else self.target.shape(into), factors.scaling
-        head, family = move.into.role == "head", self.target.geometry.family
-        name, place = family.home(move.into.name) if head else module_in(self.target, move.into.name)
+        name, place = module_in(self.target, move.into.name)
         found.setdefault(name, []).append(Piece(spelled, place, *kept, compute, move.into.name))
         zero = not (bool(factors.a.any()) and bool(factors.b.any()))
         self._decide(part, *(("unchanged", "its factors are zero") if zero else ("transported", "as factors")))

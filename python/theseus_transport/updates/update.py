@@ -57,10 +57,10 @@ class Update(ComputedUpdate):
             log.warning(text)
 
     def save_adapter(self, folder: str | Path, *, base_name: str | None = None, overwrite: bool = False) -> None:
-        """Write a PEFT adapter for the target: LoRA updates only, same rank, same dtype.
+        """Write a PEFT adapter for the target: of a LoRA in its dtype, of a full tune that was transported at a rank.
 
         Raises:
-            InputRefused: the update is no LoRA, or ``folder`` is not empty and ``overwrite`` is false.
+            InputRefused: the update has no factors, or ``folder`` is not empty and ``overwrite`` is false.
         """
         write_update(self, folder, "adapter", base_name=base_name, overwrite=overwrite)
 
