@@ -14,7 +14,7 @@ from torch import Tensor
 from train import ROW, Shelf
 from ways import HELD_OUT, Forward, Task, way
 
-ALPHAS = 0.25, 0.5, 0.75, 1.0, 1.5, 2.0
+ALPHAS = 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0
 TEST, VALIDATION = 192, 48  # rows that decide bits, and that choose an alpha
 
 
@@ -46,8 +46,11 @@ class Texts:
         rows = self.rows(domain, "test")
         return rows[:: max(1, len(rows) // TEST)][:TEST]
 
-    def validation(self, domain: str) -> Tensor:
-        return self.rows(domain, "calibration")[-VALIDATION:]
+    def unseen(self, domain: str) -> tuple[Tensor, Tensor]:
+        """Rows that no training saw, of all files alike: those to calibrate on, and those that choose an alpha."""
+        rows = self.rows(domain, "calibration")
+        chosen = torch.arange(len(rows)) % max(2, len(rows) // VALIDATION) == 0
+        return rows[~chosen], rows[chosen]
 
     def drawn(self, domain: str) -> Tensor:
         """The calibration: domain, general or mix (half and half), with rows beside it that the command holds out."""
@@ -55,7 +58,7 @@ class Texts:
         draw = torch.Generator().manual_seed(0)
         parts = []
         for i, side in enumerate(sides):
-            rows = self.rows(side, "calibration")[:-VALIDATION]
+            rows = self.unseen(side)[0]
             count = (self.count + HELD_OUT + i) // len(sides)
             parts.append(rows[torch.randperm(len(rows), generator=draw)[:count]])
         return torch.cat(parts)
@@ -65,7 +68,7 @@ def measured(task: Task, texts: Texts, names: list[str]) -> Iterator[dict]:
     """One row of numbers for every way: at alpha 1, and at the alpha that is best for held-out rows of the domain."""
     cell = task.cell
     tests = {"domain": texts.test(cell.domain), "general": texts.test("general")}
-    held = texts.validation(cell.domain)
+    held = texts.unseen(cell.domain)[1]
 
     def score(forward: Forward, rows: Tensor = tests["domain"]) -> float:
         return bits(forward, rows, texts.lengths)

@@ -17,7 +17,7 @@ Taps = dict[str, Tensor]  # of one model, by block and what: [rows, width], floa
 
 @torch.no_grad()
 def tapped(model: nn.Module, batches: Sequence[Tensor]) -> Taps:
-    """What every contracting layer reads and writes, and the residual behind it, for token ids [rows, tokens]."""
+    """What every contracting layer reads (in), and the residual behind it (out), for token ids [rows, tokens]."""
     found: dict[str, list[Tensor]] = {}
     hooks = []
 
@@ -26,14 +26,13 @@ def tapped(model: nn.Module, batches: Sequence[Tensor]) -> Taps:
 
     for i, block in enumerate(model.model.layers):
 
-        def of_layer(_: nn.Module, args: tuple, out: Tensor, i: int = i) -> None:
+        def of_layer(_: nn.Module, args: tuple, i: int = i) -> None:
             keep(f"{i} in", args[0])
-            keep(f"{i} layer", out)
 
         def of_block(_: nn.Module, args: tuple, out: Tensor | tuple, i: int = i) -> None:
-            keep(f"{i} residual", out if isinstance(out, Tensor) else out[0])
+            keep(f"{i} out", out if isinstance(out, Tensor) else out[0])
 
-        hooks += [block.mlp.down_proj.register_forward_hook(of_layer), block.register_forward_hook(of_block)]
+        hooks += [block.mlp.down_proj.register_forward_pre_hook(of_layer), block.register_forward_hook(of_block)]
     for ids in batches:
         model(input_ids=ids)
     for hook in hooks:
@@ -47,14 +46,12 @@ def official(
     target: nn.Module,
     batches: Sequence[Tensor],
     *,
-    point: str = "layer",
     ridge: float | None = None,
 ) -> dict[str, Tensor]:
     """The update of the target by parameter name, float32.
 
     Args:
         batches: token ids [rows, tokens] that all read.
-        point: the change that is wanted: of the ``layer``'s own output, or of the ``residual`` behind it.
         ridge: in units of the mean of the diagonal of G; None for lambda = tr(G) / (n - 1).
     """
     s, plus, t = (tapped(model, batches) for model in (source, tuned, target))
@@ -62,9 +59,9 @@ def official(
     update = {}
     for j, block in enumerate(target.model.layers):
         i = round(j * (deep - 1) / max(1, depth - 1))  # by relative depth
-        x_s, x_t = s[f"{i} {point}"], t[f"{j} {point}"]
+        x_s, x_t = s[f"{i} out"], t[f"{j} out"]
         u, _, vh = torch.linalg.svd((x_s - x_s.mean(0)).T @ (x_t - x_t.mean(0)), full_matrices=False)
-        wanted = (plus[f"{i} {point}"] - x_s) @ (u @ vh)
+        wanted = (plus[f"{i} out"] - x_s) @ (u @ vh)
         layer, read = block.mlp.down_proj, t[f"{j} in"]
         biased = layer.bias is not None
         means = (read.mean(0), wanted.mean(0)) if biased else (0.0, 0.0)

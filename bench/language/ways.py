@@ -123,8 +123,7 @@ def way(text: str) -> Way:
     others: dict[str, Way] = {
         "random": lambda task: at_strength(task.target, random_update(by_command(task, *options), task.cell.seed)),
         "official": lambda task: at_strength(
-            task.target,
-            official(task.source, task.tuned, task.target, task.rows.split(16), point=(*options, "layer")[0]),
+            task.target, official(task.source, task.tuned, task.target, task.rows.split(16))
         ),
         "steps": lambda task: at_strength(task.target, few_steps(task, int(options[0]))),
         "proxy": proxy,
