@@ -14,8 +14,8 @@ from torch import Tensor
 from train import ROW, Shelf
 from ways import HELD_OUT, Forward, Task, way
 
-ALPHAS = 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0
-TEST, VALIDATION = 192, 48  # rows that decide bits, and that choose an alpha
+ALPHAS = 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0
+TEST, VALIDATION = 160, 32  # rows that decide bits, and that choose an alpha
 
 
 @torch.no_grad()
