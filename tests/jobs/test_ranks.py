@@ -1,6 +1,8 @@
 """Jobs that write an adapter at a rank: of a LoRA, of a full tune, of an adapter that is merged on the way."""
 
+import re
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,10 @@ import theseus_transport as tt
 import torch
 from helpers import tiny_models
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
+from theseus_transport.cli.report import report
+from theseus_transport.files.result_folder import read_manifest
 from theseus_transport.jobs.settings import Job
 from theseus_transport.jobs.transport_job import Session
 from transformers import LlamaForCausalLM, ViTForImageClassification
@@ -87,3 +92,35 @@ def test_an_adapter_that_factors_cannot_carry_is_merged_and_cut(models, tmp_path
 def test_what_is_no_adapter_has_no_rank(models, tmp_path):
     with pytest.raises(tt.InputRefused, match="--rank 4 is of an adapter, a delta has none"):
         run(job(models, tmp_path / "out", tuned="lora", output="delta", rank=4))
+
+
+def test_what_was_fitted_and_what_a_rank_keeps_is_told_everywhere(models, tmp_path):
+    """On screen, in --json (the outcome), in the manifest and in the card."""
+    one = job(models, tmp_path / "out", tuned="lora", recipe=tt.Recipe("effect", prior="coherent"), rank=2)
+    outcome = Session(one).run(lambda stage, steps: lambda: None)
+    assert outcome.rank == 2 and outcome.fits["share"].keys() == {
+        f"layers.{b}.{part}" for b in range(2) for part in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert all(share == 1 for share in outcome.fits["share"].values())  # the LoRA has none of these layers
+    kept = outcome.fits["kept"]
+    assert len(kept) == 4 + 4 and all(0 < share < 1 for share in kept.values())
+    rows = {row["tensor"]: row for row in outcome.coverage}
+    share = kept["layers.0.self_attn.q_proj"]
+    assert rows["layers.0.self_attn.q_proj"]["note"] == f"as factors; its rank keeps {share:.0%}"
+    assert rows["layers.1.mlp.down_proj"]["fate"] == "fitted"
+    card, told = (one.out / "README.md").read_text(), read_manifest(one.out)["metadata"]["outcome"]
+    assert (told["fits"], told["rank"]) == (outcome.fits, 2)
+    screen = StringIO()
+    Console(file=screen, width=300).print(report(outcome))
+    for text in (card, screen.getvalue()):
+        assert "4 of them added, which TUNED has no factors of: down_proj, o_proj" in text
+        assert f"least {min(kept.values()):.0%}, {min(kept, key=kept.get)}" in text
+    assert "fitted to what was missing of its effect" in card
+    assert re.search(r"q_proj +2 +transported +as factors; its rank keeps (\d+ to )?\d+%", screen.getvalue())
+
+
+def test_without_fits_and_cuts_there_is_no_word_of_them(models, tmp_path):
+    one = job(models, tmp_path / "out", tuned="lora", recipe=tt.Recipe("coherent"))
+    outcome = Session(one).run(lambda stage, steps: lambda: None)
+    card = (one.out / "README.md").read_text()
+    assert "fitted" not in card and "| rank | 4 |" in card and outcome.fits == {"share": {}, "kept": {}}

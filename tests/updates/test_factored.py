@@ -11,7 +11,7 @@ from exact.models import LLAMA, LLAMA_TIED, VIT, Spec, base, batches, tune
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from theseus_transport import Alignment, Delta, InputRefused, Recipe, Update, align, transport
-from theseus_transport.updates.coverage import ADDED, NO_FACTORS
+from theseus_transport.updates.coverage import ADDED, BY_EFFECT, NO_FACTORS
 from torch import Tensor, nn
 
 ROUNDING = dict(rtol=1e-10, atol=1e-10)  # float64, sums of 40 products and a decomposition
@@ -179,6 +179,31 @@ def test_where_nothing_is_missing_the_prior_is_cut_in_the_metric_of_the_fit(tmp_
     lost = float((update[name] - whole[name]).norm())
     assert lost > 1.001 * float((best(whole[name], 3) - whole[name]).norm())
     assert_is(update, merged(update, source, tmp_path), source)
+
+
+def test_coverage_says_what_was_fitted_and_what_a_rank_keeps() -> None:
+    update = moved("llama", BEHIND, "linear", rank=4)
+    fits, told = update.fits, {row.tensor: row for row in update.coverage}
+    row = told["layers.1.mlp.down_proj.weight"]
+    share, kept = fits.share["layers.1.mlp.down_proj"], fits.kept["layers.1.mlp.down_proj"]
+    assert row.note == f"{share:.0%} of it fitted; its rank keeps {kept:.0%}" and row.fate == "transported"
+    assert told["layers.1.self_attn.q_proj.weight"].note.startswith("its rank keeps ")
+    again = [*update.coverage]
+    assert update.settled() == again  # told once
+    told = {row.tensor: row for row in moved("llama", FITTED, "linear").coverage}
+    assert {row.fate for row in told.values()} >= {"fitted"} and told["layers.0.mlp.down_proj.weight"].note == BY_EFFECT
+
+
+def test_a_layer_behind_which_nothing_is_missing_is_unchanged(tmp_path: Path) -> None:
+    """Onto the model itself, a LoRA on down_proj: the fits of o_proj are there and find nothing."""
+    source, delta = FAMILIES["llama"], lora(tmp_path, target_modules=["down_proj"])
+    alignment = align(source.build(), source.build(), batches(source, seed=3, count=4, shape=(8, 16)), recipe=BEHIND)
+    update = transport(alignment, delta, source.build())
+    told = {row.tensor: row for row in update.coverage}
+    for block in range(2):
+        assert told[f"layers.{block}.self_attn.o_proj"].fate == "unchanged"
+        assert told[f"layers.{block}.mlp.down_proj"].note == "as factors"
+        assert not update.factors[f"model.layers.{block}.self_attn.o_proj"].compute().b.any()
 
 
 # --- fates -----------------------------------------------------------------------------------------------------------

@@ -14,24 +14,35 @@ from rich.table import Table
 from rich.text import Text
 
 from ..budget.plan import Plan
-from ..jobs.model_card import _share, choices, condensed
+from ..jobs.model_card import _share, choices, condensed, cut, fitted
 from ..jobs.outcome import Outcome
 from ..jobs.verdict import verdict
 from ..shown import percent
 from ..updates.alpha import WHY
 
+SHARE = re.compile(r"(\d+)%")
+
 
 def coverage_table(rows: list[dict[str, str]]) -> Table:
     """The fate of every tensor, tensors of all blocks in one line."""
-    counts = Counter((_kind(row["tensor"]), row["fate"], row["note"]) for row in rows)
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        alike.setdefault((_kind(row["tensor"]), row["fate"], SHARE.sub("%", row["note"])), []).append(row["note"])
     table = Table(title="Coverage (* is every block)", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("layer", no_wrap=True)
     for column in ("tensors", "fate", "why"):
         table.add_column(column)
     colours = {"transported": "green", "fitted": "green", "folded": "green", "unchanged": "dim", "left": "yellow"}
-    for (layer, fate, note), n in counts.items():
-        table.add_row(escape(layer), str(n), Text(fate, colours.get(fate, "")), escape(note))
+    for (layer, fate, _), notes in alike.items():
+        table.add_row(escape(layer), str(len(notes)), Text(fate, colours.get(fate, "")), escape(ranged(notes)))
     return table
+
+
+def ranged(notes: Sequence[str]) -> str:
+    """Notes that differ in their shares as one, each from its least to its largest."""
+    columns = [[int(share) for share in column] for column in zip(*map(SHARE.findall, notes), strict=True)]
+    each = iter([f"{min(c)}%" if min(c) == max(c) else f"{min(c)} to {max(c)}%" for c in columns])
+    return SHARE.sub(lambda _: next(each), notes[0])
 
 
 def by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -104,6 +115,9 @@ def report(outcome: Outcome) -> RenderableType:
     if outcome.bytes_read is not None:
         facts.add_row("weights read", size(outcome.bytes_read))
     facts.add_row("output", f"{outcome.kind}, {size(outcome.bytes_out)}")
+    for label, words in {"fitted": fitted(outcome), "rank": cut(outcome)}.items():
+        if words:
+            facts.add_row(label, escape(words))
     facts.add_row("time predicted", _stages(outcome.predicted_seconds) + ", by flops and this machine's rate")
     if outcome.seconds:
         facts.add_row("time used", _stages(outcome.seconds))

@@ -12,6 +12,8 @@ from markupsafe import Markup
 
 from ..shown import in_page, percent
 from ..updates.alpha import WHY
+from ..updates.coverage import ADDED
+from ..updates.fits import ROUNDING
 from .outcome import Outcome
 from .verdict import verdict
 
@@ -30,7 +32,8 @@ base_model: {{ job.target | tojson }}
 # {{ title }}
 
 Moved from `{{ job.source }}` to `{{ job.target }}` by [Theseus](https://arxiv.org/abs/2602.12952) without training: the
-update of `{{ job.tuned }}` was moved through an alignment of the two base models' activations. It has not been
+update of `{{ job.tuned }}` was moved through an alignment of the two base models' activations{% if fitted_in_words %},
+and layers that write the residual were fitted to what was missing of its effect{% endif %}. It has not been
 evaluated; measure it on your task before you rely on it.
 
 | | |
@@ -39,6 +42,8 @@ evaluated; measure it on your task before you rely on it.
 | recipe | {{ recipe }} |
 | alpha | {{ job.alpha }}{{ why }} |
 {% if arrived_in_words %}| arrived | {{ arrived_in_words }} |
+{% endif %}{% if fitted_in_words %}| fitted | {{ fitted_in_words }} |
+{% endif %}{% if cut_in_words %}| rank | {{ cut_in_words }} |
 {% endif %}{% if rounding %}| rounding | {{ rounding }} of the update |
 {% endif %}| calibration | {{ calibration }} |
 | tensors | {% for fate, n in fates %}{{ n }} {{ fate }}{% if not loop.last %}, {% endif %}{% endfor %} |
@@ -71,6 +76,8 @@ def model_card(outcome: Outcome) -> str:
         recipe=choices(outcome.job["recipe"]),
         why=WHY.get(outcome.alphas[0]["asked"], ""),
         arrived_in_words=verdict(outcome),
+        fitted_in_words=fitted(outcome),
+        cut_in_words=cut(outcome),
         rounding=percent(lost, 1) if (lost := outcome.alphas[0]["rounding"]["total"]) else "",
     )
     return card
@@ -79,6 +86,29 @@ def model_card(outcome: Outcome) -> str:
 def choices(recipe: dict[str, Any]) -> str:
     """Every field of a recipe, in one line."""
     return ", ".join([recipe["name"], *(f"{field} {value}" for field, value in recipe.items() if field != "name")])
+
+
+def fitted(outcome: Outcome) -> str:
+    """In one line how many layers were fitted, how much of them, and which of them the tune does not have."""
+    shares = [share for share in outcome.fits.get("share", {}).values() if share]
+    if not shares:
+        return ""
+    added = [row["tensor"] for row in outcome.coverage if row["fate"] == "fitted" and row["note"].startswith(ADDED)]
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in added}))
+    told = f"; {len(added)} of them added, which TUNED has no factors of: {kinds}" if added else ""
+    return f"{len(shares)} layers, {percent(statistics.median(shares))} of their update (median){told}"
+
+
+def cut(outcome: Outcome) -> str:
+    """In one line what the rank of an adapter keeps of the update; its rank alone where that is all."""
+    if outcome.rank is None:
+        return ""
+    kept = outcome.fits.get("kept", {})
+    least = min(kept, key=lambda layer: kept[layer], default="")
+    if not least or kept[least] >= 1 - ROUNDING:
+        return str(outcome.rank)
+    median = percent(statistics.median(kept.values()))
+    return f"{outcome.rank}, which keeps {median} of a layer's update (median; least {percent(kept[least])}, {least})"
 
 
 def held_out(quality: list[dict[str, Any]]) -> str:

@@ -45,6 +45,8 @@ class Outcome:
     carried: list[str] = field(default_factory=list)
     arrived: list[dict[str, Any]] = field(default_factory=list)
     removed: dict[str, float] = field(default_factory=dict)
+    fits: dict[str, dict[str, float]] = field(default_factory=dict)
+    rank: int | None = None
     lost_heads: dict[int, list[int]] = field(default_factory=dict)
     alphas: list[dict[str, Any]] = field(default_factory=list)
     used_bytes: int | None = None

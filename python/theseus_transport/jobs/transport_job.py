@@ -20,7 +20,7 @@ from ..streaming.passage import Passage
 from ..streaming.sinks import UpdateSink, apply
 from ..updates.alpha import TRIED
 from ..updates.fates import TensorFate
-from ..updates.output import described_outputs
+from ..updates.output import described_outputs, highest_rank
 from ..updates.trained_on import doubt_of_base
 from .align_job import AlignSession
 from .bases import Fit
@@ -106,6 +106,7 @@ def carry_out(
             how = {"given": prepared.alignment is not None, "strengths": strengths}
             alignment, passage, seconds = _moved(fitted, draft, data, sink, work, progress, **how)
             outcome = _outcome(prepared, fitted, update.settled(), **told(alignment), **arrived(passage))
+            outcome.fits, outcome.rank = update.fits.told(), highest_rank(update, inputs.kind)
             outcome.job["recipe"] = asdict(draft.recipe)  # its floor follows the models' precision
             outcome.alphas = [strength(*each) for each in zip(inputs.alphas, outputs, strict=True)]
             warnings += doubts(outcome)

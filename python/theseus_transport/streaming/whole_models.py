@@ -82,6 +82,8 @@ def transport(
                 "no batches; align in this process, or use the command: theseus apply"
             )
         _fit(alignment, update, delta, tensors_of(target), device)
+        if not presumed:
+            update.settled()
     return update
 
 

@@ -235,7 +235,10 @@ class ComputedUpdate(Mapping[str, Tensor]):
         for name in [name for name, part in self.moved.items() if part not in into]:
             del self.moved[name]
         same = self.unchanged
-        fates = [TensorFate(told.tensor, "unchanged") if told.tensor in same else told for told in self.coverage]
+        fates = [
+            TensorFate(told.tensor, "unchanged") if told.tensor in same else self.fits.settled(told, self.moved)
+            for told in self.coverage
+        ]
         self.coverage[:] = fates
         reasons = sorted({told.note for told in fates if told.fate == "left"})
         if not (self._computations or self.carried_apart or any(reason.endswith(GUESSED) for reason in reasons)):

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from ..linalg.ridge import Fit, Normal, low_rank
 from ..recipes.effect import fit_of
+from ..shown import percent
 from .adapter import Factors
+from .coverage import ADDED
+from .fates import TensorFate
+
+ROUNDING = 1e-9  # of a share that is 1
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,32 @@ class Fits:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.done, self.share, self.kept = set(state["done"]), dict(state["share"]), dict(state["kept"])
+
+    def told(self) -> dict[str, dict[str, float]]:
+        """What people should know of all fits and cuts: by layer of the target."""
+        return {"share": dict(self.share), "kept": dict(self.kept)}
+
+    def settled(self, row: TensorFate, moved: Mapping[str, str]) -> TensorFate:
+        """A fate with what is known of the layer of the target that the tensor is, or moves into.
+
+        Args:
+            moved: tensor of the source -> that of the target it becomes through maps.
+        """
+        if row.fate not in ("transported", "fitted") or row.tensor.endswith(".bias"):
+            return row
+        own = row.tensor.removesuffix(".weight")
+        layer = moved.get(f"{own}.weight", "").removesuffix(".weight") or self.feeds.get(own, "")
+        if row.note.startswith(ADDED):
+            layer = own
+            if layer in self.done - self.share.keys():
+                return TensorFate(row.tensor, "unchanged", "nothing was missing behind it")
+        share, kept = self.share.get(layer, 0.0), self.kept.get(layer, 1.0)
+        known = {
+            f"{percent(share)} of it fitted": share > 0 and row.fate == "transported",
+            f"its rank keeps {percent(kept)}": kept < 1 - ROUNDING,
+        }
+        said = [words for words, true in known.items() if true and words not in row.note]
+        return TensorFate(row.tensor, row.fate, "; ".join(filter(None, (row.note, *said))))
 
     def reached(self, layers: Iterable[str]) -> set[str]:
         """Layers are done with; returns the keys of those where nothing was missing."""

@@ -92,6 +92,11 @@ def described_outputs(
     return {"adapter": "adapter_model", "checkpoint": "model", "delta": "delta"}[kind], made
 
 
+def highest_rank(update: ComputedUpdate, kind: Kind) -> int | None:
+    """Of the factors that are written, if any are."""
+    return max((moved.rank for moved in update.factors.values()), default=None) if kind == "adapter" else None
+
+
 class LastFactors:
     """The factors computed last, kept since A and B of a layer, and its several strengths, come one after another."""
 
