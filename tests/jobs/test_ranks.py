@@ -124,3 +124,27 @@ def test_without_fits_and_cuts_there_is_no_word_of_them(models, tmp_path):
     outcome = Session(one).run(lambda stage, steps: lambda: None)
     card = (one.out / "README.md").read_text()
     assert "fitted" not in card and "| rank | 4 |" in card and outcome.fits == {"share": {}, "kept": {}}
+
+
+def test_a_run_that_goes_on_writes_the_bytes_and_tells_the_cuts_of_one_that_was_not_stopped(models, tmp_path):
+    """Killed behind the first block: what was fitted and cut there is known to the second process."""
+    recipe = tt.Recipe("effect", prior="coherent")
+    whole, stopped = (job(models, tmp_path / name, recipe=recipe, rank=3, alpha=1.0) for name in ("a", "b"))
+    expected = Session(whole).run(lambda stage, steps: lambda: None)
+    written = 0
+
+    def stop(stage, steps):
+        def step():
+            nonlocal written
+            written += stage == "write"
+            if stage == "align" and written > 8:  # of a block, both factors of seven layers
+                raise KeyboardInterrupt
+
+        return step
+
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        Session(stopped).run(stop)
+    outcome = Session(replace(stopped, resume=True)).run(lambda stage, steps: lambda: None)
+    assert (outcome.fits, outcome.coverage) == (expected.fits, expected.coverage) and len(outcome.fits["kept"]) == 14
+    name = "adapter_model.safetensors"
+    assert (stopped.out / name).read_bytes() == (whole.out / name).read_bytes()

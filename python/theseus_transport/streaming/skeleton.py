@@ -162,7 +162,8 @@ class Skeleton:
 
     def _fill(self, name: str, weights: Weights | None = None) -> None:
         stored, meta = self._stored[name], self._meta[name]
-        assert stored is not None
+        if stored is None:  # it stays behind by rule, as nothing reads it
+            return
         if weights is None:
             tensor = self.upload.take(stored, self._window[stored], self._dtype)
         else:
@@ -186,7 +187,8 @@ def _built(window: Window, geometry: Geometry, dtype: torch.dtype) -> nn.Module:
 
 def _check_names(window: Window, geometry: Geometry, stored: Mapping[str, str | None]) -> None:
     family = geometry.family
-    if missing := sorted(name for name, found in stored.items() if found is None):
+    lacking = (name for name, found in stored.items() if found is None)
+    if missing := sorted(name for name in lacking if not family.why_left(family.canonical(name))):
         raise InputRefused(f"{window.folder} lacks {missing[0]} ({len(missing)} such tensors); is it complete?")
     known = {family.canonical(name) for name in stored}
     inside = [n for n in window if family.canonical(n).startswith(family.blocks)]
