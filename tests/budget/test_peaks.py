@@ -8,11 +8,17 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from helpers.allocated import peak_of
 from helpers.forked import apart
 from helpers.large_pairs import ModelSizes, write_random
 from PIL import Image
+from random_checkpoint import write_adapter
 from safetensors.torch import save_file
 from test_stream_memory import MIB, OVER, with_peak
+from theseus_transport import Recipe
+from theseus_transport.budget.plan import RUNTIME
+from theseus_transport.jobs.settings import Job
+from theseus_transport.jobs.transport_job import Session
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTConfig, ViTForImageClassification, ViTModel
 
@@ -121,3 +127,29 @@ def test_the_peak_is_what_was_predicted_at_most(kind, tmp_path):
     predicted = json.loads(told)["predicted_bytes"]
     assert peak <= OVER * predicted, f"{peak / MIB:.0f} MiB, predicted {predicted / MIB:.0f}"
     print(f"{kind.__name__}: {peak / MIB:.0f} MiB of {predicted / MIB:.0f}")
+
+
+WIDE = ModelSizes("llama", 64, 256, 2, 4, 2, 300), ModelSizes("llama", 96, 4096, 2, 4, 2, 300)
+
+
+def own_peak(job):
+    """Bytes that torch holds at most while a job runs, and how many were predicted."""
+    session = Session(job)
+    return peak_of(session.run), session.plan.peak - RUNTIME
+
+
+@pytest.mark.parametrize(
+    ("tuned", "prior", "offload"),
+    [("tuned", "none", False), ("tuned", "coherent", True), ("lora", "none", True), ("lora", "coherent", False)],
+)
+def test_fits_hold_what_was_predicted_at_most(tuned, prior, offload, tmp_path):
+    """Of writers that read a wide middle, beside which all else is little; and not much less than was predicted."""
+    written(tmp_path, WIDE)
+    write_adapter(tmp_path / "lora", WIDE[0], 8)
+    save_file({"input_ids": torch.randint(0, 300, (24, 32))}, tmp_path / "data.safetensors")
+    places = (str(tmp_path / name) for name in ("source", tuned, "target"))
+    options = {"tokens": 768, "batch_size": 4, "held_out": False, "offload_folder": tmp_path / "s" if offload else None}
+    recipe = Recipe("effect", prior=prior)
+    job = Job(*places, tmp_path / "out", str(tmp_path / "data.safetensors"), recipe=recipe, alpha=1.0, **options)
+    held, predicted = apart(own_peak, job)
+    assert 0.8 * predicted <= held <= predicted, f"{held / MIB:.0f} MiB, predicted {predicted / MIB:.0f}"

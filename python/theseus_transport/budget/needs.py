@@ -24,13 +24,16 @@ def needed(solver: Solver, keys: Collection[str] | None) -> frozenset[str]:
     return frozenset(solver.needed(keys))
 
 
-def held_in_memory(solver: Solver, keys: Collection[str]) -> frozenset[str]:
+def held_in_memory(solver: Solver, keys: Collection[str] | None) -> frozenset[str]:
     """Links and layers that memory is planned for: what is needed, and all that a text of few token types may add."""
     behind_norms = {name for name, link in solver.links.items() if link.target.norm}
-    return needed(solver, keys) | behind_norms | frozenset(keys)
+    return needed(solver, keys) | behind_norms | frozenset(keys or ())
 
 
-def tokens_for(solver: Solver, names: Collection[str]) -> int:
-    """Tokens to align on, where nothing else is asked for: by the widest space that is mapped."""
+def tokens_for(solver: Solver, names: Collection[str], fits: Collection[str] = ()) -> int:
+    """Tokens to align on, where nothing else is asked for: by the widest space that is mapped, or that a layer reads
+    which is fitted."""
     mapped = [link for name, link in solver.links.items() if name in names] or [solver.links["final"]]
-    return TOKENS * max(width for link in mapped for width in link.widths)
+    target = solver.pairs.target
+    read = [target.weights()[layer.role][1] for layer in target.layers() if layer.name in fits]
+    return TOKENS * max(*read, *(width for link in mapped for width in link.widths))

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import ResourceError
 from ..streaming.upload import BUFFER, RING
 from .choice import Choice
+from .fit_terms import FitTerms
 from .sizes import Sizes
 from .terms import Terms
 
@@ -43,35 +44,39 @@ class Plan:
 def stages(sizes: Sizes, choice: Choice) -> Plan:
     """The peak of every stage of a run."""
     a, gpu = Terms(sizes, choice), sizes.device.type == "cuda"
-    if sizes.aligned:
+    fits = FitTerms(a)
+    if not sizes.streams:
         host = {"moves": RUNTIME + sum(sizes.stored) + sizes.tune + a.maps + a.move, "tables": RUNTIME + a.tables}
         device = {"moves": a.largest_map + a.largest_weight + a.move, "tables": a.tables}
         return Plan(choice, host, device if gpu else {})
-    moments = sum(a.crosses) + sum(a.grams)
+    moments = 0 if sizes.aligned else sum(a.crosses) + sum(a.grams)
     run = a.converted + a.inside + a.waiting + a.kept + a.product
     pair = sizes.cast + a.inside  # of whole blocks: a pass before, where depths differ
-    base = RUNTIME + a.hidden + sizes.extent.nbytes + a.stored + sizes.tune
+    rest = RUNTIME + sizes.extent.nbytes + a.stored + sizes.tune + (2 * RING * BUFFER if gpu else a.masks)
+    base = rest + a.hidden
     if gpu:
-        base += 2 * RING * BUFFER
         host = {"pairing": base, "forward": base}
         host |= {"maps": base + a.kept + (0 if a.maps_on_device else a.made - a.kept)}
-        host |= {"moves": base + a.kept + (0 if a.maps_on_device else a.maps) + a.move // 2}
+        held = 0 if a.maps_on_device else a.maps
+        host |= {"fits": rest + held + fits.host, "moves": base + a.kept + held + a.move // 2}
     else:
-        base += a.masks
         host = {"pairing": base + pair, "forward": base + run + moments + a.z}
-        host |= {"maps": base + a.made, "moves": base + a.kept + a.maps + a.move}
+        host |= {"maps": base + a.made, "fits": rest + a.maps + fits.host}
+        host |= {"moves": base + a.kept + a.maps + a.move + fits.made}
     there = a.masks + a.stored
     device = {
         "pairing": there + pair,
         "forward": there + run + moments // choice.tiles + (a.z if a.maps_on_device else 0),
         "maps": there + a.made if a.maps_on_device else 0,
-        "moves": there + (a.maps if a.maps_on_device else a.largest_map) + a.largest_weight + a.move,
+        "fits": there + (a.maps if a.maps_on_device else a.largest_map) + a.largest_weight + fits.device,
+        "moves": there + (a.maps if a.maps_on_device else a.largest_map) + a.largest_weight + a.move + fits.made,
         "tables": a.tables,
     }
     tables = RUNTIME + a.hidden + sizes.extent.nbytes + a.tables
     host = {"calibration": RUNTIME + sizes.extent.loading, **host, "tables": tables}
-    paired = sizes.geometries.source.depth != sizes.geometries.target.depth
-    both = ({n: peak for n, peak in peaks.items() if peak and (paired or n != "pairing")} for peaks in (host, device))
+    paired = sizes.geometries.source.depth != sizes.geometries.target.depth and not sizes.aligned
+    there_are = {"pairing": paired, "maps": not sizes.aligned, "fits": bool(sizes.fits)}
+    both = ({n: peak for n, peak in peaks.items() if peak and there_are.get(n, True)} for peaks in (host, device))
     host, device = both
     return Plan(choice, host, device if gpu else {})
 

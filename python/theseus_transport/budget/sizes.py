@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import Literal
 
 import torch
 
 from ..activations.links import Pairs, block_of, of_class
 from ..calibration.extent import Extent
 from ..files.checkpoint import Checkpoint
-from ..models.geometry import Geometry
+from ..models.geometry import Geometry, Role
 from ..models.pair import Pair
 from ..recipes.recipe import Recipe
 from ..streaming.half_blocks import HALVES, Half, of_half
 from ..updates.merged import Merged
 
 Widths = Pair[int]
+State = Literal["stored", "converted", "running"]  # as it is read; what changes dtype to run; all as it runs
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Sizes:
         extent: of the calibration.
         aligned: the maps are there already.
         wanted: links and layers of the target that something moves through; None: all.
+        fits: layers of the target that will be fitted to the effect -> rank of the factors they get; None: whole.
     """
 
     checkpoints: Pair[Checkpoint]
@@ -39,6 +43,12 @@ class Sizes:
     device: torch.device
     aligned: bool = False
     wanted: frozenset[str] | None = None
+    fits: Mapping[str, int | None] = field(default_factory=dict)
+
+    @property
+    def streams(self) -> bool:
+        """Whether both models run: maps are made, or the effect is to be seen."""
+        return not self.aligned or self.recipe.fits
 
     @property
     def elementwise(self) -> Pair[int]:
@@ -48,23 +58,51 @@ class Sizes:
     @cached_property
     def stored(self) -> list[int]:
         """Bytes of the largest block of each model as stored, source first."""
-        return [_largest(c, la, None) for c, la in self.checkpoints.zip(self.geometries)]
+        return [_largest(*side) for side in self.checkpoints.zip(self.geometries)]
 
     @cached_property
     def cast(self) -> int:
         """Bytes of what is converted of both models' largest blocks before they run, in the dtype they run in."""
-        return sum(_largest(*side, None, cast=True) for side in self.checkpoints.zip(self.geometries))
+        return sum(_largest(*side, "converted") for side in self.checkpoints.zip(self.geometries))
 
     @cached_property
     def cast_half(self) -> int:
         """As :attr:`cast`, of the larger half of each block: what is converted where halves run one after the other."""
         sides = self.checkpoints.zip(self.geometries)
-        return sum(max(_largest(*side, half, cast=True) for half in HALVES) for side in sides)
+        return sum(max(_largest(*side, "converted", half) for half in HALVES) for side in sides)
 
     @cached_property
     def tune(self) -> int:
         """Bytes of the largest block of a full tune as stored; 0 for an adapter, or where none moves."""
-        return _largest(self.tuned, self.geometries.source, None) if self.tuned else 0
+        return _largest(self.tuned, self.geometries.source) if self.tuned else 0
+
+    @cached_property
+    def running(self) -> Pair[int]:
+        """Bytes of the largest block of each model in the dtype it runs in."""
+        return self.checkpoints.zip(self.geometries).map(lambda side: _largest(*side, "running"))
+
+    @cached_property
+    def tuned_made(self) -> int:
+        """Bytes of what is made of the tuned source's largest block before it runs: all, where an adapter is added."""
+        own = self.running.source
+        return own if self.tuned is None else min(own, _largest(self.tuned, self.geometries.source, "converted"))
+
+    @cached_property
+    def updated_made(self) -> int:
+        """Bytes of what is made of the largest block of the target as updated: all of it, or the layers that are fitted
+        and what is converted."""
+        whole = self.running.target
+        if not self.recipe.solver.alone:
+            return whole
+        made = sum(prod(self.geometries.target.weights()[role]) for role in self.writers)
+        converted = _largest(self.checkpoints.target, self.geometries.target, "converted")
+        return min(whole, converted + self.elementwise.target * made)
+
+    @cached_property
+    def writers(self) -> dict[Role, int | None]:
+        """Roles of the layers that are fitted -> rank of their factors; None: whole."""
+        roles = {layer.name: layer.role for layer in self.geometries.target.layers()}
+        return {roles[name]: rank for name, rank in self.fits.items()}
 
     @cached_property
     def table(self) -> int:
@@ -136,14 +174,16 @@ class Sizes:
         return name.removesuffix(".completed") in self.wanted
 
 
-def _largest(checkpoint: Checkpoint | Merged, geometry: Geometry, half: Half | None, *, cast: bool = False) -> int:
-    """Bytes of a model's largest block, or of one half; ``cast``: of what is converted before it runs, once it is."""
+def _largest(
+    checkpoint: Checkpoint | Merged, geometry: Geometry, state: State = "stored", half: Half | None = None
+) -> int:
+    """Bytes of a model's largest block, or of one half."""
     runs = checkpoint.compute_dtype
 
     def bytes_of(name: str) -> int:
         dtype = checkpoint.dtypes[name]
-        size = dtype.itemsize if not cast else 0 if dtype == runs else runs.itemsize
-        return size * prod(checkpoint.shapes[name])
+        size = dtype.itemsize if state == "stored" else runs.itemsize
+        return 0 if state == "converted" and dtype == runs else size * prod(checkpoint.shapes[name])
 
     blocks = geometry.family.by_block(checkpoint).values()
     return max((sum(map(bytes_of, of_half(geometry, names, half))) for names in blocks), default=0)

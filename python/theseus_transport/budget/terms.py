@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -35,9 +35,20 @@ class Terms:
 
     @property
     def hidden(self) -> int:
-        """Hidden states [samples, tokens, width] of both models: of all samples, or of the batch that is read."""
-        one = sum(la.width * length * n for la, length, n in self._sides)
+        """Hidden states of both models; where fits are made of both as changed too, and between attention and MLP."""
+        return self.states(3, 3) if self.sizes.fits else self.states(1, 1)
+
+    def states(self, source: int, target: int) -> int:
+        """So many hidden states [samples, tokens, width] of each side: of all samples, or of the batch that is read."""
+        one = sum(k * la.width * length * n for k, (la, length, n) in zip((source, target), self._sides, strict=True))
         return one * (self.sizes.extent.samples if self.choice.resident else self.choice.batch_size)
+
+    @property
+    def files(self) -> int:
+        """Files of hidden states: of each model what is read, what is written, and what the last commit needs; one of
+        each base and of the tuned source between attention and MLP."""
+        kept = replace(self, choice=replace(self.choice, resident=True))
+        return kept.states(8, 7) if self.sizes.fits else kept.states(3, 3)
 
     @property
     def masks(self) -> int:
@@ -83,7 +94,8 @@ class Terms:
     def product(self) -> int:
         """The product of a chunk of rows in float32, of the largest cross; on a GPU also the rows mixed ahead of it."""
         ahead = min(ROWS_AHEAD, self.choice.batch_size * self.sizes.extent.lengths.target) * 4 * sum(self._features)
-        return max(*self.crosses, *self.grams) // 2 + (ahead if self.gpu else 0)
+        largest = 0 if self.sizes.aligned else max(*self.crosses, *self.grams)
+        return largest // 2 + (ahead if self.gpu else 0)
 
     @property
     def converted(self) -> int:
@@ -151,7 +163,9 @@ class Terms:
 
     @cached_property
     def _features(self) -> Pair[int]:
-        """Features of all spaces of a pair of blocks together, of which all tokens are taken: source and target."""
+        """Features of all spaces that are compared of a pair of blocks, of which all tokens are taken."""
+        if self.sizes.aligned:
+            return Pair(0, 0)
         return Pair(*(sum(widths[side] for widths in self.sizes.whole) for side in (0, 1)))
 
     @property

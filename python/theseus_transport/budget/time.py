@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 
 import torch
 
 from ..activations.links import Pairs
 from ..calibration.extent import Extent
 from ..files.checkpoint import Checkpoint
+from ..linalg.ridge import GRID
 from ..machine import rate
 from ..models.base import canonical_shapes
-from ..models.geometry import Geometry
+from ..models.geometry import Geometry, Layer
 from ..models.pair import Pair
 from ..recipes.recipe import Recipe
+from ..streaming.half_blocks import ROLES
 from ..streaming.schedule import schedule
 from ..updates.computed import ComputedUpdate
 from .choice import Choice
@@ -23,7 +26,7 @@ from .choice import Choice
 
 @dataclass(frozen=True)
 class Effort:
-    """What aligning two bases takes.
+    """What aligning two bases takes, and fitting layers to an effect.
 
     Attributes:
         pairs: of blocks, as far as it is known which feeds which.
@@ -31,6 +34,7 @@ class Effort:
         tokens: pairs of tokens that are aligned on; held: that are held out.
         rows: tokens of each model's forward passes, held out ones and padding included.
         passes: over what is needed; whole: over all of both models.
+        fits: layers of the target that are fitted -> rank of the factors they get; None: they are whole.
     """
 
     checkpoints: Pair[Checkpoint]
@@ -42,6 +46,7 @@ class Effort:
     held: int = 0
     passes: int = 1
     whole: int = 0
+    fits: Mapping[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -53,6 +58,7 @@ class Effort:
         extent: Extent,
         tokens: int,
         choice: Choice,
+        fits: Mapping[str, int | None] = MappingProxyType({}),
     ) -> Effort:
         """The effort of a run on calibration of this extent, of which ``tokens`` are wanted, as ``choice`` says."""
         lengths, fit = extent.lengths, extent.expected - extent.held
@@ -66,14 +72,15 @@ class Effort:
             rows=lengths.map(lambda length: extent.expected * length),
             held=extent.held * lengths.target,
             passes=choice.tiles,
-            whole=other_depths + recipe.solver.leans_on_depth(recipe),
+            whole=(other_depths + recipe.solver.leans_on_depth(recipe)) if needed else 0,
+            fits=fits,
         )
 
     def seconds(self, device: torch.device) -> dict[str, float]:
         """Predicted seconds by stage, at this machine's rate; reading, writing and starting up are not in them."""
         single, double = rate(torch.float32, device), rate(torch.float64, device)
         solver, pairs = self.recipe.solver, self.pairs
-        visits = schedule(pairs, self.needed)
+        visits = schedule(pairs, self.needed, whole=bool(self.fits))
         links = {name: link for visit in visits for name, link in visit.moments.items()}
         flops = 0
         for k, side in enumerate(zip(self.checkpoints, pairs.geometries, self.rows, strict=True)):
@@ -91,7 +98,48 @@ class Effort:
         if self.held:  # rows as they pair and as they are shifted
             mapped = sum(prod(link.widths) // solver.diagonal(name, pairs.target) for name, link in compared.items())
             found["held-out quality"] = 2 * 2 * self.held * mapped / double
-        return found
+        if self.fits:
+            found["fits"] = self._running() / single + self._solving() / double
+        return {stage: seconds for stage, seconds in found.items() if seconds}
+
+    def _running(self) -> int:
+        """Flops of both models as changed and of the sums over what fitted layers read.
+
+        The source runs once; every block of the target once, and once more for each fit, for attention's up to its end.
+        """
+        (source, target), (_, into) = self.pairs.geometries, self.checkpoints
+        first = min(layer.block for layer in self._fitted)
+        fed = [own for own in self.pairs.blocks[first:] if own is not None]
+        flops = forward(self.checkpoints.source, source, self.rows.source, range(min(fed, default=0), source.depth))
+        flops += forward(into, target, self.rows.target, range(first, target.depth))
+        for layer in self._fitted:
+            inputs = target.weights()[layer.role][1]
+            flops += 2 * self.tokens * inputs * (inputs + source.width + target.width)
+            block = forward(into, target, self.rows.target, {layer.block})
+            flops += block - self._mlp(layer.block) if layer.role == "output" else block
+        return flops
+
+    def _mlp(self, b: int) -> int:
+        """Flops of the target's MLP in block ``b``."""
+        target = self.pairs.geometries.target
+        shapes = [target.weights()[la.role] for la in target.layers() if la.block == b and la.role in ROLES["mlp"]]
+        return 2 * self.rows.target * sum(map(prod, shapes))
+
+    def _solving(self) -> int:
+        """Flops of Cholesky factors and of what is solved with them, both twice where a fit is cut to a rank; every
+        lambda that is tried takes a factor more."""
+        source, target = self.pairs.geometries
+        flops, tried = 0, 0 if self.recipe.ridge else len(GRID)
+        for layer in self._fitted:
+            out, inputs = target.weights()[layer.role]
+            times = 1 + (self.fits[layer.name] is not None)
+            flops += (times + tried) * inputs**3 // 3 + 2 * times * inputs**2 * out
+            flops += 2 * inputs * source.width * target.width
+        return flops
+
+    @property
+    def _fitted(self) -> list[Layer]:
+        return [layer for layer in self.pairs.target.layers() if layer.name in self.fits]
 
 
 def forward(checkpoint: Checkpoint, geometry: Geometry, tokens: int, blocks: Collection[int] | None = None) -> int:

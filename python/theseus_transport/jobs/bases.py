@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ class Bases:
         tuned: Checkpoint | Merged | None = None,
         aligned: bool = False,
         keys: frozenset[str] | None = None,
+        fits: Mapping[str, int | None] = MappingProxyType({}),
         inputs: Sequence[Path] = (),
         flops: int = 0,
     ) -> Fit:
@@ -112,6 +114,7 @@ class Bases:
         Args:
             tuned: a full tune that is moved, with ``flops``; aligned: the maps are there already.
             keys: of the alignment's rules and vectors that are wanted; None: all.
+            fits: layers of the target that will be fitted -> rank of the factors they get; None: they are whole.
             inputs: more of them, in which no file of hidden states may lie.
 
         Raises:
@@ -119,18 +122,18 @@ class Bases:
             InputRefused: as :func:`check_offload`.
         """
         job, free, solver = self.job, available_memory(), self.solver()
-        names = needed(solver, keys)
-        tokens = job.tokens or tokens_for(solver, names)
-        samples = Extent(0, Pair(0, 0), 0) if aligned else self.calibrating.extent(tokens)
+        names, every = needed(solver, keys), keys is None and not solver.alone
+        tokens = job.tokens or tokens_for(solver, names, fits)
         sizes = Sizes(
             checkpoints=self.checkpoints,
             geometries=self.geometries,
             recipe=self.recipe(),
             tuned=tuned,
-            extent=samples,
+            extent=self.calibrating.extent(tokens) if not aligned or self.recipe().fits else Extent(0, Pair(0, 0), 0),
             device=self.device,
             aligned=aligned,
-            wanted=None if keys is None else held_in_memory(solver, keys),
+            wanted=None if every else held_in_memory(solver, keys),
+            fits=fits,
         )
         budget, begun = (job.max_ram, job.max_memory), unfinished(job.out) if job.resume else None
         plan = fitted(
@@ -141,14 +144,17 @@ class Bases:
             like=begun.key.get("carried out") if begun else None,
             free=(free and free + resident_memory(), free_device_memory(self.device)),
         )
-        if self.hidden and not aligned:
-            stored = Terms(sizes, replace(plan.choice, resident=True)).hidden
+        if self.hidden and sizes.streams:
+            stored = Terms(sizes, plan.choice).files
             check_offload(self.hidden, stored, job.out, inputs=[*self.inputs, *inputs])
         seconds = move_seconds(flops, self.device)
-        if not aligned:
-            effort = Effort.of(self.checkpoints, self.geometries, self.recipe(), names, samples, tokens, plan.choice)
+        if sizes.streams:
+            models, names = (self.checkpoints, self.geometries, self.recipe()), frozenset() if aligned else names
+            effort = Effort.of(*models, names, sizes.extent, tokens, plan.choice, fits)
             seconds = effort.seconds(self.device) | seconds
-        return Fit(self, tokens, samples, plan, seconds)
+            if fits and not solver.alone:  # what maps move runs, and is written
+                seconds |= {"fits": seconds["fits"] + sum(move_seconds(flops, self.device).values())}
+        return Fit(self, tokens, sizes.extent, plan, seconds)
 
     @property
     def calibrating(self) -> Calibrating:

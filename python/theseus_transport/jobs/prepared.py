@@ -91,6 +91,7 @@ class Prepared:
         maps_first: a strength follows from all that maps move, so that all maps are made before anything is moved.
         update_first: a strength follows from all of the update, fits included, so that it is written by itself first.
         needs: keys of the alignment's rules and vectors that are wanted; None: all.
+        fits: layers of the target that will be fitted -> rank of the factors they get; None: they are whole.
         flops: of moving.
     """
 
@@ -104,6 +105,7 @@ class Prepared:
     maps_first: bool
     update_first: bool
     needs: frozenset[str] | None
+    fits: dict[str, int | None]
     flops: int
 
 
@@ -157,6 +159,7 @@ def prepare(inputs: Inputs) -> Prepared:
         maps_first=maps_first,
         update_first=update_first,
         needs=needs,
+        fits={layer: how.rank if how else None for layer, how in draft.fits.planned.items()},
         flops=move_flops(draft),
     )
 

@@ -40,8 +40,9 @@ def fit(prepared: Prepared) -> Fit:
     inputs = prepared.inputs
     return inputs.bases.fit(
         tuned=None if inputs.delta.tuned is None else inputs.tune,
-        aligned=prepared.alignment is not None and not prepared.alignment.recipe.fits,
+        aligned=prepared.alignment is not None,
         keys=prepared.needs,
+        fits=prepared.fits,
         inputs=inputs.folders,
         flops=prepared.flops,
     )

@@ -26,9 +26,7 @@ def own_folder(offload: Path, out: Path) -> Path:
 
 
 def check_offload(folder: Path, nbytes: int, out: Path, *, inputs: Sequence[Path]) -> None:
-    """Raise before any computation if a run's own folder cannot hold ``nbytes`` of hidden states a file.
-
-    Three files a model: what is read, what is written, and what the last commit needs.
+    """Raise before any computation if a run's own folder cannot hold ``nbytes`` of hidden states.
 
     Raises:
         InputRefused: it lies in what the run reads, or in ``out``, which it writes; or it cannot be made.
@@ -42,9 +40,9 @@ def check_offload(folder: Path, nbytes: int, out: Path, *, inputs: Sequence[Path
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise InputRefused(f"--offload-folder {folder.parent}: {nearest} may not be written; name another")
     held = sum(path.stat().st_size for path in folder.glob("*.bin"))  # of a run that goes on
-    if (free := shutil.disk_usage(nearest).free) + held < 3 * nbytes:
+    if (free := shutil.disk_usage(nearest).free) + held < nbytes:
         raise ResourceError(
-            f"--offload-folder {folder.parent} is to hold {3 * nbytes} bytes of hidden states, {nearest} has {free} "
+            f"--offload-folder {folder.parent} is to hold {nbytes} bytes of hidden states, {nearest} has {free} "
             "free; free some, or name another"
         )
 
