@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python/theseus_transport"
-LAST = {"demo": "updates", "integrations": "updates"}  # of what these may import
+LAST = {"demo": "streaming", "integrations": "updates"}  # of what these may import
 SCREEN = {"cli", "demo"}  # where rich and typer are imported
 
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

@@ -1,5 +1,6 @@
 """The demo at its smallest: every step runs, and what it writes has the shape it promises. No accuracy is asserted."""
 
+import copy
 import io
 import json
 import math
@@ -11,9 +12,9 @@ from theseus_transport import InputRefused
 from theseus_transport.demo import experiment as demo
 from theseus_transport.demo.data import SHIFTS, generator_of, jitter, warp
 from theseus_transport.demo.experiment import run_demo
-from theseus_transport.demo.models import random_like
+from theseus_transport.demo.models import build, random_like, refitted
 from theseus_transport.demo.report import render_table
-from theseus_transport.demo.results import COLUMNS, DemoSettings, interval
+from theseus_transport.demo.results import RIVALS, WAYS, Cell, DemoSettings, gain, interval, lead
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +40,9 @@ def run(tmp_path_factory):
 
 def test_every_cell_is_measured_once(run):
     settings, result, _, steps = run
-    keys = [(c.seed, c.source, c.target, c.shift, c.recipe, c.update) for c in result.cells]
-    assert len(keys) == len(set(keys)) == settings.seeds * 2 * len(settings.shifts) * 2 * 2
-    scores = [getattr(c, column) for c in result.cells for column in ("zero_shot", *COLUMNS)]
-    assert all(0 <= score <= 100 for score in scores)
-    assert {c.alpha for c in result.cells} <= set(settings.alphas)
+    keys = [(c.seed, c.source, c.target, c.shift, c.update) for c in result.cells]
+    assert len(keys) == len(set(keys)) == settings.seeds * 2 * len(settings.shifts) * 2
+    assert all(0 <= getattr(c, way) <= 100 for c in result.cells for way in ("zero_shot", *WAYS))
     assert [name for name, _, _ in steps] == ["pretraining", "fine-tuning", "moving"]
     assert all(total == done for _, total, done in steps)
 
@@ -59,20 +58,46 @@ def test_ceiling_and_zero_shot_belong_to_the_target(run):
 def test_json(run):
     settings, result, folder, _ = run
     record = json.loads((folder / "demo.json").read_text())
-    assert record == json.loads(json.dumps(result.as_dict())) and record["format"] == 1
+    assert record == json.loads(json.dumps(result.as_dict())) and record["format"] == 2
     assert record["settings"]["widths"] == list(settings.widths)
-    assert [g["shifts"] for g in record["gains"]] == [["rotation"]] * 4 + [["inversion"]] * 4
-    assert all(set(COLUMNS) < set(g) and g["cells"] == 2 for g in record["gains"])
+    assert [g["update"] for g in record["gains"]] == ["full", "lora"]
+    assert all(set(WAYS) < set(g) and g["cells"] == 4 and set(g["effect_over"]) == set(RIVALS) for g in record["gains"])
     assert len(record["cells"]) == len(result.cells)
 
 
 def test_plot_and_table(run):
     _, result, folder, _ = run
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(render_table(result))
     text = console.export_text()
-    assert "inversion" in text and "coherent" in text and "paper" in text and "lora" in text
+    assert all(label in text for label in (*WAYS.values(), *RIVALS.values(), "LoRA"))
+
+
+def cell(seed, **scores):
+    return Cell(seed, 8, 16, "rotation", "full", **{way: 50.0 for way in ("zero_shot", *WAYS)} | scores)
+
+
+def test_an_interval_counts_seeds_not_cells():
+    """Cells of one seed share models: two that agree say no more than one."""
+    cells = [cell(1, effect=60.0), cell(1, effect=62.0), cell(2, effect=64.0), cell(2, effect=66.0, coherent=62.0)]
+    assert gain(cells, "effect") == interval([11.0, 15.0])
+    assert lead(cells, "coherent") == interval([11.0, 9.0])
+
+
+def test_a_refitted_classifier_shows_the_change_of_logits_that_features_can_tell():
+    """Source and target one model, the tune a change of its classifier: the refit is that change, up to its penalty."""
+    torch.manual_seed(1)
+    source = build(16, depth=1, heads=2).eval()
+    tuned, images = copy.deepcopy(source), torch.rand(200, 1, 8, 8)
+    tuned.classifier.weight.data += 0.1 * torch.randn(10, 16)
+    update = refitted(source, tuned, source, images)
+    with torch.no_grad():
+        wanted = tuned(pixel_values=images).logits - source(pixel_values=images).logits
+        source.classifier.weight += update["classifier.weight"]
+        source.classifier.bias += update["classifier.bias"]
+        missing = tuned(pixel_values=images).logits - source(pixel_values=images).logits
+    assert missing.norm() < 0.1 * wanted.norm()
 
 
 def test_missing_package_names_the_cure(monkeypatch, tmp_path):

@@ -148,7 +148,7 @@ def doctor(as_json: JsonFlag = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path("theseus-demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Independent repetitions.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Independent repetitions.")] = 4,
     as_json: JsonFlag = False,
 ) -> None:
     """Move fine-tunes between two vision transformers trained here on scikit-learn's digits, and measure."""

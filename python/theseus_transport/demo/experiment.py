@@ -2,7 +2,7 @@
 
 Two ViTs of unlike width are pretrained independently on scikit-learn's digits. Each is fine-tuned, classifier frozen,
 on shifted images; every fine-tune is moved to the other model and compared with that model as it was (zero-shot), with
-a random update of the same norm, and with that model's own fine-tune (ceiling).
+updates that know nothing of the tune, with its classifier refitted, and with its own fine-tune (ceiling).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from ..alignment.align import align
 from ..errors import InputRefused
+from ..streaming.whole_models import transport
 from ..updates.delta import Delta
-from ..updates.transport import transport
 from .data import SHIFTS, Split, generator_of, jitter, load_splits, pixels, shifted
-from .models import accuracy, build, fit, random_like
+from .models import accuracy, build, fit, random_like, refitted
 from .report import plot
 from .results import Cell, DemoResult, DemoSettings, write_json
 from .work import workers, workshop
 
-RECIPES = ("coherent", "paper")
+RECIPES = ("paper", "coherent", "effect")
 UPDATES = ("full", "lora")
 T = TypeVar("T")
 Progress = Callable[[str, int], Callable[[], object]]  # stage and its number of steps -> call after every step
@@ -55,7 +55,7 @@ def _load(settings: DemoSettings, width: int, path: Path) -> nn.Module:
 
 
 def _splits(settings: DemoSettings, seed: int) -> dict[str, Split]:
-    return load_splits(seed, train=settings.train, validation=settings.validation)
+    return load_splits(seed, train=settings.train)
 
 
 def pretrain(settings: DemoSettings, root: Path, seed: int, width: int) -> float:
@@ -75,11 +75,11 @@ def tune(settings: DemoSettings, root: Path, seed: int, width: int, shift: str, 
     model: Any = _load(settings, width, _folder(root, seed, width))
     if update == "lora":
         model = _with_lora(model, settings.rank, seed=generator.initial_seed())
-    rate = {"full": 1e-3, "lora": 5e-3}[update]
+    steps = {"full": settings.full_steps, "lora": settings.lora_steps}[update]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and "classifier" not in name)
     change = lambda images: SHIFTS[shift](jitter(images, generator), generator)  # noqa: E731
-    fit(model, splits["train"], change, generator, steps=settings.tune_steps, batch=settings.batch, rate=rate)
+    fit(model, splits["train"], change, generator, steps=steps, batch=settings.batch, rate=1e-3)
     path = _folder(root, seed, width, shift, update)
     if update == "lora":
         model.save_pretrained(path / "adapter")
@@ -98,43 +98,38 @@ def _with_lora(model: nn.Module, rank: int, *, seed: int) -> nn.Module:
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers))
 
 
-def move(settings: DemoSettings, root: Path, seed: int, source: int, target: int, shift: str) -> list[Cell]:
-    """Move the source's fine-tunes on one shift to the target, by every recipe; the ceiling is filled in by the caller.
+def move(settings: DemoSettings, root: Path, seed: int, source: int, target: int) -> list[Cell]:
+    """Move all of the source's fine-tunes to the target, by every recipe; the ceiling is filled in by the caller.
 
-    Calibration is label-free: the training images as they are and under the shift.
+    Calibration is label-free: half of the training images as they are, the other half under the shift.
     """
-    splits = _splits(settings, seed)
-    validation, test = (shifted(splits, part, seed, shift) for part in ("validation", "test"))
-    images = pixels(torch.cat([splits["train"].images, shifted(splits, "train", seed, shift).images]))
-    batches = [{"pixel_values": batch} for batch in images.split(300)]
+    splits, ahead = _splits(settings, seed), settings.train // 2
     bases = {width: _load(settings, width, _folder(root, seed, width)) for width in (source, target)}
-    base, cells = bases[target], []
-    zero_shot = accuracy(base, test)
-    for recipe in RECIPES:
-        alignment = align(bases[source], base, batches, recipe=recipe)
+    base, updates = bases[target], dict[tuple[str, str], dict[str, dict[str, Tensor]]]()
+    for shift in settings.shifts:
+        seen = shifted(splits, "train", seed, shift).images[ahead:]
+        images = pixels(torch.cat([splits["train"].images[:ahead], seen]))
+        batches = [{"pixel_values": batch} for batch in images.split(300)]
+        alignments = {recipe: align(bases[source], base, batches, recipe=recipe) for recipe in RECIPES}
         for kind in UPDATES:
             folder = _folder(root, seed, source, shift, kind)
-            dense = Delta.between(bases[source], _load(settings, source, folder))
-            delta = Delta.from_adapter(folder / "adapter", bases[source]) if kind == "lora" else dense
-            # A moved adapter carries a bias change along the direction LayerNorm never outputs: a large norm that does
-            # no harm there, but would in a random update. Its norms are those of the same change, moved dense.
-            update, norms = (dict(transport(alignment, d, base)) for d in (delta, dense))
-            noise = random_like(norms, generator_of("random", seed, source, shift, recipe, kind))
-            best, drawn = (_best_alpha(settings.alphas, base, validation, u) for u in (update, noise))
-            scores = dict(
-                zero_shot=zero_shot,
-                transported=accuracy(base, test, update),
-                transported_tuned=accuracy(base, test, update, alpha=best),
-                random=accuracy(base, test, noise),
-                random_tuned=accuracy(base, test, noise, alpha=drawn),
-                ceiling=math.nan,
-            )
-            cells.append(Cell(seed, source, target, shift, recipe, kind, **scores, alpha=best))
+            tuned = _load(settings, source, folder)
+            if kind == "lora":
+                delta = Delta.from_adapter(folder / "adapter", bases[source])
+            else:
+                delta = Delta.between(bases[source], tuned)
+            found = {recipe: dict(transport(alignment, delta, base)) for recipe, alignment in alignments.items()}
+            found["refitted"] = refitted(bases[source], tuned, base, images)
+            found["random"] = random_like(found["effect"], generator_of("random", seed, source, shift, kind))
+            updates[shift, kind] = found
+    cells = []
+    for (shift, kind), found in updates.items():
+        test = shifted(splits, "test", seed, shift)
+        other = settings.shifts[settings.shifts.index(shift) - 1]
+        found["wrong"] = updates[other, kind]["effect"]
+        scores = {way: accuracy(base, test, update) for way, update in found.items()}
+        cells.append(Cell(seed, source, target, shift, kind, accuracy(base, test), **scores, ceiling=math.nan))
     return cells
-
-
-def _best_alpha(alphas: Sequence[float], model: nn.Module, split: Split, update: Mapping[str, Tensor]) -> float:
-    return max(alphas, key=lambda alpha: accuracy(model, split, update, alpha=alpha))
 
 
 def run_demo(settings: DemoSettings, out: Path, progress: Progress | None = None) -> DemoResult:
@@ -153,7 +148,7 @@ def run_demo(settings: DemoSettings, out: Path, progress: Progress | None = None
     seeds, directions = range(1, settings.seeds + 1), (settings.widths, settings.widths[::-1])
     models = [(s, w) for w in sorted(settings.widths, reverse=True) for s in seeds]  # the slowest first
     tunes = [(s, w, shift, kind) for s, w in models for shift in settings.shifts for kind in UPDATES]
-    moves = [(s, *d, shift) for s in seeds for d in directions for shift in settings.shifts]
+    moves = [(s, *d) for s in seeds for d in directions]
     with torch.random.fork_rng(), workshop(out) as folder:
         with workers(settings.workers) as run:
 

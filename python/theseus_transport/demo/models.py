@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from ..linalg.ridge import Normal, ridge
 from .data import Split, pixels
+
+RIDGE = 1e-3  # of the refitted classifier: of 1e-3, 1e-2 and 1e-1 its best (64, 61, 53 % of the ceiling's gain)
 
 
 def build(width: int, *, depth: int, heads: int) -> nn.Module:
@@ -29,7 +33,11 @@ def build(width: int, *, depth: int, heads: int) -> nn.Module:
     )
     config.num_labels = 10
     config._attn_implementation = "eager"  # faster than fused attention at 17 tokens
-    return ViTForImageClassification(config)
+    model = ViTForImageClassification(config)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.reset_parameters()  # transformers draws all weights 0.02 wide, too small for models this narrow
+    return model
 
 
 def fit(
@@ -59,14 +67,29 @@ def fit(
 
 
 @torch.no_grad()
-def accuracy(
-    model: nn.Module, split: Split, update: Mapping[str, Tensor] | None = None, *, alpha: float = 1.0
-) -> float:
-    """Percent of images classified right by the model, with alpha times the update added for this call."""
+def accuracy(model: nn.Module, split: Split, update: Mapping[str, Tensor] | None = None) -> float:
+    """Percent of images classified right by the model, with the update added for this call."""
     parameters = dict(model.named_parameters())
-    moved = {name: parameters[name] + alpha * value for name, value in (update or {}).items()}
+    moved = {name: parameters[name] + value for name, value in (update or {}).items()}
     logits = torch.func.functional_call(model, moved, kwargs={"pixel_values": pixels(split.images)}).logits
     return float((logits.argmax(1) == split.labels).double().mean() * 100)
+
+
+@torch.no_grad()
+def refitted(source: Any, tuned: Any, target: Any, images: Tensor) -> dict[str, Tensor]:
+    """The update of the target's classifier alone that shows on its features how the tune changed the source's logits.
+
+    No block is moved: ridge regression from the class token behind the last norm, of the strength that suits it.
+
+    Args:
+        images: [n, 1, 8, 8], as models read them; no label is needed.
+    """
+    before, after = (model(pixel_values=images).logits.double() for model in (source, tuned))
+    features, wanted = target.base_model(pixel_values=images).last_hidden_state[:, 0].double(), after - before
+    normal = Normal(features.T @ features, features.T @ wanted, features.sum(0), wanted.sum(0), len(images))
+    fit = ridge(normal, RIDGE, bias=True)
+    assert fit.bias is not None
+    return {"classifier.weight": fit.weight.float(), "classifier.bias": fit.bias.float()}
 
 
 def random_like(update: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .data import APART, SHIFTS
+from .data import SHIFTS
+
+WAYS = {
+    "random": "random update, effect's norm",
+    "wrong": "effect, tune of another shift",
+    "paper": "paper",
+    "coherent": "coherent",
+    "refitted": "classifier refitted, none moved",
+    "effect": "effect",
+    "ceiling": "trained there (the ceiling)",
+}
+RIVALS = {"coherent": "effect over coherent", "refitted": "effect over refitted"}  # by name, paired
 
 
 @dataclass(frozen=True)
@@ -18,28 +29,26 @@ class DemoSettings:
 
     Attributes:
         seeds: independent repetitions: split of the images, both pretrainings, all fine-tunes. They count from 1;
-            seed 0 was used to choose the settings and is not reported.
-        shifts: names from SHIFTS.
+            seeds 100 and 101 were used to choose the settings and are not reported.
+        shifts: names from SHIFTS, at least two.
         widths: of the two models; updates move both ways. depth, heads: of both.
-        train, validation: images; the rest of the 1797 is the test set.
-        batch: images per step; pretrain_steps, tune_steps: AdamW steps with a one-cycle learning rate.
+        train: images; the rest of the 1797 is the test set.
+        batch: images per step; pretrain_steps, full_steps, lora_steps: AdamW steps with a one-cycle learning rate.
         rank: of the LoRA on every linear layer but the classifier.
-        alphas: strengths tried on the validation images.
         workers: processes of one thread each; 1 stays in this process.
     """
 
-    seeds: int = 2
+    seeds: int = 4
     shifts: tuple[str, ...] = tuple(SHIFTS)
     widths: tuple[int, int] = (32, 64)
     depth: int = 3
     heads: int = 4
     train: int = 900
-    validation: int = 297
     batch: int = 64
     pretrain_steps: int = 1200
-    tune_steps: int = 100
+    full_steps: int = 100
+    lora_steps: int = 200
     rank: int = 8
-    alphas: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
     workers: int = 2
 
     @classmethod
@@ -47,38 +56,45 @@ class DemoSettings:
         """A few seconds: every step runs, no number means anything."""
         return cls(
             seeds=1,
-            shifts=("rotation", "inversion"),
+            shifts=("rotation", "occlusion"),
             widths=(8, 16),
             depth=2,
             heads=2,
             pretrain_steps=4,
-            tune_steps=2,
+            full_steps=2,
+            lora_steps=2,
             rank=2,
-            alphas=(0.5, 1.0),
             workers=1,
         )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Accuracies in percent on the test images of one shift, for one moved update.
+    """Accuracies in percent on the test images of one shift, for one tune; whatever moved, at strength 1.
 
-    ``transported`` and ``random`` are at alpha 1; ``*_tuned`` at the alpha that is best on the validation images.
+    Attributes:
+        update: ``full`` or ``lora``.
+        zero_shot: the target as it was.
+        random: with a random update that has, tensor by tensor, the norm of what ``effect`` moved.
+        wrong: with what ``effect`` moved of the source's tune of another shift.
+        paper, coherent, effect: with what the recipe moved of the source's tune.
+        refitted: its classifier alone fitted to how the tune changed the source's logits.
+        ceiling: its own fine-tune.
     """
 
     seed: int
     source: int
     target: int
     shift: str
-    recipe: str
     update: str
     zero_shot: float
-    transported: float
-    transported_tuned: float
     random: float
-    random_tuned: float
+    wrong: float
+    paper: float
+    coherent: float
+    refitted: float
+    effect: float
     ceiling: float
-    alpha: float
 
 
 @dataclass(frozen=True)
@@ -95,15 +111,6 @@ class DemoResult:
         return as_dict(self)
 
 
-COLUMNS = {
-    "transported": "moved\nalpha 1",
-    "transported_tuned": "moved\ntuned",
-    "random": "random\nalpha 1",
-    "random_tuned": "random\ntuned",
-    "ceiling": "own\nfine-tune",
-}
-
-
 class Interval(NamedTuple):
     """A mean and the half width of its 95 % interval (not finite below two values)."""
 
@@ -113,9 +120,12 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.mean:+.1f}" + (f"±{self.half:.1f}" if math.isfinite(self.half) else "")
 
+    def as_dict(self) -> dict[str, float | None]:
+        return {"mean": self.mean, "half": self.half if math.isfinite(self.half) else None}
+
 
 def interval(values: Iterable[float]) -> Interval:
-    """Student's t over the values, each one a paired difference of one cell."""
+    """Student's t over independent values."""
     from scipy import stats
 
     found = [float(v) for v in values]
@@ -126,41 +136,48 @@ def interval(values: Iterable[float]) -> Interval:
     return Interval(mean, float(stats.t.ppf(0.975, len(found) - 1)) * spread / math.sqrt(len(found)))
 
 
-def gains(cells: Iterable[Cell]) -> dict[str, Interval]:
-    """Column -> gain over zero-shot in percentage points, paired within each (seed, shift, direction)."""
-    chosen = list(cells)
-    return {column: interval(getattr(c, column) - c.zero_shot for c in chosen) for column in COLUMNS}
+def over_seeds(cells: Iterable[Cell], value: Callable[[Cell], float]) -> Interval:
+    """The mean of a value over cells, its interval from the means of seeds: cells of one seed share models."""
+    found: dict[int, list[float]] = {}
+    for cell in cells:
+        found.setdefault(cell.seed, []).append(value(cell))
+    return interval(math.fsum(values) / len(values) for values in found.values())
 
 
-def groups(result: DemoResult) -> dict[tuple[str, str, str], list[Cell]]:
-    """(shifts, recipe, update) -> cells: the shifts that are averaged, then each that is reported apart."""
-    found: dict[tuple[str, str, str], list[Cell]] = {}
-    for cell in sorted(result.cells, key=lambda c: c.shift in APART):
-        shift = cell.shift if cell.shift in APART else "shifts"
-        found.setdefault((shift, cell.recipe, cell.update), []).append(cell)
+def gain(cells: Iterable[Cell], way: str) -> Interval:
+    """Of one of WAYS over zero-shot, in percentage points, paired within each cell."""
+    return over_seeds(cells, lambda cell: float(getattr(cell, way)) - cell.zero_shot)
+
+
+def lead(cells: Iterable[Cell], rival: str) -> Interval:
+    """Of ``effect`` over another of WAYS, in percentage points, paired within each cell."""
+    return over_seeds(cells, lambda cell: cell.effect - float(getattr(cell, rival)))
+
+
+def updates(result: DemoResult) -> dict[str, list[Cell]]:
+    """Kind of update -> its cells."""
+    found: dict[str, list[Cell]] = {}
+    for cell in result.cells:
+        found.setdefault(cell.update, []).append(cell)
     return found
 
 
 def as_dict(result: DemoResult) -> dict[str, Any]:
     """The result as plain JSON; intervals as mean and half width in percentage points, null where undefined."""
     return {
-        "format": 1,
+        "format": 2,
         "settings": asdict(result.settings),
         "seconds": round(result.seconds, 1),
         "pretrained": [{"seed": s, "width": w, "accuracy": a} for (s, w), a in sorted(result.pretrained.items())],
         "gains": [
             {
-                "shifts": sorted({c.shift for c in cells}),
-                "recipe": recipe,
                 "update": update,
                 "cells": len(cells),
-                "zero_shot": sum(c.zero_shot for c in cells) / len(cells),
-                **{
-                    name: {"mean": g.mean, "half": g.half if math.isfinite(g.half) else None}
-                    for name, g in gains(cells).items()
-                },
+                "zero_shot": math.fsum(c.zero_shot for c in cells) / len(cells),
+                **{way: gain(cells, way).as_dict() for way in WAYS},
+                "effect_over": {rival: lead(cells, rival).as_dict() for rival in RIVALS},
             }
-            for (_, recipe, update), cells in groups(result).items()
+            for update, cells in updates(result).items()
         ],
         "cells": [asdict(cell) for cell in result.cells],
     }
