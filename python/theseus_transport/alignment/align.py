@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +18,15 @@ from ..machine import find_device
 from ..models.arguments import check_models, sample_of
 from ..models.base import Base
 from ..models.emptied import emptied
-from ..models.forward import Batch
+from ..models.forward import Batch, samples_of
 from ..models.pair import Pair
 from ..models.precision import in_float32
 from ..recipes.behind_norms import together
 from ..recipes.recipe import Recipe
 from ..recipes.registry import DEFAULT
-from .alignment import Alignment, Running, check_pair, outline, with_prior
+from .alignment import Alignment, Running, check_pair, outline
 from .block_pairing import pair_blocks
+from .prior import decided, deciding, undecided, with_prior
 
 
 def align(
@@ -66,7 +67,7 @@ def align(
         chosen = chosen.in_float64()
     bases = Pair(source, target).map(Base.of)
     geometries = bases.map(lambda base: base.geometry)
-    chosen = with_prior(chosen, *geometries)
+    to_decide, chosen = undecided(chosen), with_prior(chosen, *geometries)
     check_pair(*geometries, chosen)
     both = checked_batches(batches, geometries)
     if device is not None:
@@ -75,6 +76,8 @@ def align(
         pairs = Pairs.by_position(*geometries)
         if geometries.source.depth != geometries.target.depth:
             pairs = Pairs(*geometries, pair_blocks(source, target, geometries, both))
+        if to_decide and not chosen.solver.alone and len(both) > 1:
+            chosen = _decided(chosen, Pair(source, target), bases, pairs, both)
         grams = chosen.solver.gram_sides(pairs, chosen, pairs.moments)
         models = Pair(source, target).zip(geometries).map(lambda each: emptied(*each)) if chosen.fits else None
         solver = chosen.solver(*bases, pairs.blocks, chosen)
@@ -91,3 +94,20 @@ def align(
     known = {**sample_of(bases.source), **(provenance or {})}
     alignment = outline(*geometries, chosen, pairs.blocks).filled(made, tokens=tokens, provenance=known)
     return replace(alignment, running=models and Running(models, both))
+
+
+def _decided(
+    recipe: Recipe, models: Pair[nn.Module], bases: Pair[Base], pairs: Pairs, batches: Sequence[Pair[Batch]]
+) -> Recipe:
+    """The recipe with its prior chosen, by maps of the first blocks on the last batch, from which they are not made."""
+    wanted, solver = deciding(pairs), recipe.solver(*bases, pairs.blocks, recipe)
+    grams = recipe.solver.gram_sides(pairs, recipe, wanted)
+    with capture(*models, pairs, energies=False, grams=grams, wanted=wanted) as seen:
+        for i, pair in enumerate(batches):
+            if i + 1 == len(batches):
+                seen.kept = {}
+            seen.run(*pair)
+    solver.add(seen.moments, {}, seen.grams)
+    for name in wanted:
+        solver.block(int(name.split(".")[0]))
+    return decided(recipe, solver, seen.kept or {}, samples_of(batches[-1].target))

@@ -216,13 +216,6 @@ def check_pair(source: Geometry, target: Geometry, recipe: Recipe) -> None:
         raise InputRefused(why)
 
 
-def with_prior(recipe: Recipe, source: Geometry, target: Geometry) -> Recipe:
-    """A recipe whose prior is left open, with what the structure of two models allows."""
-    if not recipe.solver.fits or recipe.prior != "auto":
-        return recipe
-    return replace(recipe, prior="none" if misfit(source, target) else "coherent")
-
-
 def misfit(source: Geometry, target: Geometry, *, alone: bool = False) -> str | None:
     """Why no maps of this version lead from one model to the other, or None.
 

@@ -13,7 +13,8 @@ import torch
 
 from ..activations.inputs import SideInfo
 from ..activations.links import Blocks, Pairs
-from ..alignment.alignment import Alignment, outline, with_prior
+from ..alignment.alignment import Alignment, outline
+from ..alignment.prior import undecided, with_prior
 from ..budget.needs import held_in_memory, needed, tokens_for
 from ..budget.plan import Plan, fitted
 from ..budget.sizes import Sizes
@@ -34,6 +35,7 @@ from ..recipes.solver import Solver
 from ..streaming.block_pairing import pair_streamed
 from ..streaming.hidden_states import check_offload, own_folder
 from ..streaming.passage import Passage, Sink, all_together
+from ..streaming.prior import decided_streamed
 from ..streaming.window import Window
 from ..updates.arguments import check_whole
 from ..updates.computed import ComputedUpdate
@@ -222,7 +224,12 @@ class Fit:
 
     def draft(self, data: Calibration) -> Alignment:
         """The outline of the alignment, with the pairing of blocks."""
-        return outline(*self.bases.geometries, self.bases.recipe(), self._blocks(data))
+        bases, blocks = self.bases, self._blocks(data)
+        recipe, pairs = bases.recipe(), Pairs(*bases.geometries, blocks)
+        if undecided(bases.job.recipe) and not recipe.solver.alone:
+            how: dict[str, Any] = {"folder": bases.hidden, "halves": self.plan.choice.halves}
+            recipe = decided_streamed(recipe, bases.models(), bases.windows, pairs, data, bases.device, **how)
+        return outline(*bases.geometries, recipe, blocks)
 
     def _blocks(self, data: Calibration) -> Blocks:
         """For every target block the source block that feeds it; where depths differ, after a pass over both models."""

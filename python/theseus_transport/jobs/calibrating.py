@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from ..activations.inputs import SideInfo
+from ..calibration.advice import warning_of_general, warnings_of_rows
 from ..calibration.calibration import Calibration
 from ..calibration.extent import Extent, extent
 from ..calibration.mixed import GENERAL, load_mixed, own_tokens
@@ -17,10 +19,13 @@ from ..errors import InputRefused
 from ..files.checkpoint import Checkpoint
 from ..models.geometry import Geometry
 from ..models.pair import Pair
+from ..recipes.effect import writers
+from ..recipes.recipe import Recipe
 from .checks import trim_memory
 from .self_text import SelfText
 from .settings import AlignJob
 
+log = logging.getLogger(__name__)
 SELF = "self"
 
 
@@ -108,3 +113,10 @@ class Calibrating:
     def _tune(self) -> SelfText:
         length = min([LENGTH, *(info.max_positions for info in self.infos if info.max_positions)])
         return SelfText.of(self.job, self.source, self.geometry, self.device, length)
+
+
+def warn_of_rows(calibration: str, rows: int, target: Geometry, recipe: Recipe) -> None:
+    """Warn of calibration that fits of the target's writers are poor on: few rows, or general text alone."""
+    widths = {layer.role: target.weights()[layer.role][1] for layer in writers(recipe, target.layers())}
+    for text in filter(None, [*warnings_of_rows(rows, list(widths.values())), warning_of_general(calibration)]):
+        log.warning(text)

@@ -24,6 +24,7 @@ from ..models.base import Base
 from ..models.family import Slot
 from ..models.tensors import part_of
 from ..progress import Progress
+from ..recipes.recipe import Recipe
 from ..updates.adapted import saved_whole
 from ..updates.adapter import PREFIX, Factors
 from ..updates.computed import ComputedUpdate
@@ -75,7 +76,7 @@ def add(prepared: Prepared, fitted: Fit, place: Path, key: dict[str, Any], progr
     inputs, job = prepared.inputs, prepared.inputs.job
     known = read_manifest(place)["metadata"]
     made = Outcome(**known["outcome"])
-    draft = inputs.transport(outline(*inputs.bases.geometries, inputs.bases.recipe(), made.blocks))
+    draft = inputs.transport(outline(*inputs.bases.geometries, Recipe(**made.job["recipe"]), made.blocks))
     update = stored(draft, Checkpoint.open(place))
     tried = {float(alpha): share for alpha, share in made.removed.items()}
     outputs = [

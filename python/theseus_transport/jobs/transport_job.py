@@ -24,6 +24,7 @@ from ..updates.output import described_outputs, highest_rank
 from ..updates.trained_on import doubt_of_base
 from .align_job import AlignSession
 from .bases import Fit
+from .calibrating import warn_of_rows
 from .checks import check_values
 from .in_two_steps import add, beside
 from .outcome import Clock, Outcome, arrived, begun, collected_warnings, describe, told
@@ -90,6 +91,8 @@ def carry_out(
         _warn(prepared, warnings)
         draft, data = _draft(prepared, fitted)
         update = inputs.transport(draft)
+        if data and update.fits.planned:
+            warn_of_rows(job.calibration, data.tokens, draft.target, draft.recipe)
         clock.lap("calibration")
         outputs = [
             written(prepared, place, alpha.resolved(update))

@@ -12,4 +12,4 @@ SOLVERS: dict[str, type[Solver]] = {
     "coherent": Coherent,
     "paper": Paper,
 }
-DEFAULT = "coherent"
+DEFAULT = "effect"
