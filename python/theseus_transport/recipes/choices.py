@@ -36,6 +36,8 @@ class RecipeChoices:
             MLP ``contract``, or ``contract`` alone, which takes half of the work.
         ridge: weight of the fit's penalty on the update (``effect`` only), in units of the mean energy of what the
             layer reads; 0 chooses it by the error on a quarter of the samples, no update at all among the choices.
+        last: what is wanted behind the last block (``effect`` only), where both models have one head: ``heads`` what
+            changes the target's predictions as the source's change, ``residual`` what the map says, as elsewhere.
         fit: fit the effect (``effect`` only); without it the prior alone moves.
     """
 
@@ -53,6 +55,7 @@ class RecipeChoices:
     prior: Literal["auto", "coherent", "paper", "none"] = "auto"
     writers: Literal["output,contract", "contract"] = "output,contract"
     ridge: float = 1e-2
+    last: Literal["heads", "residual"] = "heads"
     fit: bool = True
 
     def __post_init__(self) -> None:

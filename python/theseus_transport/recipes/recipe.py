@@ -17,7 +17,7 @@ from .registry import DEFAULT, SOLVERS
 from .solver import Solver
 
 ALIGNS = {"center": "uncentred activations", "whiten_power": "features as they are"}  # without the choice
-FITTING = "prior", "writers", "ridge", "fit"  # choices of recipes that fit
+FITTING = "prior", "writers", "ridge", "last", "fit"  # choices of recipes that fit
 
 
 @dataclass(frozen=True)

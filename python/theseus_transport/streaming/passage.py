@@ -166,7 +166,7 @@ class Passage:
             loop = loop or self._loop(batches)
             assert self.update is not None
             with self._timed("fits"), self.update.available.showing(self.solver.ruleset):
-                self._streams.judge(one_tokenizer=self.update.one_tokenizer)
+                self._streams.judge()
             self.arrived, self.removed = self._streams.arrived, self._streams.removed
         with self._timed("moves and writing"):
             self.sink.take(self.solver.ruleset, None)

@@ -20,6 +20,7 @@ from ..activations.effects import EffectMoment
 from ..activations.moments import Energy, add_energies
 from ..activations.pairing_tokens import Mixings, of_class_token
 from ..linalg.ridge import Fit, Normal, ridge
+from ..models.base import Base
 from ..models.forward import state_of
 from ..models.geometry import Layer
 from ..models.pair import Pair
@@ -28,11 +29,12 @@ from ..recipes.solver import Solver
 from ..updates.computed import ComputedUpdate
 from .changed_weights import Scaled, TunedWeights, UpdatedWeights
 from .hidden_states import Hidden
+from .last_point import AGREE, Heads, agreement, frequencies
 from .loop import Loop, Side
 from .schedule import Visit
 from .skeleton import Weights
 from .stand_ins import Reached
-from .verdict import logits, removed, shared_head
+from .verdict import Head, logits, removed, shared_head
 
 NOTHING = 100.0  # times the square of the recipe's floor: share of the effect's energy below which nothing is missing
 
@@ -215,27 +217,18 @@ class Streams:
         base = self._loop.sides.target.window
         return {alpha: Scaled(base, self._of_updated, alpha) for alpha in self._strengths}
 
-    def judge(self, *, one_tokenizer: bool) -> None:
+    def judge(self) -> None:
         """Once all blocks ran and all maps are there: how much of the divergence is removed, at every strength."""
-        if self._loop.held is None or not self.active:
+        if self._loop.held is None or not self.active or (head := self._head()) is None:
             return
-        bases = Pair(self._solver.source, self._solver.target)
-        mixings = self._loop.rows[self._held]
-        if (head := shared_head(bases, mixings, one_tokenizer=one_tokenizer)) is None:
-            return
-        masks = self._loop.sides.map(lambda side: side.batches[self._held].get("attention_mask"))
         (source, target), held = self._loop.sides, self._held
-
-        def of(k: int, state: Tensor, weights: Weights) -> Tensor:
-            side = self._loop.sides[k]
-            return logits(side, bases[k], head, state.to(side.device), weights, mixings[k], masks[k])
-
-        before = of(1, target.hidden[held], target.window)
-        wanted = before + of(0, self.tuned[held], self._of_tuned) - of(0, source.hidden[held], source.window)
+        before = self._logits(1, head, target.hidden[held], target.window, held)
+        wanted = before + self._logits(0, head, self.tuned[held], self._of_tuned, held)
+        wanted -= self._logits(0, head, source.hidden[held], source.window, held)
         states: dict[float, tuple[Tensor, Weights]] = {1.0: (self.updated[held], self._of_updated)}
         states |= {alpha: (self._tried[alpha], weights) for alpha, weights in self._trials().items()}
         for alpha in sorted(states):
-            if (share := removed(wanted, before, of(1, *states[alpha]))) is not None:
+            if (share := removed(wanted, before, self._logits(1, head, *states[alpha], held))) is not None:
                 self.removed[alpha] = share
 
     def _behind(self, name: str) -> bool:
@@ -263,6 +256,8 @@ class Streams:
                 point = write_point(self._solver.pairs, layer)
                 if point in self._solver.ruleset.maps:
                     self._point = self._found(point, visit, layer)
+                    if point == "final" and self._recipe.last == "heads" and layer.name in self._fits:
+                        self._point = self._by_heads(self._point)
             if self._point is None:
                 continue
             points[layer.name] = self._point
@@ -308,6 +303,38 @@ class Streams:
             return self.tuned[i]
         assert self._between is not None
         return self._between[i]
+
+    def _by_heads(self, point: WritePoint) -> WritePoint:
+        """What is wanted behind the last block, corrected by the heads where these have their outputs in common."""
+        head = self._head()
+        if head is None or self._solver.pairs.target.family.classes_read > 1:  # a head of several parts
+            return point
+        (source, target), i = self._loop.sides, self._batches[0]
+        windows = Pair(source.window, target.window)
+        seen = [self._logits(k, head, side.hidden[i], windows[k], i) for k, side in enumerate((source, target))]
+        if agreement(*seen) < AGREE:
+            return point
+        ids = [batch["input_ids"] for batch in target.batches if "input_ids" in batch]
+        weight = frequencies(torch.cat([x.flatten() for x in ids]) if ids else None, head.outputs)
+        own, other = point.q.shape
+        z = (other / own) ** 0.5  # z, unlike the residual, has the energy of its width
+        heads = Heads.of(self._bases, windows, head, weight)
+        return WritePoint(heads.corrected(z * point.q), point.scale / z)
+
+    @property
+    def _bases(self) -> Pair[Base]:
+        return Pair(self._solver.source, self._solver.target)
+
+    def _head(self) -> Head | None:
+        """The head that both bases have over the same outputs."""
+        rows = self._loop.rows[self._batches[0]]
+        return shared_head(self._bases, rows, one_tokenizer=self._update.one_tokenizer)
+
+    def _logits(self, k: int, head: Head, state: Tensor, weights: Weights, i: int) -> Tensor:
+        """What a head makes of one side's hidden states behind its last block, on batch ``i``."""
+        side = self._loop.sides[k]
+        mask = side.batches[i].get("attention_mask")
+        return logits(side, self._bases[k], head, state.to(side.device), weights, self._loop.rows[i][k], mask)
 
     def _rows(self, b: int | None, i: int) -> Mixings:
         """Which rows of batch ``i`` stand for each other: behind the last block those alone that the models read."""

@@ -39,7 +39,7 @@ def shared_head(bases: Pair[Base], rows: Mixings, *, one_tokenizer: bool) -> Hea
         rows: which tokens pair: where one side's are mixed of several, the two have other tokenizers.
     """
     for purpose in ("classes", "vocabulary"):
-        found = [_head(base, purpose) for base in bases]
+        found = [stored_head(base, purpose) for base in bases]
         if not all(found):
             continue
         outputs = [shape_of(base.tensors, str(name))[0] for base, name in zip(bases, found, strict=True)]
@@ -52,7 +52,7 @@ def shared_head(bases: Pair[Base], rows: Mixings, *, one_tokenizer: bool) -> Hea
     return None
 
 
-def _head(base: Base, purpose: str) -> str | None:
+def stored_head(base: Base, purpose: str) -> str | None:
     """The stored weight of a head; a tied one's is the embedding's."""
     family, slots = base.geometry.family, base.slots
     name = f"{family.heads.get(purpose)}.weight"
@@ -78,7 +78,7 @@ def logits(
     own = {part: weights[base.slots[name].stored].to(state) for part, name in names.items() if name in base.slots}
     z: Tensor = torch.func.functional_call(norm, own, (state,))
     read = _read(base, head, z, rows, mask)
-    stored = _head(base, head.purpose)
+    stored = stored_head(base, head.purpose)
     assert stored is not None
     shape, found = (head.outputs, read.shape[1]), []
     for tile in row_tiles(shape) or (slice(0, head.outputs),):
