@@ -27,7 +27,7 @@ from train import ROW, Shelf
 from transformers.utils import logging
 from ways import Task
 
-WAYS = "random", "coherent", "paper", "official", "steps 8", "proxy"
+WAYS = "random", "coherent", "effect", "effect --prior none", "official", "head", "steps 8", "proxy"
 
 
 def main() -> None:

@@ -108,6 +108,17 @@ def proxy(task: Task) -> Callable[[float], Forward]:
     return at
 
 
+@torch.no_grad()
+def head_alone(task: Task, rho: float = 1e-2) -> dict[str, Tensor]:
+    """Only the target's head, by ridge from what it reads to the source's change of logits; rho in units of the mean of
+    the diagonal of G. What moves a representation has to be better than this."""
+    read = task.target.model(input_ids=task.rows).last_hidden_state.flatten(0, 1).double()
+    change = (task.logits("tuned")(task.rows) - task.logits("source")(task.rows)).flatten(0, 1).double()
+    gram = read.T @ read
+    gram.diagonal().add_(rho * gram.diagonal().mean())
+    return {"lm_head.weight": torch.linalg.solve(gram, read.T @ change).T.float()}
+
+
 def few_steps(task: Task, steps: int) -> dict[str, Tensor]:
     """The target trained for a few steps on the calibration, which needs a gradient; all its parameters."""
     model = copy.deepcopy(task.target).train()
@@ -125,6 +136,7 @@ def way(text: str) -> Way:
         "official": lambda task: at_strength(
             task.target, official(task.source, task.tuned, task.target, task.rows.split(16))
         ),
+        "head": lambda task: at_strength(task.target, head_alone(task)),
         "steps": lambda task: at_strength(task.target, few_steps(task, int(options[0]))),
         "proxy": proxy,
     }
