@@ -30,6 +30,7 @@ from helpers import tiny_models
 
 KILLS = 6  # of each case, at least
 FULL = {"tuned": "causal/tuned"}
+EFFECT, BEHIND = (tt.Recipe("effect", prior=prior) for prior in ("none", "coherent"))
 CASES: dict[str, dict[str, Any]] = {
     "full, two alphas": {**FULL, "alpha": (0.5, 1.0)},
     "matched alpha": {**FULL, "alpha": "match"},
@@ -41,6 +42,11 @@ CASES: dict[str, dict[str, Any]] = {
     "unequal depth": {**FULL, "target": "deep"},
     "rank-poor vocabulary": {**FULL, "calibration": "poor.safetensors"},
     "offload folder": {**FULL, "offload_folder": "offload"},
+    "effect": {**FULL, "recipe": EFFECT, "alpha": 1.0},
+    "effect, lora behind a prior": {"tuned": "lora", "recipe": BEHIND, "alpha": 1.0},
+    "effect at the best strength": {**FULL, "recipe": BEHIND},
+    "effect at the best strength, offload folder": {"tuned": "lora", "recipe": EFFECT, "offload_folder": "offload"},
+    "effect of applied maps": {**FULL, "recipe": BEHIND, "maps": "maps-of-effect"},
 }
 
 
@@ -55,6 +61,7 @@ def build(root: Path) -> None:
             p.data += 0.02 * torch.randn_like(p)
     partly.save_pretrained(root / "partly")
     AlignSession(job_of(root, root / "maps", {})).run()
+    AlignSession(job_of(root, root / "maps-of-effect", {"recipe": BEHIND})).run()
 
 
 def job_of(root: Path, out: Path, case: dict[str, Any]) -> Job | AlignJob:

@@ -14,6 +14,7 @@ from helpers.command import held, identical
 from helpers.whole_models import load_model
 from safetensors.torch import save_file
 from theseus_transport.alignment.alignment import Alignment
+from theseus_transport.files.journal import Work
 from theseus_transport.jobs.align_job import AlignSession
 from theseus_transport.jobs.settings import AlignJob, Job
 from theseus_transport.jobs.transport_job import Session
@@ -42,6 +43,10 @@ def of_whole_models(job, folder, kind):
     return alignment
 
 
+def effect(prior, alpha=1.0):
+    return {"recipe": tt.Recipe("effect", prior=prior), "alpha": alpha}
+
+
 CASES = {
     "full": ("causal/tuned", "checkpoint", {}),
     "full, paper": ("causal/tuned", "checkpoint", {"recipe": tt.Recipe("paper", whiten_power=0.25)}),
@@ -50,6 +55,10 @@ CASES = {
     "lora on few": ("patterns", "adapter", {}),
     "lora into a checkpoint": ("lora", "checkpoint", {"output": "checkpoint"}),
     "completed": ("causal/tuned", "checkpoint", {"recipe": tt.Recipe(null="completed")}),
+    "effect": ("causal/tuned", "checkpoint", effect("none")),
+    "effect behind a prior": ("causal/tuned", "delta", {"output": "delta", **effect("coherent")}),
+    "effect, lora": ("lora", "adapter", effect("none")),
+    "effect behind a prior, lora": ("lora", "adapter", effect("coherent")),
 }
 
 
@@ -89,19 +98,70 @@ def test_every_weight_is_read_once(root, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["full", "full, paper", "delta, least squares", "lora"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(name, root, tmp_path, monkeypatch):
-    """Interrupted behind every single commit, and each time resumed by another session."""
-    tuned, _, options = CASES[name]
-    job = job_of(root, tmp_path, tuned, **options)
-    Session(replace(job, out=tmp_path / "once")).run()
-    commit = passage_module.Passage._commit
+INTERRUPTED = {
+    **{name: CASES[name] for name in ("full", "full, paper", "delta, least squares", "lora")},
+    **{name: case for name, case in CASES.items() if name.startswith("effect")},
+    "effect at the best strength": ("causal/tuned", "checkpoint", effect("none", "auto")),
+    "effect at the best strength, lora": ("lora", "adapter", effect("auto", "auto")),
+    "effect at two strengths": ("causal/tuned", "checkpoint", effect("none", ("auto", 0.5))),
+    "effect of rank 2": ("causal/tuned", "adapter", {"output": "adapter", "rank": 2, **effect("coherent")}),
+}
 
-    def interrupted(self, loop):
-        commit(self, loop)
+
+IN_FILES = "full", "effect at the best strength", "effect behind a prior, lora"
+
+
+@pytest.mark.parametrize(
+    "name, files",
+    [
+        pytest.param(name, files, id=f"{name}, in files" if files else name)
+        for files, names in ((False, INTERRUPTED), (True, IN_FILES))
+        for name in names
+    ],
+)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(name, files, root, tmp_path, monkeypatch):
+    tuned, _, options = INTERRUPTED[name]
+    where = {"offload_folder": tmp_path / "offload"} if files else {}
+    goes_on(job_of(root, tmp_path, tuned, **options, **where), monkeypatch)
+
+
+@pytest.mark.parametrize("alpha", [1.0, "auto"])
+@pytest.mark.parametrize("tuned", ["causal/tuned", "lora"])
+def test_interrupted_fits_of_applied_maps_go_on_to_the_same_bytes(tuned, alpha, root, tmp_path, monkeypatch):
+    job = job_of(root, tmp_path, tuned, **effect("coherent", alpha))
+    AlignSession(replace(job.alignment, out=tmp_path / "maps")).run()
+    goes_on(replace(job, maps=str(tmp_path / "maps")), monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["full", "effect", "effect at the best strength"])
+@pytest.mark.parametrize("files", [False, True], ids=["in memory", "in files"])
+def test_a_run_interrupted_just_before_its_end_goes_on_to_the_same_bytes(name, files, root, tmp_path, monkeypatch):
+    """When hidden states are gone: all that they tell has to be known."""
+    tuned, _, options = INTERRUPTED[name]
+    where = {"offload_folder": tmp_path / "offload"} if files else {}
+    finish, stopped = Work.finish, []
+
+    def interrupted(self, *endings):
+        if self.home not in stopped and "once" not in str(self.home):
+            stopped.append(self.home)
+            raise KeyboardInterrupt
+        return finish(self, *endings)
+
+    monkeypatch.setattr(Work, "finish", interrupted)
+    goes_on(job_of(root, tmp_path, tuned, **options, **where), monkeypatch)
+
+
+def goes_on(job, monkeypatch):
+    """Interrupted behind every single commit, and each time resumed by another session."""
+    once = job.out.with_name("once")
+    Session(replace(job, out=once)).run()
+    commit = Work.commit
+
+    def interrupted(self, *state):
+        commit(self, *state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(passage_module.Passage, "_commit", interrupted)
+    monkeypatch.setattr(Work, "commit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Session(job).run()
     steps = 1
@@ -110,10 +170,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(name, root, tmp_path, monk
             Session(replace(job, resume=True)).run()
         steps += 1
     assert steps >= 3  # the embeddings, two blocks, and for a full tune the end
-    assert identical(job.out, tmp_path / "once")
-    manifests = [(out / "theseus.json").read_text().replace(str(out), "OUT") for out in (job.out, tmp_path / "once")]
-    assert json.loads(manifests[0]) == json.loads(manifests[1])
-    assert not (tmp_path / ".out.theseus").exists()
+    for folder in {path.parent.relative_to(once) for path in once.rglob("*.safetensors")}:
+        assert identical(job.out / folder, once / folder)
+    manifests = [
+        json.loads(path.read_text().replace(str(out), "OUT"))
+        for out in (job.out, once)
+        for path in sorted(out.rglob("theseus.json"))
+    ]
+    assert manifests[: len(manifests) // 2] == manifests[len(manifests) // 2 :]
+    assert {path.name for path in job.out.parent.iterdir() if path.name.startswith(".")} == set()
 
 
 def test_a_run_of_other_inputs_is_not_gone_on_with(root, tmp_path, monkeypatch):

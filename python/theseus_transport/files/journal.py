@@ -160,6 +160,11 @@ class Work:
         self._save(step=step, state=json.loads(json.dumps(state)), tensors=headers)
         self._place.state(step - 1).unlink(missing_ok=True)
 
+    def note(self, state: Mapping[str, Any]) -> None:
+        """Put `state` (JSON) in the place of the last commit's; its tensors and files stay."""
+        self._flush()
+        self._save(state=json.loads(json.dumps(state)))
+
     def finish(self, endings: Sequence[Ending] = ()) -> list[dict[str, Any]]:
         """Put the outputs in place, each by one rename, and remove the rest; returns their manifests.
 

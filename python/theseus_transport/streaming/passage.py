@@ -86,6 +86,8 @@ class Journal(Protocol):
 
     def commit(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], files: Iterable[Path] = ()) -> None: ...
 
+    def note(self, state: Mapping[str, Any]) -> None: ...
+
 
 @dataclass
 class Passage:
@@ -163,16 +165,22 @@ class Passage:
         last = self.geometries.map(lambda geometry: geometry.depth - 1)
         reached = last.source in {v.source for v in visits} and last.target in {v.target for v in visits}
         if self._streams and reached:  # else something that moves nothing was not run
-            loop = loop or self._loop(batches)
-            assert self.update is not None
-            with self._timed("fits"), self.update.available.showing(self.solver.ruleset):
-                self._streams.judge()
+            if self.data.held and not self._streams.judged:
+                self._judge(self._streams, loop or self._loop(batches))
             self.arrived, self.removed = self._streams.arrived, self._streams.removed
         with self._timed("moves and writing"):
             self.sink.take(self.solver.ruleset, None)
         self.seconds["of these waiting for reads"] = sum(window.seconds_waiting for window in self.windows)
         warn(self.qualities)
         return self.qualities
+
+    def _judge(self, streams: Streams, loop: Loop) -> None:
+        """What the hidden states tell that are there now; they are gone before the run has ended."""
+        assert self.update is not None
+        with self._timed("fits"), self.update.available.showing(self.solver.ruleset):
+            streams.judge()
+        if self.work.records:
+            self.work.note({**self.work.state, "streams": streams.state()[0]})
 
     def _beside(self) -> Streams | None:
         """The two models as changed, where there is anything to fit, or rows to tell by what arrives."""

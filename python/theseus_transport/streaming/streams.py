@@ -117,6 +117,7 @@ class Streams:
         active: whether anything has changed yet: until then both changed models are their bases.
         arrived: by write point, how much of the effect is there.
         removed: strength -> share of divergence removed, see `verdict.py`; empty where there are no rows to tell by.
+        judged: whether that was found out.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Streams:
         self._centred = solver.pairs.target.family.norm == "layer"
         self.active, self.arrived = False, list[Arrived]()
         self._strengths, self._tried = strengths, dict[float, Tensor]()  # strength -> hidden states of the held batch
-        self.removed: dict[float, float] = {}
+        self.removed, self.judged = dict[float, float](), False
         self._point: WritePoint | None = None
         self._between: Stream | None = None  # of S+, between attention and MLP of the block that ran last
         self._loop: Loop
@@ -219,6 +220,7 @@ class Streams:
 
     def judge(self) -> None:
         """Once all blocks ran and all maps are there: how much of the divergence is removed, at every strength."""
+        self.judged = True
         if self._loop.held is None or not self.active or (head := self._head()) is None:
             return
         (source, target), held = self._loop.sides, self._held
@@ -461,8 +463,10 @@ class Streams:
         """JSON and tensors from which :meth:`restore` goes on."""
         tensors = {} if self._point is None else {"streams/q": self._point.q}
         tensors |= {f"streams/at/{alpha:g}": state for alpha, state in self._tried.items()}
-        told = {"active": self.active, "scale": self._point and self._point.scale}
-        return {**told, "arrived": [(one.layer, one.share) for one in self.arrived], **self._records()}, tensors
+        told: dict[str, Any] = {"active": self.active, "scale": self._point and self._point.scale}
+        told |= {"arrived": [(one.layer, one.share) for one in self.arrived]}
+        told |= {"judged": self.judged, "removed": [*self.removed.items()]}
+        return {**told, **self._records()}, tensors
 
     def _records(self) -> dict[str, Any]:
         return {s.name: s.hidden.record() for s in (self.tuned, self.updated)} if self.active else {}
@@ -470,6 +474,7 @@ class Streams:
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on where :meth:`state` was taken; hidden states once the loop is there."""
         self.active, self.arrived = state["active"], [Arrived(*one) for one in state["arrived"]]
+        self.judged, self.removed = state["judged"], dict(state["removed"])
         if state["scale"] is not None:
             self._point = WritePoint(tensors["streams/q"], state["scale"])
         there = {alpha: f"streams/at/{alpha:g}" for alpha in self._strengths}

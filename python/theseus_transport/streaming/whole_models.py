@@ -144,3 +144,5 @@ class Unrecorded:
     def commit(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], files: Iterable[Path] = ()) -> None:
         """A step is done."""
         self.step += 1
+
+    def note(self, state: Mapping[str, Any]) -> None: ...
