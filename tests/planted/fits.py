@@ -64,5 +64,5 @@ FIT_BUGS = [
     ("factors that fit cut all the same", f"{CUTS}factors_that_fit_are_returned_themselves[4]", RANKS,
      "if len(factors.a) <= rank:", "if len(factors.a) < rank:"),
     ("the share of norms, not of squares", f"{CUTS}no_product_is_nearer_to_a_whole_update_and_its_share_is_kept", RANKS,
-     "kept = float(s.square().sum()) / total", "kept = float(s.sum()) / total"),
+     "share = float(s.square().sum()) / total", "share = float(s.sum()) / total"),
 ]
