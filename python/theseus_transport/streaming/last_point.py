@@ -21,7 +21,7 @@ from torch import Tensor
 from ..models.base import Base
 from ..models.pair import Pair
 from ..models.tensors import row_tiles
-from .verdict import Head, stored_head
+from .verdict import Head, Prediction, stored_head
 from .window import Window
 
 MU = 1e-3  # of the mean of G's diagonal
@@ -81,12 +81,17 @@ class Heads:
         return found
 
 
-def agreement(own: Tensor, other: Tensor) -> float:
-    """The correlation of two models' logits [rows, outputs] on the same rows, each about its mean over outputs."""
-    a, b = (x - x.mean(1, keepdim=True) for x in (own, other))
-    a, b = a - a.mean(0), b - b.mean(0)
-    size = float(a.norm() * b.norm())
-    return float((a * b).sum()) / size if size > 0 else 0.0
+def agreement(head: Head, own: Prediction, other: Prediction) -> float:
+    """The correlation of two models' logits on the same rows, each about its means over rows and over outputs."""
+    products = torch.zeros(2, 2, dtype=torch.float64)
+    totals = torch.zeros(2, len(own.read), dtype=torch.float64)
+    for tile in head.tiles(own, other):
+        both = torch.stack([x - x.mean(0) for x in (own.logits(tile), other.logits(tile))]).cpu()
+        totals += both.sum(2)
+        products += both.flatten(1) @ both.flatten(1).T
+    products -= totals @ totals.T / head.outputs
+    size = float(products[0, 0] * products[1, 1]) ** 0.5
+    return float(products[0, 1]) / size if size > 0 else 0.0
 
 
 def frequencies(ids: Tensor | None, outputs: int) -> Tensor:

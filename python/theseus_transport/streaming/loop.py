@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,7 @@ class Side:
         self.hidden: Hidden
         self.between: Hidden | None = None  # residuals in front of the MLP of the block that ran last, if they are kept
         self._seen_between: Tensor | None = None
+        self._kept: Collection[int] = ()
         self._names = geometry.family.by_block(window)
 
     def names(self, b: int | None) -> list[str]:
@@ -49,15 +50,18 @@ class Side:
         state = state_of(block(self.hidden[i].to(self.device), *rest, **named))
         if not stay:
             self.hidden.put(i, state)
-            if self.between is not None and self._seen_between is not None:
+            if self.between is not None and self._seen_between is not None and i in self._kept:
                 self.between.append(self._seen_between)
         for norm in norms:
             norm(state)
         return state
 
     @contextmanager
-    def keeping_between(self, b: int, folder: Path, name: str, *, resident: bool) -> Iterator[None]:
-        """Keep the residual in front of the MLP of block ``b`` of every batch that runs through it."""
+    def keeping_between(
+        self, b: int, batches: Collection[int], folder: Path, name: str, *, resident: bool
+    ) -> Iterator[None]:
+        """Keep the residual in front of the MLP of block ``b`` of those of these batches that run through it."""
+        self._kept = batches
         self.between = Hidden(folder, f"between-{name}", resident=resident)
 
         def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -79,6 +83,7 @@ class Loop:
         sides: source and target.
         rows: of every pair of batches, which source tokens stand for which target tokens.
         held: the number of the pair that is held out, if one is.
+        between: numbers of those of which the residuals in front of the MLP of the blocks that ran last are kept.
     """
 
     def __init__(
@@ -94,7 +99,6 @@ class Loop:
         resident: bool,
         tiles: int = 1,
         halves: bool = False,
-        between: bool = False,
     ) -> None:
         """
         Args:
@@ -103,14 +107,14 @@ class Loop:
             folder: for files of hidden states; ``resident``: whether these stay in memory beside.
             tiles: of columns in which moments are added up, each in a pass of the blocks, and put together on the host.
             halves: attention and MLP of a block run one after the other, over all batches each.
-            between: keep the residuals in front of the MLP of the blocks that ran last.
         """
         sides = zip(windows, geometries, zip(*batches, strict=True), strict=True)
         self.sides = Pair(*(Side(window, geometry, own, device) for window, geometry, own in sides))
         self._geometries, self.held, self._grams, self.device = geometries, held, grams, device
         self.rows = [mixings(geometries, *pair) for pair in batches]
         self._folder, self._resident, self._tiles = folder, resident, tiles
-        self._halves, self._between = halves, between
+        self._halves = halves
+        self.between: Collection[int] = ()
 
     def visit(self, visit: Visit, *, first: bool, done: Step = lambda: None) -> Capture:
         """Run a visit's blocks on all batches (the embeddings, where it is the ``first``); returns what was seen.
@@ -133,8 +137,9 @@ class Loop:
         with ExitStack() as stack:
             runs = []
             for name, side, b, norms in zip(SIDES, self.sides, visit.blocks, visit.norms, strict=True):
-                if self._between and b is not None and half != "attention":
-                    stack.enter_context(side.keeping_between(b, self._folder, name, resident=self._resident))
+                if self.between and b is not None and half != "attention":
+                    how = {"resident": self._resident}
+                    stack.enter_context(side.keeping_between(b, self.between, self._folder, name, **how))
                 filled = None if b is None else stack.enter_context(side.skeleton.filled(b, half))
                 runs.append((side, filled, b, [side.skeleton.norm(name) for name in sorted(norms)]))
             count, tiles = self._tiles if visit.moments else 1, list[Capture]()

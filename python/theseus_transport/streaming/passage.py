@@ -238,7 +238,6 @@ class Passage:
         grams = solver.gram_sides(solver.pairs, solver.recipe, solver.links)
         options: dict[str, Any] = {"held": held, "grams": grams, "device": self.device}
         options |= {"resident": self.resident, "tiles": self.tiles, "halves": self.halves}
-        options["between"] = self._streams is not None
         loop = Loop(self.windows, self.geometries, batches, **options, folder=self._folder)
         if self._streams:
             self._streams.beside(loop)

@@ -34,7 +34,7 @@ from .loop import Loop, Side
 from .schedule import Visit
 from .skeleton import Weights
 from .stand_ins import Reached
-from .verdict import Head, logits, removed, shared_head
+from .verdict import Head, Prediction, prediction, removed, shared_head
 
 NOTHING = 100.0  # times the square of the recipe's floor: share of the effect's energy below which nothing is missing
 
@@ -158,6 +158,7 @@ class Streams:
         self._loop = loop
         held = loop.held
         self._batches = list(range(len(loop.rows))) if self._fits else [] if held is None else [held]
+        loop.between = self._batches
         source, target = loop.sides
         self.tuned = Stream(source, self._of_tuned, "tuned", self._batches)
         self.updated = Stream(target, self._of_updated, "updated", self._batches)
@@ -224,14 +225,13 @@ class Streams:
         if self._loop.held is None or not self.active or (head := self._head()) is None:
             return
         (source, target), held = self._loop.sides, self._held
-        before = self._logits(1, head, target.hidden[held], target.window, held)
-        wanted = before + self._logits(0, head, self.tuned[held], self._of_tuned, held)
-        wanted -= self._logits(0, head, source.hidden[held], source.window, held)
+        before = self._predicted(1, head, target.hidden[held], target.window, held)
+        base = self._predicted(0, head, source.hidden[held], source.window, held)
+        effect = Pair(base, self._predicted(0, head, self.tuned[held], self._of_tuned, held))
         states: dict[float, tuple[Tensor, Weights]] = {1.0: (self.updated[held], self._of_updated)}
         states |= {alpha: (self._tried[alpha], weights) for alpha, weights in self._trials().items()}
-        for alpha in sorted(states):
-            if (share := removed(wanted, before, self._logits(1, head, *states[alpha], held))) is not None:
-                self.removed[alpha] = share
+        updated = {alpha: self._predicted(1, head, *states[alpha], held) for alpha in sorted(states)}
+        self.removed = removed(head, before, effect, updated)
 
     def _behind(self, name: str) -> bool:
         """Whether a stored tensor of the source lies behind the blocks."""
@@ -292,13 +292,13 @@ class Streams:
     def _states(self, visit: Visit, layer: Layer, i: int) -> tuple[Tensor, Tensor]:
         """Residuals of source and target base behind a writer, on batch ``i``."""
         source, target = self._loop.sides
-        between = layer.role == "output"
+        between, place = layer.role == "output", self._batches.index(i)
         assert target.between is not None
-        into = target.between[i] if between else target.hidden[i]
+        into = target.between[place] if between else target.hidden[i]
         if visit.source is None or not between:
             return source.hidden[i], into
         assert source.between is not None
-        return source.between[i], into
+        return source.between[place], into
 
     def _tuned_state(self, visit: Visit, layer: Layer, i: int) -> Tensor:
         if layer.role != "output" or visit.source is None:
@@ -313,8 +313,8 @@ class Streams:
             return point
         (source, target), i = self._loop.sides, self._batches[0]
         windows = Pair(source.window, target.window)
-        seen = [self._logits(k, head, side.hidden[i], windows[k], i) for k, side in enumerate((source, target))]
-        if agreement(*seen) < AGREE:
+        seen = [self._predicted(k, head, side.hidden[i], windows[k], i) for k, side in enumerate((source, target))]
+        if agreement(head, *seen) < AGREE:
             return point
         ids = [batch["input_ids"] for batch in target.batches if "input_ids" in batch]
         weight = frequencies(torch.cat([x.flatten() for x in ids]) if ids else None, head.outputs)
@@ -332,11 +332,11 @@ class Streams:
         rows = self._loop.rows[self._batches[0]]
         return shared_head(self._bases, rows, one_tokenizer=self._update.one_tokenizer)
 
-    def _logits(self, k: int, head: Head, state: Tensor, weights: Weights, i: int) -> Tensor:
+    def _predicted(self, k: int, head: Head, state: Tensor, weights: Weights, i: int) -> Prediction:
         """What a head makes of one side's hidden states behind its last block, on batch ``i``."""
         side = self._loop.sides[k]
         mask = side.batches[i].get("attention_mask")
-        return logits(side, self._bases[k], head, state.to(side.device), weights, self._loop.rows[i][k], mask)
+        return prediction(side, self._bases[k], head, state.to(side.device), weights, self._loop.rows[i][k], mask)
 
     def _rows(self, b: int | None, i: int) -> Mixings:
         """Which rows of batch ``i`` stand for each other: behind the last block those alone that the models read."""

@@ -8,6 +8,7 @@ further.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,11 @@ class Head:
 
     purpose: str
     outputs: int
+
+    def tiles(self, *predictions: Prediction) -> tuple[slice, ...]:
+        """Of outputs, so that rows of each of these heads fit."""
+        widest = max(each.read.shape[1] for each in predictions)
+        return row_tiles((self.outputs, widest)) or (slice(0, self.outputs),)
 
 
 def shared_head(bases: Pair[Base], rows: Mixings, *, one_tokenizer: bool) -> Head | None:
@@ -63,29 +69,43 @@ def stored_head(base: Base, purpose: str) -> str | None:
     return slots[token.name].stored if tied and token else None
 
 
-def logits(
+@dataclass(frozen=True)
+class Prediction:
+    """What a model predicts of some rows, tile by tile of its head: never all logits of a vocabulary at once.
+
+    Attributes:
+        read: what its head reads, [rows, width]; weights: of the head.
+        stored, bias: names of the head's tensors; bias may be none.
+    """
+
+    read: Tensor
+    weights: Weights
+    stored: str
+    bias: str | None
+
+    def logits(self, outputs: slice) -> Tensor:
+        """[rows, outputs] in float64."""
+        found: Tensor = (self.read @ self.weights.rows(self.stored, outputs).to(self.read).T).double()
+        return found if self.bias is None else found + self.weights[self.bias][outputs].to(found)
+
+
+def prediction(
     side: Side, base: Base, head: Head, state: Tensor, weights: Weights, rows: RowMixing | None, mask: Tensor | None
-) -> Tensor:
-    """What a head makes of hidden states behind the last block, [rows, outputs] in float64.
+) -> Prediction:
+    """What a model with these ``weights`` predicts from hidden states behind its last block.
 
     Args:
-        state: [samples, tokens, width]; weights: of the final norm and the head.
+        state: [samples, tokens, width].
         rows: of the tokens that a vocabulary's head is compared on; mask: which tokens are none of padding, if known.
     """
-    family, dtype = base.geometry.family, state.dtype
+    family = base.geometry.family
     norm = side.skeleton.norm(family.final_norm)
     names = {part: f"{family.final_norm}.{part}" for part, _ in norm.named_parameters()}
     own = {part: weights[base.slots[name].stored].to(state) for part, name in names.items() if name in base.slots}
     z: Tensor = torch.func.functional_call(norm, own, (state,))
-    read = _read(base, head, z, rows, mask)
-    stored = stored_head(base, head.purpose)
+    stored, bias = stored_head(base, head.purpose), base.slots.get(f"{family.heads[head.purpose]}.bias")
     assert stored is not None
-    shape, found = (head.outputs, read.shape[1]), []
-    for tile in row_tiles(shape) or (slice(0, head.outputs),):
-        found.append(read @ weights.rows(stored, tile).to(read.device, dtype).T)
-    bias = base.slots.get(f"{family.heads[head.purpose]}.bias")
-    total = torch.cat(found, 1).double()
-    return total if bias is None else total + weights[bias.stored][: head.outputs].to(total)
+    return Prediction(_read(base, head, z, rows, mask), weights, stored, bias.stored if bias else None)
 
 
 def _read(base: Base, head: Head, z: Tensor, rows: RowMixing | None, mask: Tensor | None) -> Tensor:
@@ -104,17 +124,50 @@ def _read(base: Base, head: Head, z: Tensor, rows: RowMixing | None, mask: Tenso
     return torch.cat([z[:, 0], patches], 1) if geometry.family.classes_read == 2 else patches
 
 
-def removed(wanted: Tensor, before: Tensor, after: Tensor) -> float | None:
-    """The share of divergence from what is wanted that is removed; None where there was none.
+def removed(
+    head: Head, target: Prediction, source: Pair[Prediction], updated: Mapping[float, Prediction]
+) -> dict[float, float]:
+    """By strength the share of divergence from what is wanted that is removed; none where there was none.
 
     Args:
-        wanted, before, after: logits [rows, outputs] in float64.
+        target: of the target's base; source: of the source's base and of its tune; updated: of the target, by strength.
     """
-    start = _divergence(wanted, before)
-    return 1 - _divergence(wanted, after) / start if start > 0 else None
+    found = {0.0: target, **updated}
+    wanted, gaps = Logarithm(), {alpha: torch.zeros(()) for alpha in found}
+    others = {alpha: Logarithm() for alpha in found}
+    for outputs in head.tiles(target):
+        before = target.logits(outputs)
+        w = before + source.target.logits(outputs) - source.source.logits(outputs)
+        faded, p = wanted.add(w)
+        for alpha, each in found.items():
+            own = each.logits(outputs) if alpha else before
+            others[alpha].add(own)
+            gaps[alpha] = gaps[alpha] * faded + (p * (w - own)).sum(1)
+    total = wanted.total
+    kl = {a: float((gap / wanted.sum - total + others[a].total).mean().clamp(min=0)) for a, gap in gaps.items()}
+    start = kl.pop(0.0)
+    return {alpha: 1 - left / start for alpha, left in kl.items()} if start > 0 else {}
 
 
-def _divergence(wanted: Tensor, found: Tensor) -> float:
-    """The mean over rows of KL(wanted | found), in nats."""
-    p, q = (torch.log_softmax(x, -1) for x in (wanted, found))
-    return float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
+class Logarithm:
+    """The logarithm of a sum of exponentials [rows] that arrive tile by tile.
+
+    Attributes:
+        most: the largest exponent so far; sum: of the exponentials, in units of that one's.
+    """
+
+    def __init__(self) -> None:
+        self.most, self.sum = torch.tensor(-torch.inf), torch.zeros(())
+
+    def add(self, exponents: Tensor) -> tuple[Tensor, Tensor]:
+        """Take exponents [rows, outputs]; returns what earlier sums are to be multiplied by, and their exponentials."""
+        most = torch.maximum(self.most.to(exponents), exponents.amax(1))
+        faded, new = (self.most.to(most) - most).exp(), (exponents - most[:, None]).exp()
+        self.sum = self.sum.to(most) * faded + new.sum(1)
+        self.most = most
+        return faded, new
+
+    @property
+    def total(self) -> Tensor:
+        """Their logarithm, [rows]."""
+        return self.most + self.sum.log()
