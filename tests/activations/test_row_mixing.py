@@ -69,6 +69,16 @@ def test_batched_mixes_every_sample_alone(name: str, samples: int) -> None:
 
 
 @pytest.mark.parametrize("name", MIXINGS)
+@pytest.mark.parametrize("kept", [[0], [1, 2], []], ids=str)
+def test_only_keeps_the_rows_that_are_asked_for(name: str, kept: list[int]) -> None:
+    mixing = MIXINGS[name].batched(3)
+    mask = torch.zeros(mixing.rows, dtype=torch.bool)
+    mask[kept] = True
+    assert torch.equal(dense(mixing.only(mask)), dense(mixing)[kept])
+    assert torch.equal(mixing.leading, torch.stack([row.nonzero()[0, 0] for row in dense(mixing)]))
+
+
+@pytest.mark.parametrize("name", MIXINGS)
 def test_rows_sum_to_one_and_keep_the_dtype(name: str) -> None:
     mixing = MIXINGS[name]
     torch.testing.assert_close(dense(mixing).sum(1), torch.ones(mixing.rows, dtype=torch.float64), **ROUNDING)

@@ -4,7 +4,7 @@ For families whose writers are linear modules without a factor behind them (laye
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,9 @@ from theseus_transport.models.geometry import Geometry
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+Choice = Callable[
+    [Tensor, Tensor, bool], float | None
+]  # of a ridge, from X, what is missing, and whether a bias is fitted
 Point = tuple[int, str]  # block and writer whose output has just been added; (-1, "contract") is the first hidden state
 WRITERS = "output", "contract"
 
@@ -113,7 +116,7 @@ def effect_by_hand(
     *,
     prior_update: Mapping[str, Tensor] | None = None,
     writers: Sequence[str] = WRITERS,
-    rho: float = 1e-2,
+    rho: float | Choice = 1e-2,
     bias: bool = True,
     blocks: Sequence[int | None] | None = None,
     floor: float | None = None,
@@ -124,7 +127,7 @@ def effect_by_hand(
         batches: keyword arguments of the forward pass; masked tokens are no rows.
         prior_update: parameter name -> what is added to the target before the pass. It is not in the result.
         writers: those that are fitted.
-        rho: the ridge, in units of the mean eigenvalue of X^T X.
+        rho: the ridge, in units of the mean eigenvalue of X^T X, or what chooses it, None for no update.
         bias: whether a bias is fitted where the target's writer has one.
         blocks: the source block that feeds each target block, or None; None alone: by position.
         floor: of the maps; None is 1e-12 where both bases are in float64, and 1e-6 otherwise.
@@ -156,7 +159,10 @@ def effect_by_hand(
             now, layer = moved.run(batches), moved.writer(point)
             missing = last - t.varied(now.residual[point] - at_t.residual[point])
             fit_bias = bias and layer.bias is not None
-            weight, shift = ridge(now.read[point], missing, rho, bias=fit_bias)
+            strength = rho if isinstance(rho, float) else rho(now.read[point], missing, fit_bias)
+            if strength is None:
+                continue
+            weight, shift = ridge(now.read[point], missing, strength, bias=fit_bias)
             name = next(name for name, module in moved.module.named_modules() if module is layer)
             fitted = {f"{name}.weight": weight.T if isinstance(layer, Conv1D) else weight}
             fitted |= {f"{name}.bias": shift} if fit_bias else {}

@@ -79,6 +79,17 @@ def of_class_token(geometries: Pair[Geometry], samples: int) -> Pair[RowMixing]:
     return geometries.map(first)
 
 
+def of_samples(rows: Mixings, length: int, samples: torch.Tensor) -> Mixings:
+    """Of the rows of a pair of batches those of some samples.
+
+    Args:
+        length: tokens of a sample of the target's batch; samples: bool [samples], which, where the mixings lie.
+    """
+    of = samples.repeat_interleave(length)  # of the target's tokens
+    kept = of if rows.target is None else of[rows.target.leading]
+    return rows.map(lambda mixing: tokens.select(kept) if mixing is None else mixing.only(kept))
+
+
 def _by_characters(source: Batch, target: Batch) -> Mixings:
     """Row mixings of a batch whose two sides were cut by different tokenizers."""
     columns, pointers, weights, kept_rows = [], [torch.zeros(1, dtype=torch.int64)], [], []

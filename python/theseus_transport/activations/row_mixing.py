@@ -70,6 +70,22 @@ class RowMixing:
 
         return RowMixing(self.column.to(device), self.tokens, move(self.row_ptr), move(self.weight))
 
+    @property
+    def leading(self) -> Tensor:
+        """int64 [rows]: the token that the first entry of each row reads."""
+        return self.column if self.row_ptr is None else self.column[self.row_ptr[:-1]]
+
+    def only(self, kept: Tensor) -> RowMixing:
+        """The rows where ``kept`` (bool [rows]) is true."""
+        if self.row_ptr is None:
+            return RowMixing(self.column[kept], self.tokens, None, None if self.weight is None else self.weight[kept])
+        sizes = self.row_ptr.diff()
+        entries = torch.repeat_interleave(kept, sizes)
+        row_ptr = torch.cat([self.row_ptr[:1], sizes[kept].cumsum(0)])
+        return RowMixing(
+            self.column[entries], self.tokens, row_ptr, None if self.weight is None else self.weight[entries]
+        )
+
     def then(self, outer: RowMixing) -> RowMixing:
         """``outer @ self`` of a selection: ``outer`` mixes the rows this one selects."""
         assert self.row_ptr is None and outer.tokens == self.rows

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ from torch import Tensor, nn
 
 from ..activations.effects import EffectMoment
 from ..activations.moments import Energy, add_energies
-from ..activations.pairing_tokens import Mixings, of_class_token
-from ..linalg.ridge import Fit, Normal, ridge
+from ..activations.pairing_tokens import Mixings, of_class_token, of_samples
+from ..linalg.ridge import Fit, Normal, chosen_ridge, ridge
 from ..models.base import Base
 from ..models.forward import state_of
 from ..models.geometry import Layer
 from ..models.pair import Pair
+from ..recipes.choices import RecipeChoices
 from ..recipes.effect import write_point, writers
 from ..recipes.solver import Solver
 from ..updates.computed import ComputedUpdate
@@ -37,6 +40,7 @@ from .stand_ins import Reached
 from .verdict import Head, Prediction, prediction, removed, shared_head
 
 NOTHING = 100.0  # times the square of the recipe's floor: share of the effect's energy below which nothing is missing
+JUDGES = 4  # one sample of so many judges the penalty of fits to the others, where it is chosen
 
 
 @dataclass(frozen=True)
@@ -373,45 +377,66 @@ class Streams:
         stream, b, device = self.updated, layer.block, self._loop.device
         family = stream.side.geometry.family
         name = family.output if layer.role == "output" else family.contract
-        moment: EffectMoment | None = None
+        moments, count = list[EffectMoment](), 0  # of the samples that are fitted, and of those that judge
         with stream.filled(b) as block, stream.watched(b, name) as seen:
             for i in self._batches:
                 if i == self._loop.held:
                     continue
                 after = self._upto(stream, block, b, i, seen, between=layer.role == "output")
                 own, other = self._states(visit, layer, i)
+                parts = self._parts(self._rows(b, i), after, count)
+                count += len(after)
                 read = seen["read"].flatten(0, -2)
-                if moment is None:
+                if not moments:
                     widths = read.shape[1], own.shape[-1], other.shape[-1]
-                    moment = EffectMoment.zeros(*widths, device)
+                    moments = [EffectMoment.zeros(*widths, device) for _ in parts]
                 tuned, own, after, other = (
                     state.to(device).flatten(0, -2) for state in (self._tuned_state(visit, layer, i), own, after, other)
                 )
-                moment.update(read, tuned, own, after, other, *self._rows(b, i))
+                for k, rows in enumerate(parts):
+                    moments[k].update(read, tuned, own, after, other, *rows)
                 seen.clear()
                 del read, tuned, own, after, other  # before the next batch needs memory
-        assert moment is not None
-        wanted = point.scale**2 * float(moment.source_energy.sum())
-        normal = moment.missing(point.scale, point.q, centred=self._centred)
-        del moment  # all but the Gram
-        self._solve(layer, normal, wanted=wanted)
+        assert moments
+        wanted = point.scale**2 * sum(float(moment.source_energy.sum()) for moment in moments)
+        normals = [moment.missing(point.scale, point.q, centred=self._centred) for moment in moments]
+        moments.clear()  # all but the Grams
+        self._solve(layer, normals, wanted=wanted)
 
-    def _solve(self, layer: Layer, normal: Normal, *, wanted: float) -> None:
-        """Solve for a writer's update, where anything is missing of an effect of energy ``wanted``."""
+    def _parts(self, rows: Mixings, states: Tensor, count: int) -> list[Mixings]:
+        """The rows of a batch that are fitted, and those that judge a penalty that is to be chosen.
+
+        Args:
+            states: of the target, [samples, tokens, width]; count: of samples in the batches before.
+        """
+        if self._recipe.ridge:
+            return [rows]
+        judge = torch.arange(count, count + len(states), device=self._loop.device) % JUDGES == JUDGES - 1
+        return [of_samples(rows, states.shape[1], samples) for samples in (~judge, judge)]
+
+    def _solve(self, layer: Layer, normals: list[Normal], *, wanted: float) -> None:
+        """Solve for a writer's update, where anything is missing of an effect of energy ``wanted``.
+
+        Args:
+            normals: of the rows that are fitted and, where the penalty is chosen, of those that judge it; used up.
+        """
         update, into = self._update, self._update.target
         stored = {part: into.slots[n] for part in ("weight", "bias") if (n := f"{layer.name}.{part}") in into}
-        planned = update.fits.planned[layer.name]
-        dense = planned is None
-        rho = self._recipe.ridge
-        found = ridge(normal, rho, bias=dense and "bias" in stored)
-        explained = float((found.weight.T * normal.cross).sum())
-        if found.bias is not None:
-            explained += float(found.bias @ normal.output_sum)
-        missing = explained > NOTHING * self._recipe.floor**2 * wanted
-        if not missing:
+        planned, rho = update.fits.planned[layer.name], self._recipe.ridge or None
+        bias, found = planned is None and "bias" in stored, None
+        if rho is None:
+            rho = chosen_ridge(*normals, bias=bias) if all(one.count for one in normals) else RecipeChoices.ridge
+        normal = reduce(add, normals)
+        normals.clear()
+        if rho is not None:
+            found = ridge(normal, rho, bias=bias)
+            if _explained(found, normal) <= NOTHING * self._recipe.floor**2 * wanted:
+                found = None
+        missing = found is not None
+        if found is None:
             if planned is None or not planned.wider:
                 return
-            found = Fit(torch.zeros_like(found.weight), None)  # what the prior moved is cut as a fit is
+            found = Fit(torch.zeros_like(normal.cross.mT), None)  # what the prior moved is cut as a fit is
         if layer.scale and layer.scale in into:  # a factor behind the layer: the residual gets it times that
             factor = into.need(layer.scale).to(found.weight)
             factor = torch.where(factor == 0, torch.inf, factor)
@@ -420,7 +445,7 @@ class Streams:
         prior = {part: slot.view(update[slot.stored]).double() for part, slot in there.items()}
         update.forget()
         if missing or prior:
-            update.fits.put(layer.name, prior, found, normal, rho)
+            update.fits.put(layer.name, prior, found, normal, rho or RecipeChoices.ridge)
         self._of_updated.forget(*(slot.stored for slot in stored.values()))
 
     def _upto(
@@ -492,6 +517,12 @@ class Streams:
     def committed(self) -> None:
         for stream in (self.tuned, self.updated) if self.active else ():
             stream.hidden.committed()
+
+
+def _explained(found: Fit, normal: Normal) -> float:
+    """The energy that a fit takes away from what is missing, and its penalty."""
+    energy = float((found.weight.T * normal.cross).sum())
+    return energy if found.bias is None else energy + float(found.bias @ normal.output_sum)
 
 
 def _difference(after: Tensor, before: Tensor, mixing: Any) -> Tensor:

@@ -244,6 +244,7 @@ class ComputedUpdate(Mapping[str, Tensor]):
         if not (self._computations or self.carried_apart or any(reason.endswith(GUESSED) for reason in reasons)):
             left = f"every changed tensor was left behind ({'; '.join(reasons)})"
             what = left if reasons else "no tensor differs from the base"
+            what += ", and no fit helps on samples it has not seen (fixed by --ridge 1e-2)" if self.fits.done else ""
             raise InputRefused(f"nothing to transport: {what}; was the right base given?")
         return fates
 
