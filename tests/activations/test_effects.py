@@ -7,7 +7,9 @@ import torch
 from theseus_transport import InputRefused
 from theseus_transport.activations import row_mixing
 from theseus_transport.activations.effects import EffectMoment
+from theseus_transport.activations.pairing_tokens import of_samples
 from theseus_transport.activations.row_mixing import RowMixing
+from theseus_transport.models.pair import Pair
 from torch import Tensor
 
 ROUNDING = dict(rtol=1e-11, atol=1e-11)  # float64 sums of up to 50 products of order 1
@@ -63,6 +65,27 @@ def test_mixing_is_of_differences_and_counts_its_rows() -> None:
     picked = moment([x, s1[:2], s0[:2], t1, t0], None, last)
     assert picked.count == 2
     assert_same(picked, moment([last(x), s1[:2], s0[:2], last(t1), last(t0)]))
+
+
+SAMPLES = {  # mixings of source and target of four samples of 5 tokens each, the source's of 4 where it is mixed
+    "plain": (None, None),
+    "masked": (row_mixing.select(torch.arange(20) % 3 > 0),) * 2,
+    "grids": (row_mixing.linear(4, 5).batched(4), None),
+    "tokenizers": (row_mixing.linear(4, 3).batched(4), row_mixing.select(torch.arange(20) % 5 > 1)),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_rows_of_samples_are_those_of_these_samples(kind: str) -> None:
+    rows = Pair(*SAMPLES[kind])
+    own = 20 if rows.source is None else rows.source.tokens
+    x, s1, s0, t1, t0 = given(20, own)
+    chosen = torch.tensor([False, True, True, False])
+    parts = [moment([x, s1, s0, t1, t0], *of_samples(rows, 5, samples)) for samples in (chosen, ~chosen)]
+    assert_same(parts[0] + parts[1], moment([x, s1, s0, t1, t0], *rows))
+    x, t1 = (v.index_fill(0, torch.arange(5), 7.0) for v in (x, t1))  # of the first sample, which is none of them
+    s1 = s1.index_fill(0, torch.arange(own // 4), 7.0)
+    assert_same(moment([x, s1, s0, t1, t0], *of_samples(rows, 5, chosen)), parts[0])
 
 
 @pytest.mark.parametrize("centred", [False, True])

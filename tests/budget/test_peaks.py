@@ -139,17 +139,24 @@ def own_peak(job):
 
 
 @pytest.mark.parametrize(
-    ("tuned", "prior", "offload"),
-    [("tuned", "none", False), ("tuned", "coherent", True), ("lora", "none", True), ("lora", "coherent", False)],
+    ("tuned", "prior", "offload", "ridge"),
+    [
+        ("tuned", "none", False, 1e-2),
+        ("tuned", "coherent", True, 1e-2),
+        ("lora", "none", True, 1e-2),
+        ("lora", "coherent", False, 1e-2),
+        ("tuned", "none", False, 0),
+        ("lora", "coherent", True, 0),
+    ],
 )
-def test_fits_hold_what_was_predicted_at_most(tuned, prior, offload, tmp_path):
+def test_fits_hold_what_was_predicted_at_most(tuned, prior, offload, ridge, tmp_path):
     """Of writers that read a wide middle, beside which all else is little; and not much less than was predicted."""
     written(tmp_path, WIDE)
     write_adapter(tmp_path / "lora", WIDE[0], 8)
     save_file({"input_ids": torch.randint(0, 300, (24, 32))}, tmp_path / "data.safetensors")
     places = (str(tmp_path / name) for name in ("source", tuned, "target"))
     options = {"tokens": 768, "batch_size": 4, "held_out": False, "offload_folder": tmp_path / "s" if offload else None}
-    recipe = Recipe("effect", prior=prior)
+    recipe = Recipe("effect", prior=prior, ridge=ridge)
     job = Job(*places, tmp_path / "out", str(tmp_path / "data.safetensors"), recipe=recipe, alpha=1.0, **options)
     held, predicted = apart(own_peak, job)
     assert 0.8 * predicted <= held <= predicted, f"{held / MIB:.0f} MiB, predicted {predicted / MIB:.0f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..linalg.ridge import SKETCHED
 from ..models.geometry import Role
 from ..updates.alpha import TRIED
 from .terms import ROWS_AHEAD, Terms
@@ -84,6 +85,11 @@ class FitTerms:
         one = replace(self.terms, choice=replace(self.terms.choice, resident=False))
         return one.states(source, target)
 
+    @property
+    def _parts(self) -> int:
+        """How many sums there are: where lambda is chosen, of the rows that are fitted and of those that judge."""
+        return 1 if self.terms.sizes.recipe.ridge else 2
+
     def _sums(self, inputs: int) -> int:
         """Of a writer's inputs with themselves, with the effect, and with what is there of it."""
         own, other = (geometry.width for geometry in self.terms.sizes.geometries)
@@ -94,13 +100,16 @@ class FitTerms:
         sizes = self.terms.sizes
         (own, other), size = (geometry.width for geometry in sizes.geometries), max(sizes.elementwise)
         rows = min(ROWS_AHEAD, self.terms.choice.batch_size * max(sizes.extent.lengths))
-        return self._sums(inputs) + size * (max(inputs, own, other) * inputs + rows * (inputs + own + other))
+        read = max(inputs, own, other) * inputs + rows * (inputs + own + other)
+        return self._parts * self._sums(inputs) + size * read
 
     def _solving(self, out: int, inputs: int, rank: int | None) -> int:
         """Of a weight [out, in]: the Gram and its Cholesky factor, and matrices of its own size; see `linalg/ridge.py`.
 
-        The factor is made twice where the fit is cut to a rank. What is missing is formed of the sums before.
+        The factor is made twice where the fit is cut to a rank. What is missing is formed of the sums before. Where
+        lambda is chosen there are two Grams and a factor, with fits of a few combinations of outputs, or the two added.
         """
-        square, weight = 8 * inputs**2, 8 * out * inputs
-        missing = self._sums(inputs) + 4 * weight
-        return max(missing, 2 * square + (4 if rank is None else 6) * weight)
+        square, weight, parts = 8 * inputs**2, 8 * out * inputs, self._parts
+        missing = parts * self._sums(inputs) + (3 + parts) * weight
+        choosing = 3 * square + max(3 * weight, 2 * weight + 6 * 8 * inputs * min(out, SKETCHED)) if parts > 1 else 0
+        return max(missing, choosing, 2 * square + (4 if rank is None else 6) * weight)
