@@ -8,6 +8,7 @@ FITS, DIRECTIONS, MOMENTS, CUTS = (
     f"tests/{name}.py::test_"
     for name in ("linalg/test_ridge", "linalg/test_leading", "activations/test_effects", "updates/test_ranks")
 )
+JOBS, FACTORED = "tests/jobs/test_adapters_out.py::test_", "tests/updates/test_factored.py::test_"
 
 # fmt: off
 FIT_BUGS = [
@@ -65,4 +66,19 @@ FIT_BUGS = [
      "if len(factors.a) <= rank:", "if len(factors.a) < rank:"),
     ("the share of norms, not of squares", f"{CUTS}no_product_is_nearer_to_a_whole_update_and_its_share_is_kept", RANKS,
      "share = float(s.square().sum()) / total", "share = float(s.sum()) / total"),
+    ("a share that a cut keeps told as all", f"{JOBS}what_was_fitted_and_what_a_rank_keeps_is_told_everywhere", RANKS,
+     "return min(left / total, 1.0) if total", "return 1.0 if total"),
+    ("a prior that is cut in no metric", f"{FACTORED}where_nothing_is_missing_the_prior_is_cut_in_the_metric_of_the_fit",
+     "theseus_transport/streaming/streams.py", "if planned is None or not planned.wider:", "if True:"),
+    ("a scaling that the configuration does not say", f"{FACTORED}peft_loads_an_adapter_at_any_rank[llama-3-none]",
+     "theseus_transport/updates/fits.py", "Factors(a, b / how.scaling, how.scaling)", "Factors(a, b, 1.0)"),
+    ("cuts forgotten where a run goes on",
+     f"{JOBS}a_run_that_goes_on_writes_the_bytes_and_tells_the_cuts_of_one_that_was_not_stopped",
+     "theseus_transport/updates/fits.py", 'dict(state["share"]), dict(state["kept"])', 'dict(state["share"]), {}'),
+    ("parts of a fused layer in each other's place", f"{FACTORED}peft_loads_an_adapter_made_of_a_full_tune[gpt2-coherent]",
+     "theseus_transport/updates/factored.py", "f.b.chunk(place.parts)[place.part]",
+     "f.b.chunk(place.parts)[place.part - 1]"),
+    ("ranks by pattern where one is all", f"{FACTORED}an_adapter_of_one_rank_needs_no_patterns",
+     "theseus_transport/updates/adapted.py", "for layer, (one, _) in each.items() if one != rank}",
+     "for layer, (one, _) in each.items()}"),
 ]
