@@ -38,7 +38,7 @@ CHOICE_BUGS = [
     ("every space counted", ADAPTER, SIZES,
      "for name in filter(self._uses, widths):", "for name in widths:"),
     ("spaces behind norms not counted", ADAPTER, "theseus_transport/budget/needs.py",
-     "needed(solver, keys) | behind_norms | frozenset(keys)", "frozenset()"),
+     "needed(solver, keys) | behind_norms | frozenset(keys or ())", "frozenset()"),
     ("samples that are not there counted", "tests/budget/test_choices.py::test_a_plan_counts_the_samples_there_are",
      "theseus_transport/calibration/extent.py", "samples, one = len(drawn_rows(", "samples, one = wanted + len(drawn_rows("),
     ("blocks paired in memory", FILES, "theseus_transport/streaming/block_pairing.py", "with temporary(folder) as place:", "with temporary(None) as place:"),
