@@ -36,6 +36,8 @@ def writers(recipe: RecipeChoices, layers: Iterable[Layer]) -> list[Layer]:
 
 def write_point(pairs: Pairs, layer: Layer) -> str | None:
     """The link whose map is that of the residual behind a writer; None in a block that no block of the source feeds."""
+    if layer.role == "head":
+        return "final"
     if pairs.blocks[layer.block] is None:
         return None
     return f"{layer.block}.mlp" if layer.role == "output" else pairs.after(layer.block)

@@ -165,11 +165,18 @@ class Passage:
         last = self.geometries.map(lambda geometry: geometry.depth - 1)
         reached = last.source in {v.source for v in visits} and last.target in {v.target for v in visits}
         if self._streams and reached:  # else something that moves nothing was not run
+            if self.update is not None and self.update.fits.heads and self.work.step <= len(visits):
+                loop = loop or self._loop(batches)
+                with self._timed("fits"), self.update.available.showing(self.solver.ruleset):
+                    self._streams.fit_heads()
             if self.data.held and not self._streams.judged:
                 self._judge(self._streams, loop or self._loop(batches))
             self.arrived, self.removed = self._streams.arrived, self._streams.removed
         with self._timed("moves and writing"):
             self.sink.take(self.solver.ruleset, None)
+        if self.update is not None and self.update.fits.heads and self.work.records and self.work.step == len(visits):
+            # A head's fit is gone with the hidden states it was made from: what it wrote is not to be made again.
+            self.work.commit({**self.work.state, "sink": self.sink.state()}, dict(self.work.tensors))
         self.seconds["of these waiting for reads"] = sum(window.seconds_waiting for window in self.windows)
         warn(self.qualities)
         return self.qualities

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -31,13 +31,14 @@ from ..recipes.effect import write_point, writers
 from ..recipes.solver import Solver
 from ..updates.computed import ComputedUpdate
 from .changed_weights import Scaled, TunedWeights, UpdatedWeights
+from .head_fit import HeadFit
 from .hidden_states import Hidden
 from .last_point import AGREE, Heads, agreement, frequencies
 from .loop import Loop, Side
 from .schedule import Visit
 from .skeleton import Weights
 from .stand_ins import Reached
-from .verdict import Head, Prediction, prediction, removed, shared_head
+from .verdict import Head, Prediction, prediction, removed, shared_head, stored_head
 
 NOTHING = 100.0  # times the square of the recipe's floor: share of the effect's energy below which nothing is missing
 JUDGES = 4  # one sample of so many judges the penalty of fits to the others, where it is chosen
@@ -223,6 +224,46 @@ class Streams:
         base = self._loop.sides.target.window
         return {alpha: Scaled(base, self._of_updated, alpha) for alpha in self._strengths}
 
+    def fit_heads(self) -> None:
+        """Once all blocks ran: fit a head that the tune trained to what is missing of its change of predictions."""
+        planned = self._update.fits.heads
+        head = self._head() if self.active and planned else None
+        name = head and self._solver.pairs.target.family.heads[head.purpose]
+        if head is not None and name in planned and self._trained(head):
+            each = [self._four(head, i) for i in self._batches if i != self._loop.held]
+            read = [torch.cat([batch[k].read for batch in each]) for k in range(4)]
+            joined = [replace(one, read=rows) for one, rows in zip(each[0], read, strict=True)]
+            outputs = self._update.target.shape(f"{name}.weight")[0]
+            bias = f"{name}.bias" in self._update.target
+            fit = HeadFit(joined, planned[name].compute, head.outputs, outputs, bias)
+            self._update.fits.share[name] = fit.share(name)
+            self._update.fits.made[name] = fit
+            self._update.forget()
+        self._update.unchanged |= self._update.fits.reached(planned)
+
+    def _trained(self, head: Head) -> bool:
+        """Whether the tune changed a head whose outputs both bases agree on."""
+        stored = str(stored_head(self._solver.source, head.purpose))
+        if not self._of_tuned.changes([stored]):
+            return False
+        return self._agree(head, self._batches[0])
+
+    def _agree(self, head: Head, i: int) -> bool:
+        """Whether the heads of both bases have something in common, on batch ``i``."""
+        seen = [self._predicted(k, head, s.hidden[i], s.window, i) for k, s in enumerate(self._loop.sides)]
+        return agreement(head, *seen) >= AGREE
+
+    def _four(self, head: Head, i: int) -> list[Prediction]:
+        """What S+, S, T, and T+ with the head of its base predict of batch ``i``."""
+        source, target = self._loop.sides
+        updated = self._predicted(1, head, self.updated[i], self._of_updated, i)
+        return [
+            self._predicted(0, head, self.tuned[i], self._of_tuned, i),
+            self._predicted(0, head, source.hidden[i], source.window, i),
+            self._predicted(1, head, target.hidden[i], target.window, i),
+            replace(updated, weights=target.window),
+        ]
+
     def judge(self) -> None:
         """Once all blocks ran and all maps are there: how much of the divergence is removed, at every strength."""
         self.judged = True
@@ -315,11 +356,9 @@ class Streams:
         head = self._head()
         if head is None or self._solver.pairs.target.family.classes_read > 1:  # a head of several parts
             return point
-        (source, target), i = self._loop.sides, self._batches[0]
-        windows = Pair(source.window, target.window)
-        seen = [self._predicted(k, head, side.hidden[i], windows[k], i) for k, side in enumerate((source, target))]
-        if agreement(head, *seen) < AGREE:
+        if not self._agree(head, self._batches[0]):
             return point
+        target, windows = self._loop.sides.target, self._loop.sides.map(lambda side: side.window)
         ids = [batch["input_ids"] for batch in target.batches if "input_ids" in batch]
         weight = frequencies(torch.cat([x.flatten() for x in ids]) if ids else None, head.outputs)
         own, other = point.q.shape

@@ -14,7 +14,7 @@ from ..recipes.effect import fit_of, writers
 from .adapter import Factors
 from .computed import ComputedUpdate
 from .fates import Computation, MovedFactors
-from .fits import AsFactors
+from .fits import AsFactors, Fitted
 from .fused_factors import module_in, product
 from .ranks import low_rank_of, resized
 
@@ -41,7 +41,26 @@ def plan_fits(update: ComputedUpdate, alignment: Alignment, *, only_targeted: bo
             update.fits.feeds[own.name] = layer.name
         if _plan(update, layer):
             added.append(layer.name)
+    for layer in (layer for layer in alignment.target.layers() if layer.role == "head"):
+        _plan_head(update, layer.name)
     return added
+
+
+def _plan_head(update: ComputedUpdate, head: str) -> None:
+    """Let a fit follow what maps move of a head, where that becomes a tensor of the target."""
+    weight = f"{head}.weight"
+    if weight not in update.target or weight in update.new:
+        return
+    prior = update.computations(update.target.slots[weight].stored).get(weight)
+    factored = any(module.rpartition(".")[2] == head.rpartition(".")[2] for module in update.factors)
+    if prior is None or factored:
+        return
+    update.fits.heads[head] = prior
+    needs, sources = prior.needs | {fit_of(head)}, prior.sources | {fit_of(head)}
+    compute = partial(_dense, update, head, f"{head}.bias" in update.target, prior)
+    for name in (weight, f"{head}.bias"):
+        if name in update.target:
+            update.plan(name, Computation(compute, needs, sources, prior.tiles))
 
 
 def _first_block(update: ComputedUpdate, alignment: Alignment) -> int:
@@ -114,7 +133,7 @@ def _plan_factors(
 
     def compute() -> Factors:
         made = fits.made.get(layer.name)
-        if made is not None and made.factors is not None:
+        if isinstance(made, Fitted) and made.factors is not None:
             return made.factors
         if moved is not None:
             return resized(moved.compute(), rank)

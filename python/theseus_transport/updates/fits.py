@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -13,9 +13,16 @@ from ..recipes.effect import fit_of
 from ..shown import percent
 from .adapter import Factors
 from .coverage import ADDED
-from .fates import TensorFate
+from .fates import Computation, TensorFate
 
 ROUNDING = 1e-9  # of a share that is 1
+
+
+class Dense(Protocol):
+    """The update of one layer of the target, what the prior moved included."""
+
+    def dense(self, layer: str, rows: slice | None = None) -> dict[str, Tensor]:
+        """Canonical name -> the update of a tensor of ``layer``, of ``rows`` alone where given."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Fits:
         planned: canonical names of the layers of the target that may be fitted -> the factors an adapter gets; None: it
             becomes a tensor of the target.
         made: layer -> its fit, while it is needed.
+        heads: heads that may be fitted -> what maps move of them.
         done: layers that were reached, whether or not anything was missing there.
         share: layer -> share of its update's norm that came from the fit, of those that were fitted.
         kept: layer -> share of its update that is left at the rank of its factors: of the effect where it was fitted,
@@ -74,7 +82,8 @@ class Fits:
     """
 
     planned: dict[str, AsFactors | None] = field(default_factory=dict)
-    made: dict[str, Fitted] = field(default_factory=dict)
+    made: dict[str, Dense] = field(default_factory=dict)
+    heads: dict[str, Computation] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     share: dict[str, float] = field(default_factory=dict)
     kept: dict[str, float] = field(default_factory=dict)
