@@ -78,13 +78,18 @@ def test_flops_of_decompositions(root):
     assert polar_flops(768, 1024) == polar_flops(1024, 768) == 24 * 1024 * 768**2 + 9 * 768**3
     residual, middle = polar_flops(24, 40), polar_flops(32, 48)
     heads = 2 * 5 * polar_flops(6, 8)  # queries and context, per kv head of the target
-    assert decompositions(Pairs.by_position(*geometries), Recipe()) == 2 * (2 * residual + middle + heads) + residual
+    assert (
+        decompositions(Pairs.by_position(*geometries), Recipe("coherent"))
+        == 2 * (2 * residual + middle + heads) + residual
+    )
 
 
 def test_a_bias_that_only_the_target_has_costs_nothing_and_counts_nowhere():
     source, target = base(LLAMA), base(LLAMA, attention_bias=True, seed=5)
     delta = Delta.between(source.state, tune(source, "linear").state)
-    update = transport(align(source.build(), target.build(), batches(source, seed=3)), delta, target.state)
+    update = transport(
+        align(source.build(), target.build(), batches(source, seed=3), recipe="coherent"), delta, target.state
+    )
     flops, alpha = move_flops(update), matched(update)
     update.moved["layers.0.self_attn.q_proj.bias"] = "layers.0.self_attn.q_proj.bias"
     assert "layers.0.self_attn.q_proj.bias" not in update.source
@@ -107,6 +112,8 @@ def test_predicted_beside_used(root, tmp_path):
         str(root / "ids.safetensors"),
         "--tokens",
         "64",
+        "--alpha",
+        "1",
     ]
     dry = json.loads(CliRunner().invoke(app, [*command, "--dry-run", "--json"]).stdout)
     assert set(dry["predicted_seconds"]) == {
@@ -114,6 +121,7 @@ def test_predicted_beside_used(root, tmp_path):
         "cross-moments",
         "decompositions",
         "held-out quality",
+        "fits",
         "move",
     }
     assert all(seconds > 0 for seconds in dry["predicted_seconds"].values()) and dry["seconds"] == {}
@@ -135,7 +143,7 @@ def of_queries(root, tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(root / "causal" / "source")
     adapter(folder / "lora", model, target_modules=["q_proj"], layers_to_transform=[0])
     sides = str(root / "causal" / "source"), str(folder / "lora"), str(root / "causal" / "target")
-    return Job(*sides, folder / "out", calibration=str(root / "ids.safetensors"))
+    return Job(*sides, folder / "out", calibration=str(root / "ids.safetensors"), recipe=Recipe("coherent"))
 
 
 def test_a_job_predicts_what_it_needs_alone(of_queries, root, monkeypatch):

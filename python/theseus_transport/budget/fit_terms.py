@@ -12,7 +12,7 @@ from .terms import ROWS_AHEAD, Terms
 
 @dataclass(frozen=True)
 class FitTerms:
-    """What the stage holds that follows a block's maps; every property is in bytes, and 0 where nothing is fitted."""
+    """What the stage holds that follows a block's maps, where both models run as changed; properties are in bytes."""
 
     terms: Terms
 
@@ -21,7 +21,7 @@ class FitTerms:
         """Hidden states, and on the CPU all else; for a GPU the target's block as updated, before it goes there."""
         t = self.terms
         if t.gpu:
-            block = t.sizes.updated_made + 2 * self._moved if self._writers else 0
+            block = t.sizes.updated_made + 2 * self._moved if self._phases else 0
             return max((hidden for hidden, _ in self._phases), default=0) + block + self._tried
         return max((hidden + held for hidden, held in self._phases), default=0) + self._tried
 
@@ -55,19 +55,26 @@ class FitTerms:
     @property
     def _phases(self) -> list[tuple[int, int]]:
         """(hidden states, all else) of every step; what lies between attention and MLP goes behind attention's fit."""
-        if not self._writers:
+        if not (self._writers or self.terms.sizes.told):
             return []
         t, sizes = self.terms, self.terms.sizes
         updated = sizes.running.target if t.gpu else sizes.updated_made
         prior = 2 * self._moved + (0 if sizes.recipe.solver.alone else t.move)
         tuned = sizes.running.source if t.gpu else sizes.tuned_made
-        found = [(t.states(4, 3), tuned + t.inside + self._watched)]
+        found = [(self._states(4, 3), tuned + t.inside + self._watched)]
         for role, (out, inputs) in self._writers:
-            hidden = t.states(4, 3) if role == "output" else t.states(2, 2)
+            hidden = self._states(4, 3) if role == "output" else self._states(2, 2)
             beside = self.made + (0 if t.gpu else updated)  # on a GPU the block is gone when its writer is solved for
             filled = updated + self.made + max(prior, self._summing(inputs) + t.inside + self._watched)
             found.append((hidden, max(filled, beside + self._solving(out, inputs, sizes.writers[role]))))
-        return [*found, (t.states(2, 2), updated + self.made + t.inside + self._watched + self._told)]
+        last = updated + self.made + max(prior, t.inside + self._watched + self._told)
+        return [*found, (self._states(2, 2), last)]
+
+    def _states(self, source: int, target: int) -> int:
+        """So many hidden states of each side; where nothing is fitted, of more than one of the rows held out alone."""
+        if self._writers:
+            return self.terms.states(source, target)
+        return self.terms.states(1, 1) + self._batch(source - 1, target - 1)
 
     @property
     def _watched(self) -> int:

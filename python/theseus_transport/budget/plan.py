@@ -44,7 +44,7 @@ class Plan:
 def stages(sizes: Sizes, choice: Choice) -> Plan:
     """The peak of every stage of a run."""
     a, gpu = Terms(sizes, choice), sizes.device.type == "cuda"
-    fits = FitTerms(a)
+    fits, effect = FitTerms(a), "fits" if sizes.fits else "effect"
     if not sizes.streams:
         host = {"moves": RUNTIME + sum(sizes.stored) + sizes.tune + a.maps + a.move, "tables": RUNTIME + a.tables}
         device = {"moves": a.largest_map + a.largest_weight + a.move, "tables": a.tables}
@@ -58,24 +58,24 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
         host = {"pairing": base, "forward": base}
         host |= {"maps": base + a.kept + (0 if a.maps_on_device else a.made - a.kept)}
         held = 0 if a.maps_on_device else a.maps
-        host |= {"fits": rest + held + fits.host, "moves": base + a.kept + held + a.move // 2}
+        host |= {effect: rest + held + fits.host, "moves": base + a.kept + held + a.move // 2}
     else:
         host = {"pairing": base + pair, "forward": base + run + moments + a.z}
-        host |= {"maps": base + a.made, "fits": rest + a.maps + fits.host}
+        host |= {"maps": base + a.made, effect: rest + a.maps + fits.host}
         host |= {"moves": base + a.kept + a.maps + a.move + fits.made}
     there = a.masks + a.stored
     device = {
         "pairing": there + pair,
         "forward": there + run + moments // choice.tiles + (a.z if a.maps_on_device else 0),
         "maps": there + a.made if a.maps_on_device else 0,
-        "fits": there + (a.maps if a.maps_on_device else a.largest_map) + a.largest_weight + fits.device,
+        effect: there + (a.maps if a.maps_on_device else a.largest_map) + a.largest_weight + fits.device,
         "moves": there + (a.maps if a.maps_on_device else a.largest_map) + a.largest_weight + a.move + fits.made,
         "tables": a.tables,
     }
     tables = RUNTIME + a.hidden + sizes.extent.nbytes + a.tables
     host = {"calibration": RUNTIME + sizes.extent.loading, **host, "tables": tables}
     paired = sizes.geometries.source.depth != sizes.geometries.target.depth and not sizes.aligned
-    there_are = {"pairing": paired, "maps": not sizes.aligned, "fits": bool(sizes.fits)}
+    there_are = {"pairing": paired, "maps": not sizes.aligned, effect: bool(sizes.fits) or sizes.told}
     both = ({n: peak for n, peak in peaks.items() if peak and there_are.get(n, True)} for peaks in (host, device))
     host, device = both
     return Plan(choice, host, device if gpu else {})

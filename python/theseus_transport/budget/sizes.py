@@ -33,6 +33,7 @@ class Sizes:
         aligned: the maps are there already.
         wanted: links and layers of the target that something moves through; None: all.
         fits: layers of the target that will be fitted to the effect -> rank of the factors they get; None: whole.
+        told: an update is moved meanwhile, and of rows that are held out it is told how much of its effect arrives.
     """
 
     checkpoints: Pair[Checkpoint]
@@ -44,6 +45,7 @@ class Sizes:
     aligned: bool = False
     wanted: frozenset[str] | None = None
     fits: Mapping[str, int | None] = field(default_factory=dict)
+    told: bool = False
 
     @property
     def streams(self) -> bool:

@@ -35,6 +35,8 @@ class Effort:
         rows: tokens of each model's forward passes, held out ones and padding included.
         passes: over what is needed; whole: over all of both models.
         fits: layers of the target that are fitted -> rank of the factors they get; None: they are whole.
+        told: both models run as changed on the rows that are held out.
+        moved: flops of what is moved through maps, before the target runs with it.
     """
 
     checkpoints: Pair[Checkpoint]
@@ -47,6 +49,8 @@ class Effort:
     passes: int = 1
     whole: int = 0
     fits: Mapping[str, int | None] = field(default_factory=dict)
+    told: bool = False
+    moved: int = 0
 
     @classmethod
     def of(
@@ -59,6 +63,8 @@ class Effort:
         tokens: int,
         choice: Choice,
         fits: Mapping[str, int | None] = MappingProxyType({}),
+        told: bool = False,
+        moved: int = 0,
     ) -> Effort:
         """The effort of a run on calibration of this extent, of which ``tokens`` are wanted, as ``choice`` says."""
         lengths, fit = extent.lengths, extent.expected - extent.held
@@ -74,6 +80,8 @@ class Effort:
             passes=choice.tiles,
             whole=(other_depths + recipe.solver.leans_on_depth(recipe)) if needed else 0,
             fits=fits,
+            told=told,
+            moved=0 if recipe.solver.alone else moved,
         )
 
     def seconds(self, device: torch.device) -> dict[str, float]:
@@ -82,10 +90,11 @@ class Effort:
         solver, pairs = self.recipe.solver, self.pairs
         visits = schedule(pairs, self.needed, whole=bool(self.fits))
         links = {name: link for visit in visits for name, link in visit.moments.items()}
-        flops = 0
+        flops = told = 0
         for k, side in enumerate(zip(self.checkpoints, pairs.geometries, self.rows, strict=True)):
             run = {b for visit in visits if (b := visit.blocks[k]) is not None}
             flops += self.passes * forward(*side, run) + self.whole * forward(*side)
+            told += forward(*side[:2], self.held, run)
         compared = {name: link for name, link in links.items() if link.whole}  # one row of a sample's costs nothing
         crosses = sum(prod(link.widths) for link in compared.values())
         grams = solver.gram_sides(pairs, self.recipe, links)
@@ -99,7 +108,9 @@ class Effort:
             mapped = sum(prod(link.widths) // solver.diagonal(name, pairs.target) for name, link in compared.items())
             found["held-out quality"] = 2 * 2 * self.held * mapped / double
         if self.fits:
-            found["fits"] = self._running() / single + self._solving() / double
+            found["fits"] = self._running() / single + (self._solving() + self.moved) / double
+        elif self.told:
+            found["effect"] = told / single + self.moved / double
         return {stage: seconds for stage, seconds in found.items() if seconds}
 
     def _running(self) -> int:

@@ -124,39 +124,39 @@ class Bases:
             InputRefused: as :func:`check_offload`.
         """
         job, free, solver = self.job, available_memory(), self.solver()
-        names, every = needed(solver, keys), keys is None and not solver.alone
+        names = needed(solver, keys)
         tokens = job.tokens or tokens_for(solver, names, fits)
+        there = aligned and not self.recipe().fits
+        extent = Extent(0, Pair(0, 0), 0) if there else self.calibrating.extent(tokens)
         sizes = Sizes(
             checkpoints=self.checkpoints,
             geometries=self.geometries,
             recipe=self.recipe(),
             tuned=tuned,
-            extent=self.calibrating.extent(tokens) if not aligned or self.recipe().fits else Extent(0, Pair(0, 0), 0),
+            extent=extent,
             device=self.device,
             aligned=aligned,
-            wanted=None if every else held_in_memory(solver, keys),
+            wanted=None if keys is None and not solver.alone else held_in_memory(solver, keys),
             fits=fits,
+            told=keys is not None and extent.held > 0,
         )
-        budget, begun = (job.max_ram, job.max_memory), unfinished(job.out) if job.resume else None
+        begun = unfinished(job.out) if job.resume else None
         plan = fitted(
             sizes,
             job.batch_size,
             offload=job.offload_folder is not None,
-            budget=budget,
+            budget=(job.max_ram, job.max_memory),
             like=begun.key.get("carried out") if begun else None,
             free=(free and free + resident_memory(), free_device_memory(self.device)),
         )
-        if self.hidden and sizes.streams:
-            stored = Terms(sizes, plan.choice).files
-            check_offload(self.hidden, stored, job.out, inputs=[*self.inputs, *inputs])
+        if self.hidden and not there:
+            check_offload(self.hidden, Terms(sizes, plan.choice).files, job.out, inputs=[*self.inputs, *inputs])
         seconds = move_seconds(flops, self.device)
-        if sizes.streams:
-            models, names = (self.checkpoints, self.geometries, self.recipe()), frozenset() if aligned else names
-            effort = Effort.of(*models, names, sizes.extent, tokens, plan.choice, fits)
+        if not there:
+            models, asked = (self.checkpoints, self.geometries, self.recipe()), frozenset() if aligned else names
+            effort = Effort.of(*models, asked, extent, tokens, plan.choice, fits, told=sizes.told, moved=flops)
             seconds = effort.seconds(self.device) | seconds
-            if fits and not solver.alone:  # what maps move runs, and is written
-                seconds |= {"fits": seconds["fits"] + sum(move_seconds(flops, self.device).values())}
-        return Fit(self, tokens, sizes.extent, plan, seconds)
+        return Fit(self, tokens, extent, plan, seconds)
 
     @property
     def calibrating(self) -> Calibrating:
@@ -175,7 +175,7 @@ class Bases:
     @property
     def infos(self) -> Pair[SideInfo]:
         """What calibration has to know of both models."""
-        named = zip(self.geometries, ARGUMENTS, self.checkpoints.map(lambda each: each.folder), strict=True)
+        named = zip(self.geometries, ARGUMENTS, (each.folder for each in self.checkpoints), strict=True)
         return Pair(*(SideInfo.of(geometry, f"{name} {folder.name}", folder) for geometry, name, folder in named))
 
     def recipe(self) -> Recipe:

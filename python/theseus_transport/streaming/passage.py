@@ -184,7 +184,7 @@ class Passage:
     def _judge(self, streams: Streams, loop: Loop) -> None:
         """What the hidden states tell that are there now; they are gone before the run has ended."""
         assert self.update is not None
-        with self._timed("fits"), self.update.available.showing(self.solver.ruleset):
+        with self._timed(self._effect), self.update.available.showing(self.solver.ruleset):
             streams.judge()
         if self.work.records:
             self.work.note({**self.work.state, "streams": streams.state()[0]})
@@ -197,6 +197,11 @@ class Passage:
         weights = tuned, UpdatedWeights(self.windows.target, self.update)
         how: dict[str, Any] = {"folder": self._folder, "resident": self.resident, "strengths": self.strengths}
         return Streams(self.update, self.solver, weights, **how)
+
+    @property
+    def _effect(self) -> str:
+        """The stage in which both models run as changed."""
+        return "fits" if self.update is not None and self.update.fits.planned else "effect"
 
     @property
     def skipped(self) -> str:
@@ -285,7 +290,7 @@ class Passage:
             del seen  # the held-out rows, before moves need memory
         if self._streams:
             assert self.update is not None
-            with self._timed("fits"), self.update.available.showing(solver.ruleset, provisional=True):
+            with self._timed(self._effect), self.update.available.showing(solver.ruleset, provisional=True):
                 self._streams.follow(visit, first=k == 0)
         # Written as soon as it can be, so that maps and weights go which nothing later needs.
         with self._timed("moves and writing"):
