@@ -29,7 +29,9 @@ TUNED = tune(SOURCE, "everything").state
 @cache
 def aligned(source: str = "llama", **target: object) -> Alignment:
     specs = SPECS[source], base(SPECS[source].names, seed=5, width=36, **target)
-    return align(*(spec.build() for spec in specs), batches(specs[0], seed=3, count=1, shape=(8, 16)), recipe="coherent")
+    return align(
+        *(spec.build() for spec in specs), batches(specs[0], seed=3, count=1, shape=(8, 16)), recipe="coherent"
+    )
 
 
 SPECS: dict[str, Spec] = {

@@ -91,6 +91,7 @@ def add(prepared: Prepared, fitted: Fit, place: Path, key: dict[str, Any], progr
             work.write(tensor.name)
             step()
         told = describe(job, *inputs.bases.checkpoints, inputs.tuned) | {"recipe": made.job["recipe"]}
+        told |= prepared.head.told if prepared.head else {}
         outcome = replace(made, job=told, kind=inputs.kind, bytes_out=prepared.bytes_out, written=str(job.out))
         outcome.predicted_bytes, outcome.predicted_seconds = fitted.plan.peak, fitted.seconds
         outcome.plan = fitted.plan.choice.words
