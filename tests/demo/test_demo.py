@@ -12,7 +12,7 @@ from theseus_transport import InputRefused
 from theseus_transport.demo import experiment as demo
 from theseus_transport.demo.data import SHIFTS, generator_of, jitter, warp
 from theseus_transport.demo.experiment import run_demo
-from theseus_transport.demo.models import build, random_like, refitted
+from theseus_transport.demo.models import build, random_like, random_tune, refitted
 from theseus_transport.demo.report import render_table
 from theseus_transport.demo.results import RIVALS, WAYS, Cell, DemoSettings, gain, interval, lead
 
@@ -130,6 +130,20 @@ def test_random_update_has_the_norm_of_the_update():
     drawn = random_like(update, generator_of("drawn"))
     assert torch.isclose(drawn["a"].norm(), update["a"].norm()) and not torch.allclose(drawn["a"], update["a"])
     assert torch.equal(drawn["b"], update["b"])
+
+
+def test_random_tune_changes_what_the_tune_changed_by_as_much():
+    torch.manual_seed(2)
+    base = build(8, depth=1, heads=2)
+    tuned = copy.deepcopy(base)
+    tuned.classifier.weight.data += 1
+    drawn = random_tune(base, tuned, generator_of("drawn"))
+    changed = {
+        n for (n, p), q in zip(drawn.named_parameters(), base.parameters(), strict=True) if not torch.equal(p, q)
+    }
+    assert changed == {"classifier.weight"}
+    change = drawn.classifier.weight - base.classifier.weight
+    assert torch.isclose(change.norm(), torch.tensor(80.0).sqrt()) and not torch.allclose(change, torch.ones(()))
 
 
 def test_interval():

@@ -27,7 +27,7 @@ from ..errors import InputRefused
 from ..streaming.whole_models import transport
 from ..updates.delta import Delta
 from .data import SHIFTS, Split, generator_of, jitter, load_splits, pixels, shifted
-from .models import accuracy, build, fit, random_like, refitted
+from .models import accuracy, build, fit, random_like, random_tune, refitted
 from .report import plot
 from .results import Cell, DemoResult, DemoSettings, write_json
 from .work import workers, workshop
@@ -121,6 +121,8 @@ def move(settings: DemoSettings, root: Path, seed: int, source: int, target: int
             found = {recipe: dict(transport(alignment, delta, base)) for recipe, alignment in alignments.items()}
             found["refitted"] = refitted(bases[source], tuned, base, images)
             found["random"] = random_like(found["effect"], generator_of("random", seed, source, shift, kind))
+            drawn = random_tune(bases[source], tuned, generator_of("random tune", seed, source, shift, kind))
+            found["random_tune"] = dict(transport(alignments["effect"], Delta.between(bases[source], drawn), base))
             updates[shift, kind] = found
     cells = []
     for (shift, kind), found in updates.items():

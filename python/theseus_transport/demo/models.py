@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -96,3 +97,14 @@ def random_like(update: Mapping[str, Tensor], generator: Generator) -> dict[str,
     """Gaussian tensors, each of the norm of the update's."""
     drawn = {name: torch.randn(value.shape, generator=generator, dtype=value.dtype) for name, value in update.items()}
     return {name: drawn[name] * (value.norm() / drawn[name].norm()) for name, value in update.items()}
+
+
+@torch.no_grad()
+def random_tune(base: nn.Module, tuned: nn.Module, generator: Generator) -> nn.Module:
+    """The base with a random change, tensor by tensor of the norm of the tune's."""
+    model, own = deepcopy(tuned), dict(base.named_parameters())
+    changes = {name: moved - own[name] for name, moved in tuned.named_parameters()}
+    drawn = random_like(changes, generator)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(own[name] + drawn[name])
+    return model

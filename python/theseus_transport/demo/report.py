@@ -53,7 +53,7 @@ def plot(result: DemoResult, path: Path) -> Path:
 
     bars = (
         ("zero_shot", "zero-shot", "#c3c8d0"),
-        ("random", "random, same norm", "#8b93a1"),
+        ("random_tune", "moved, random tune", "#8b93a1"),
         ("coherent", "moved, coherent", "#7fb3d5"),
         ("effect", "moved, effect", "#1f6fb2"),
         ("refitted", "classifier refitted", "#8fbf8f"),

@@ -13,6 +13,7 @@ from .data import SHIFTS
 
 WAYS = {
     "random": "random update, effect's norm",
+    "random_tune": "effect, random tune of its norm",
     "wrong": "effect, tune of another shift",
     "paper": "paper",
     "coherent": "coherent",
@@ -76,6 +77,7 @@ class Cell:
         update: ``full`` or ``lora``.
         zero_shot: the target as it was.
         random: with a random update that has, tensor by tensor, the norm of what ``effect`` moved.
+        random_tune: with what ``effect`` moved of a random change of the source, of the tune's norm.
         wrong: with what ``effect`` moved of the source's tune of another shift.
         paper, coherent, effect: with what the recipe moved of the source's tune.
         refitted: its classifier alone fitted to how the tune changed the source's logits.
@@ -89,6 +91,7 @@ class Cell:
     update: str
     zero_shot: float
     random: float
+    random_tune: float
     wrong: float
     paper: float
     coherent: float
