@@ -67,7 +67,8 @@ def build(root: Path) -> None:
 def job_of(root: Path, out: Path, case: dict[str, Any]) -> Job | AlignJob:
     options = {"target": "causal/target", "calibration": "ids.safetensors", **case}
     paths = {name: str(root / value) for name, value in options.items() if name in PATHS}
-    known = {"source": str(root / "causal/source"), "out": out, "tokens": 256, "batch_size": 4, **options, **paths}
+    known = {"source": str(root / "causal/source"), "out": out, "tokens": 256, "batch_size": 4}
+    known |= {"recipe": tt.Recipe("coherent"), **options, **paths}
     if "offload_folder" in known:
         known["offload_folder"] = out.parent / "offload"
     return Job(**known) if "tuned" in case else AlignJob(**known)
