@@ -98,6 +98,16 @@ def polar(cross: Tensor, floor: float) -> Tensor:
     return u[:, kept] @ vh[kept]
 
 
+def cut(weight: Tensor, x: Tensor, rho: float, rank: int) -> Tensor:
+    """The matrix of a rank nearest to W [out, in] in |x dW^T|^2 + rho tr(G) / d_in |dW|^2."""
+    gram = x.T @ x
+    gram.diagonal().add_(rho * gram.trace() / len(gram))
+    values, vectors = torch.linalg.eigh(gram)
+    root = vectors * values.sqrt() @ vectors.T
+    u, s, vh = torch.linalg.svd(root @ weight.T, full_matrices=False)
+    return torch.linalg.solve(root, u[:, :rank] * s[:rank] @ vh[:rank]).T
+
+
 def ridge(x: Tensor, missing: Tensor, rho: float, *, bias: bool) -> tuple[Tensor, Tensor | None]:
     """argmin |x W^T + 1 b^T - missing|^2 + rho tr(G) / d_in |W|^2: W [out, in] and b [out], or None without a bias."""
     mean_x, mean_m = (x.mean(0), missing.mean(0)) if bias else (0.0, 0.0)
@@ -120,6 +130,8 @@ def effect_by_hand(
     bias: bool = True,
     blocks: Sequence[int | None] | None = None,
     floor: float | None = None,
+    rank: int | None = None,
+    tokens: int | None = None,
 ) -> dict[str, Tensor]:
     """The update of the target's writers, float64, by the target's own parameter names; the models stay as they are.
 
@@ -130,6 +142,8 @@ def effect_by_hand(
         rho: the ridge, in units of the mean eigenvalue of X^T X, or what chooses it, None for no update.
         bias: whether a bias is fitted where the target's writer has one.
         blocks: the source block that feeds each target block, or None; None alone: by position.
+        rank: what every fit is cut to, before anything behind it is fitted.
+        tokens: of a sample, where the heads read the first alone: behind the last block it is the only row.
         floor: of the maps; None is 1e-12 where both bases are in float64, and 1e-6 otherwise.
     """
     double = all(p.dtype == torch.float64 for m in (source, target) for p in m.parameters())
@@ -139,12 +153,21 @@ def effect_by_hand(
     add(moved.module, prior_update or {})
     at_s, at_tuned, at_t = s.run(batches), Model(tuned).run(batches), t.run(batches)
 
+    def read(rows: Tensor, point: Point) -> Tensor:
+        """Those that something behind reads."""
+        return rows[::tokens] if tokens and point[0] + 1 == t.geometry.depth else rows
+
     def wanted(at: Point, point: Point) -> Tensor:
         """D [rows, dT] at a write point of the target, from the one of the source that it is paired with."""
         x_s, x_t = at_s.residual[at], at_t.residual[point]
-        q = polar(s.z(at, x_s).T @ t.z(point, x_t), floor)
+        z_s, z_t = s.z(at, x_s), t.z(point, x_t)
+        q = polar(z_s.T @ z_t, floor)
+        if len(read(z_t, point)) < len(z_t):  # a map of these rows alone, which leans on that of all
+            cross = read(z_s, point).T @ read(z_t, point)
+            q = polar(cross + 1e-4 * cross.norm() * q, floor)
+            x_s, x_t = read(x_s, point), read(x_t, point)
         ratio = (t.varied(x_t).square().sum() / s.varied(x_s).square().sum()).sqrt()
-        return ratio * s.varied(at_tuned.residual[at] - x_s) @ q
+        return ratio * s.varied(read(at_tuned.residual[at], point) - x_s) @ q
 
     update, last = {}, wanted((-1, "contract"), (-1, "contract"))
     pairing = range(s.geometry.depth) if blocks is None else blocks
@@ -157,12 +180,14 @@ def effect_by_hand(
             if writer not in writers:
                 continue
             now, layer = moved.run(batches), moved.writer(point)
-            missing = last - t.varied(now.residual[point] - at_t.residual[point])
+            missing = last - t.varied(read(now.residual[point] - at_t.residual[point], point))
+            inputs = read(now.read[point], point)
             fit_bias = bias and layer.bias is not None
-            strength = rho if isinstance(rho, float) else rho(now.read[point], missing, fit_bias)
+            strength = rho if isinstance(rho, float) else rho(inputs, missing, fit_bias)
             if strength is None:
                 continue
-            weight, shift = ridge(now.read[point], missing, strength, bias=fit_bias)
+            weight, shift = ridge(inputs, missing, strength, bias=fit_bias)
+            weight = cut(weight, inputs, strength, rank) if rank else weight
             name = next(name for name, module in moved.module.named_modules() if module is layer)
             fitted = {f"{name}.weight": weight.T if isinstance(layer, Conv1D) else weight}
             fitted |= {f"{name}.bias": shift} if fit_bias else {}

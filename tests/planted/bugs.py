@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from calibrating import CALIBRATION_BUGS
 from choices import CHOICE_BUGS
+from effects import EFFECT_BUGS
 from fits import FIT_BUGS
 from hostile import HOSTILE_BUGS
 from numerics import NUMBER_BUGS
@@ -518,7 +519,7 @@ BUGS = [
         "theseus_transport/cli/options.py", "1000 if match[4] and not match[3] else 1024", "1024"),
     Bug("a budget not kept to",
         "tests/cli/test_memory_options.py::test_a_budget_below_the_least_is_refused_with_the_least_that_does",
-        "theseus_transport/jobs/bases.py", "budget, begun = (job.max_ram, job.max_memory)", "budget, begun = (None, job.max_memory)"),
+        "theseus_transport/jobs/bases.py", "budget=(job.max_ram, job.max_memory)", "budget=(None, job.max_memory)"),
     Bug("hidden states stay in memory all the same",
         "tests/cli/test_memory_options.py::test_hidden_states_in_files_change_no_byte", "theseus_transport/jobs/bases.py",
         "offload=job.offload_folder is not None", "offload=False"),
@@ -601,5 +602,5 @@ BUGS = [
 ]
 BUGS += [
     Bug(*bug)
-    for bug in (*CALIBRATION_BUGS, *STREAM_BUGS, *CHOICE_BUGS, *RECORD_BUGS, *NUMBER_BUGS, *FIT_BUGS, *HOSTILE_BUGS)
+    for bug in (*CALIBRATION_BUGS, *STREAM_BUGS, *CHOICE_BUGS, *RECORD_BUGS, *NUMBER_BUGS, *FIT_BUGS, *EFFECT_BUGS, *HOSTILE_BUGS)
 ]

@@ -23,12 +23,17 @@ from theseus_transport.updates.output import write_update
 
 
 @pytest.fixture(scope="module")
-def root(models):
-    return models
+def root(models, tmp_path_factory):
+    """With a target of a block more."""
+    root = tmp_path_factory.mktemp("models") / "with-deep"
+    shutil.copytree(models, root)
+    torch.manual_seed(3)
+    tiny_models.llama("target", depth=3).save_pretrained(root / "deep")
+    return root
 
 
 def job_of(root, tmp_path, tuned, **options):
-    folders = (str(root / name) for name in ("causal/source", tuned, "causal/target"))
+    folders = (str(root / name) for name in ("causal/source", tuned, options.pop("target", "causal/target")))
     options = {"recipe": tt.Recipe("coherent"), "tokens": 256, "batch_size": 4, **options}
     return Job(*folders, tmp_path / "out", str(root / "ids.safetensors"), **options)
 
@@ -111,6 +116,7 @@ INTERRUPTED = {
     "effect at the best strength": ("causal/tuned", "checkpoint", effect("none", "auto")),
     "effect at the best strength, lora": ("lora", "adapter", effect("auto", "auto")),
     "effect at two strengths": ("causal/tuned", "checkpoint", effect("none", ("auto", 0.5))),
+    "effect at a block more": ("causal/tuned", "checkpoint", {"target": "deep", **effect("none")}),
     "effect of rank 2": ("causal/tuned", "adapter", {"output": "adapter", "rank": 2, **effect("coherent")}),
 }
 
@@ -253,10 +259,7 @@ def test_blocks_that_no_adapter_touches_are_not_read(root, tmp_path):
 
 def test_depths_are_paired_block_by_block(root, tmp_path):
     """A target with a block more: the pairing of the streamed pass is that of whole models."""
-    torch.manual_seed(3)
-    deep = tiny_models.llama("target", depth=3)
-    deep.save_pretrained(tmp_path / "deep")
-    job = replace(job_of(root, tmp_path, "causal/tuned"), target=str(tmp_path / "deep"))
+    job = job_of(root, tmp_path, "causal/tuned", target="deep")
     outcome = Session(job).run()
     alignment = of_whole_models(job, tmp_path / "whole", "checkpoint")
     assert outcome.blocks == alignment.blocks and outcome.blocks.count(None) == 1

@@ -56,6 +56,37 @@ def test_a_fit_behind_a_prior_sees_what_the_prior_moved(models):
         assert torch.equal(update[name], prior[name])
 
 
+def test_what_follows_a_fit_sees_it_as_it_was_cut(models):
+    """To rank 2, as factors: from a full tune, and behind the biases that stay."""
+    source, tuned, target = models
+    alignment = tt.align(source, target, BATCHES, recipe=tt.Recipe("effect", prior="none", ridge=1e-2))
+    update = tt.transport(alignment, tt.Delta.between(source, tuned), target, rank=2)
+    expected = effect_by_hand(*models, BATCHES, rho=1e-2, rank=2, bias=False)
+    assert update.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.linalg.matrix_rank(update[name], rtol=1e-4) == 2
+        assert (update[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def test_behind_the_last_block_fits_are_of_the_token_that_is_read():
+    torch.manual_seed(4)
+    source, target = (tiny_models.vit(side).double() for side in ("source", "target"))
+    tuned = tiny_models.tuned(source)
+    for (name, value), base in zip(tuned.named_parameters(), source.parameters(), strict=True):
+        if ".layers." not in name:
+            value.data.copy_(base.data)
+    images = torch.randn(90, 3, 8, 8, generator=torch.Generator().manual_seed(6)).double()
+    batches = [{"pixel_values": part} for part in images.split(30)]
+    recipe = tt.Recipe("effect", prior="none", ridge=1e-2, last="residual")
+    update = tt.transport(tt.align(source, target, batches, recipe=recipe), tt.Delta.between(source, tuned), target)
+    expected = effect_by_hand(source, tuned, target, batches, rho=1e-2, tokens=5)
+    every = effect_by_hand(source, tuned, target, batches, rho=1e-2)
+    assert update.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (update[name] - value).norm() <= 1e-5 * value.norm(), name
+        assert ("1." in name and (every[name] - value).norm() > 0.1 * value.norm()) or "0." in name
+
+
 def test_without_fits_it_is_its_prior(models):
     source, tuned, target = models
     plain = tt.transport(tt.align(source, target, BATCHES, recipe="coherent"), tt.Delta.between(source, tuned), target)
