@@ -19,12 +19,17 @@ def cast(data: list[dict], dtype: torch.dtype) -> list[dict]:
 
 
 @cache
-def aligned(pair: Pair, dtype: torch.dtype, recipe: str | tt.Recipe = "coherent") -> tt.Alignment:
+def aligned(
+    pair: Pair,
+    dtype: torch.dtype,
+    recipe: str | tt.Recipe = "coherent",
+    depth: str | tuple[int | None, ...] = "similarity",
+) -> tt.Alignment:
     """The bases of a pair do not depend on the delta: one alignment serves all its controls."""
     source, _, target, _ = pair.sides("linear")
     data = cast(batches(source, seed=3, **dict(pair.calibration)), dtype)
     data = [(source.seen(batch), target.seen(batch)) for batch in data]
-    return tt.align(source.build(dtype), target.build(dtype), data, recipe=recipe)
+    return tt.align(source.build(dtype), target.build(dtype), data, recipe=recipe, depth=depth)
 
 
 def error(pair: Pair, kind: str, dtype: torch.dtype = torch.float64, recipe: str | tt.Recipe = "coherent") -> float:

@@ -11,7 +11,7 @@ import theseus_transport as tt
 import torch
 from helpers import tiny_models
 from helpers.command import held, identical
-from helpers.whole_models import load_model
+from helpers.whole_models import of_whole_models
 from safetensors.torch import save_file
 from theseus_transport.alignment.alignment import Alignment
 from theseus_transport.files.journal import Work
@@ -19,7 +19,6 @@ from theseus_transport.jobs.align_job import AlignSession
 from theseus_transport.jobs.settings import AlignJob, Job
 from theseus_transport.jobs.transport_job import Session
 from theseus_transport.streaming import passage as passage_module
-from theseus_transport.updates.output import write_update
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +35,6 @@ def job_of(root, tmp_path, tuned, **options):
     folders = (str(root / name) for name in ("causal/source", tuned, options.pop("target", "causal/target")))
     options = {"recipe": tt.Recipe("coherent"), "tokens": 256, "batch_size": 4, **options}
     return Job(*folders, tmp_path / "out", str(root / "ids.safetensors"), **options)
-
-
-def of_whole_models(job, folder, kind):
-    """What the library makes of the same job with both models whole in memory."""
-    session = Session(replace(job, out=folder))
-    data, bases = session.fitted.calibration(), session.inputs.bases
-    models = [load_model(*side) for side in zip(bases.checkpoints, bases.geometries, strict=True)]
-    alignment = tt.align(*models, data.batches, recipe=job.recipe)
-    update = tt.transport(alignment, session.inputs.delta, bases.target)
-    write_update(update, folder, kind, base_name=job.target)
-    return alignment
 
 
 def effect(prior, alpha=1.0):

@@ -26,6 +26,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.registry import DEFAULT
 from .alignment import Alignment, Running, check_pair, outline
 from .block_pairing import pair_blocks
+from .depth import SIMILARITY, Depth, blocks_asked
 from .prior import decided, deciding, undecided, with_prior
 
 
@@ -37,6 +38,7 @@ def align(
     recipe: str | Recipe = DEFAULT,
     null: Null | None = None,
     floor: float | None = None,
+    depth: Depth = SIMILARITY,
     device: torch.device | str | None = None,
     progress: Callable[[], object] | None = None,
     provenance: dict[str, Any] | None = None,
@@ -50,6 +52,8 @@ def align(
             same for both models or a pair (source, target).
         recipe: its name, as ``coherent``, or a :class:`Recipe`; ``null`` and ``floor`` override its fields. The default
             floor is 1e-6, and 1e-12 where both models are in float64.
+        depth: which source block feeds which target block: ``similarity``, where depths differ, of what blocks add to
+            the residual; ``relative``, evenly spread; or for each target block a source block, increasing, or None.
         device: where to run, or None to leave the models where they are.
         progress: called after every batch.
 
@@ -69,13 +73,14 @@ def align(
     geometries = bases.map(lambda base: base.geometry)
     to_decide, chosen = undecided(chosen), with_prior(chosen, *geometries)
     check_pair(*geometries, chosen)
+    blocks = blocks_asked(depth, geometries)
     both = checked_batches(batches, geometries)
     if device is not None:
         source.to(place := find_device(device)), target.to(place)
     with in_float32(source, target):
-        pairs = Pairs.by_position(*geometries)
-        if geometries.source.depth != geometries.target.depth:
-            pairs = Pairs(*geometries, pair_blocks(source, target, geometries, both))
+        if blocks is None and geometries.source.depth != geometries.target.depth:
+            blocks = pair_blocks(source, target, geometries, both)
+        pairs = Pairs.by_position(*geometries) if blocks is None else Pairs(*geometries, blocks)
         if to_decide and not chosen.solver.alone and len(both) > 1:
             chosen = _decided(chosen, Pair(source, target), bases, pairs, both)
         grams = chosen.solver.gram_sides(pairs, chosen, pairs.moments)

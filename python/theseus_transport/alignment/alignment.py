@@ -127,7 +127,9 @@ class Alignment:
         Args:
             tokens: it was made from.
         """
-        if lost := sorted(set(range(self.source.depth)) - set(self.blocks)):
+        last = max((own for own in self.blocks if own is not None), default=-1)
+        seen = range(last) if self.recipe.fits else ()  # their effect is there behind later blocks, which are fitted
+        if lost := sorted(set(range(self.source.depth)) - {*self.blocks, *seen}):
             log.warning("no block of the target takes source blocks %s: their updates stay", ", ".join(map(str, lost)))
         widest = max((max(report.source, report.target) for report in ruleset.reports), default=0)
         if tokens < 4 * widest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ..errors import InputRefused
@@ -77,21 +78,24 @@ def _sizes(restored: Restored, into: str, role: Role | None) -> tuple[tuple[int,
     return widths, widths
 
 
-def check_blocks(blocks: Any, depths: tuple[int, int]) -> list[int | None]:
-    """For every block of the target a block of the source, or None.
+def check_blocks(blocks: Any, depths: tuple[int, int], what: str = "blocks", cure: str = AGAIN) -> list[int | None]:
+    """For every block of the target a block of the source, each behind the one before, or None.
 
     Args:
-        depths: of source and target.
+        depths: of source and target; what, cure: how a refusal begins and ends.
     """
     source, target = depths
     if not isinstance(blocks, list) or len(blocks) != target:
         raise InputRefused(
-            f"blocks is {str(blocks)[:80]}, expected {target} entries, one a block of the target; {AGAIN}"
+            f"{what} is {str(blocks)[:80]}, expected {target} entries, one a block of the target; {cure}"
         )
     if wrong := [own for own in blocks if own is not None and not _index(own, source)]:
-        raise InputRefused(f"blocks names block {str(wrong[0])[:80]} of the source, which has {source}; {AGAIN}")
+        raise InputRefused(f"{what} names block {str(wrong[0])[:80]} of the source, which has {source}; {cure}")
     if not any(own is not None for own in blocks):
-        raise InputRefused(f"blocks pairs no block at all; {AGAIN}")
+        raise InputRefused(f"{what} pairs no block at all; {cure}")
+    fed = [own for own in blocks if own is not None]
+    if turned := [after for before, after in pairwise(fed) if after <= before]:
+        raise InputRefused(f"{what} is {str(blocks)[:80]}, which turns back at {turned[0]}; {cure}")
     return blocks
 
 

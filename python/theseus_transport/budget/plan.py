@@ -74,8 +74,7 @@ def stages(sizes: Sizes, choice: Choice) -> Plan:
     }
     tables = RUNTIME + a.hidden + sizes.extent.nbytes + a.tables
     host = {"calibration": RUNTIME + sizes.extent.loading, **host, "tables": tables}
-    paired = sizes.geometries.source.depth != sizes.geometries.target.depth and not sizes.aligned
-    there_are = {"pairing": paired, "maps": not sizes.aligned, effect: bool(sizes.fits) or sizes.told}
+    there_are = {"pairing": sizes.compares, "maps": not sizes.aligned, effect: bool(sizes.fits) or sizes.told}
     both = ({n: peak for n, peak in peaks.items() if peak and there_are.get(n, True)} for peaks in (host, device))
     host, device = both
     return Plan(choice, host, device if gpu else {})

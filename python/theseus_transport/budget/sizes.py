@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ..activations.links import Pairs, block_of, of_class
+from ..activations.links import Blocks, Pairs, block_of, of_class
 from ..calibration.extent import Extent
 from ..files.checkpoint import Checkpoint
 from ..models.geometry import Geometry, Role
@@ -34,6 +34,7 @@ class Sizes:
         wanted: links and layers of the target that something moves through; None: all.
         fits: layers of the target that will be fitted to the effect -> rank of the factors they get; None: whole.
         told: an update is moved meanwhile, and of rows that are held out it is told how much of its effect arrives.
+        blocks: for every target block the source block that feeds it; None: compared where depths differ.
     """
 
     checkpoints: Pair[Checkpoint]
@@ -46,6 +47,12 @@ class Sizes:
     wanted: frozenset[str] | None = None
     fits: Mapping[str, int | None] = field(default_factory=dict)
     told: bool = False
+    blocks: Blocks | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether blocks are compared first."""
+        return self.blocks is None and not self.aligned and self.geometries.source.depth != self.geometries.target.depth
 
     @property
     def streams(self) -> bool:
@@ -132,8 +139,8 @@ class Sizes:
 
     @cached_property
     def _pairs(self) -> Pairs:
-        """What corresponds, by blocks as their depths let guess."""
-        return Pairs.by_position(*self.geometries)
+        """What corresponds, by blocks as told, or as their depths let guess."""
+        return Pairs.by_position(*self.geometries) if self.blocks is None else Pairs(*self.geometries, self.blocks)
 
     @cached_property
     def _links(self) -> dict[str, Widths]:

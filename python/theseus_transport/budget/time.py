@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import torch
 
-from ..activations.links import Pairs
+from ..activations.links import Blocks, Pairs
 from ..calibration.extent import Extent
 from ..files.checkpoint import Checkpoint
 from ..linalg.ridge import GRID
@@ -65,20 +65,25 @@ class Effort:
         fits: Mapping[str, int | None] = MappingProxyType({}),
         told: bool = False,
         moved: int = 0,
+        blocks: Blocks | None = None,
     ) -> Effort:
-        """The effort of a run on calibration of this extent, of which ``tokens`` are wanted, as ``choice`` says."""
+        """The effort of a run on calibration of this extent, of which ``tokens`` are wanted, as ``choice`` says.
+
+        Args:
+            blocks: for every target block the source block that feeds it; None: compared where depths differ.
+        """
         lengths, fit = extent.lengths, extent.expected - extent.held
-        other_depths = geometries.source.depth != geometries.target.depth
+        compares = blocks is None and geometries.source.depth != geometries.target.depth
         return cls(
             checkpoints=checkpoints,
-            pairs=Pairs.by_position(*geometries),
+            pairs=Pairs.by_position(*geometries) if blocks is None else Pairs(*geometries, blocks),
             recipe=recipe,
             needed=needed,
             tokens=min(tokens, fit * min(lengths)),
             rows=lengths.map(lambda length: extent.expected * length),
             held=extent.held * lengths.target,
             passes=choice.tiles,
-            whole=(other_depths + recipe.solver.leans_on_depth(recipe)) if needed else 0,
+            whole=(compares + recipe.solver.leans_on_depth(recipe)) if needed else 0,
             fits=fits,
             told=told,
             moved=0 if recipe.solver.alone else moved,

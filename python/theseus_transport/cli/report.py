@@ -155,7 +155,7 @@ def pairing(blocks: Sequence[int | None]) -> str:
     """Which source block feeds which target block, in one line."""
     fed = ", ".join(f"{own} -> {b}" for b, own in enumerate(blocks) if own is not None)
     unfed = ", ".join(str(b) for b, own in enumerate(blocks) if own is None)
-    return f"source -> target: {fed}" + (f"; the target's {unfed} get no update" if unfed else "")
+    return f"source -> target: {fed}" + (f"; none feeds the target's {unfed}" if unfed else "")
 
 
 def coverage_counts(outcome: Outcome) -> str:

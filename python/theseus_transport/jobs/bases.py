@@ -14,6 +14,7 @@ import torch
 from ..activations.inputs import SideInfo
 from ..activations.links import Blocks, Pairs
 from ..alignment.alignment import Alignment, outline
+from ..alignment.depth import SIMILARITY, WORDS, blocks_asked, read_depth
 from ..alignment.prior import undecided, with_prior
 from ..budget.needs import held_in_memory, needed, tokens_for
 from ..budget.plan import Plan, fitted
@@ -25,6 +26,7 @@ from ..calibration.extent import Extent
 from ..errors import InputRefused
 from ..files.checkpoint import Checkpoint
 from ..files.earlier_runs import unfinished
+from ..files.headers import real
 from ..files.journal import Work
 from ..machine import available_memory, find_device, free_device_memory, resident_memory
 from ..models.base import Base
@@ -55,6 +57,7 @@ class Bases:
     Attributes:
         references: how a later command finds them.
         checkpoints, geometries, windows: of source and target.
+        blocks: for every target block the source block that feeds it, as asked; None: by similarity.
     """
 
     job: AlignJob
@@ -63,6 +66,7 @@ class Bases:
     checkpoints: Pair[Checkpoint]
     geometries: Pair[Geometry]
     windows: Pair[Window]
+    blocks: list[int | None] | None
 
     @classmethod
     def open(cls, job: AlignJob) -> Bases:
@@ -78,7 +82,8 @@ class Bases:
                 raise InputRefused(f"{name} {checkpoint.folder} is an adapter; give the base it was trained on, {base}")
         geometries = ARGUMENTS.zip(checkpoints).map(lambda named: read_geometry(*named))
         check_dtypes(*checkpoints)
-        opened = cls(job, device, references, checkpoints, geometries, checkpoints.map(Window))
+        blocks = blocks_asked(read_depth(job.depth), geometries, "--depth")
+        opened = cls(job, device, references, checkpoints, geometries, checkpoints.map(Window), blocks)
         opened.calibrating.check()
         return opened
 
@@ -93,13 +98,18 @@ class Bases:
     @property
     def inputs(self) -> list[Path]:
         """What the output may not overlap."""
-        return [*(c.folder for c in self.checkpoints), *self.calibrating.inputs]
+        told = [] if self.job.depth in WORDS else [real(self.job.depth)]
+        return [*(c.folder for c in self.checkpoints), *self.calibrating.inputs, *told]
+
+    @property
+    def outline(self) -> Alignment:
+        """What an alignment will hold; where blocks are still to be compared, with blocks paired by position."""
+        return outline(*self.geometries, self.recipe(), self.blocks)
 
     @property
     def bytes_of_maps(self) -> int:
         """Bytes of all maps that an alignment between the two bases may hold."""
-        maps = outline(*self.geometries, self.recipe()).planned_maps
-        return sum(dtype.itemsize * prod(shape) for _, shape, dtype in maps)
+        return sum(dtype.itemsize * prod(shape) for _, shape, dtype in self.outline.planned_maps)
 
     def fit(
         self,
@@ -139,6 +149,7 @@ class Bases:
             wanted=None if keys is None and not solver.alone else held_in_memory(solver, keys),
             fits=fits,
             told=keys is not None and extent.held > 0,
+            blocks=self.blocks,
         )
         begun = unfinished(job.out) if job.resume else None
         plan = fitted(
@@ -154,7 +165,8 @@ class Bases:
         seconds = move_seconds(flops, self.device)
         if not there:
             models, asked = (self.checkpoints, self.geometries, self.recipe()), frozenset() if aligned else names
-            effort = Effort.of(*models, asked, extent, tokens, plan.choice, fits, told=sizes.told, moved=flops)
+            seen: dict[str, Any] = {"told": sizes.told, "moved": flops, "blocks": self.blocks}
+            effort = Effort.of(*models, asked, extent, tokens, plan.choice, fits, **seen)
             seconds = effort.seconds(self.device) | seconds
         return Fit(self, tokens, extent, plan, seconds)
 
@@ -164,9 +176,9 @@ class Bases:
         return Calibrating(self.job, self.infos, self.source, self.geometries.source, self.device)
 
     def solver(self) -> Solver:
-        """One that knows what is needed; depths may be paired otherwise."""
-        recipe, blocks = self.recipe(), Pairs.by_position(*self.geometries).blocks
-        return recipe.solver(*self.models(), blocks, recipe)
+        """One that knows what is needed; where blocks are still to be compared, they may be paired otherwise."""
+        recipe = self.recipe()
+        return recipe.solver(*self.models(), self.outline.blocks, recipe)
 
     def models(self) -> Pair[Base]:
         """The two base models, with their tensors by canonical name."""
@@ -234,6 +246,8 @@ class Fit:
     def _blocks(self, data: Calibration) -> Blocks:
         """For every target block the source block that feeds it; where depths differ, after a pass over both models."""
         bases, sides = self.bases, self.bases.geometries
+        if bases.blocks is not None:
+            return bases.blocks
         if sides.source.depth == sides.target.depth:
             return Pairs.by_position(*sides).blocks
         options: dict[str, Any] = {"folder": bases.hidden, "ahead": self.plan.choice.ahead}
@@ -249,7 +263,8 @@ class Fit:
         files = {name: checkpoint.fingerprint(full=whole)["files"] for name, checkpoint in named}
         how = self.plan.choice
         known = {"calibration": data.fingerprint, "carried out": how.rounding} if data else {}
-        return {**files, **known, **options, "versions": versions()}
+        depth = self.bases.blocks or SIMILARITY
+        return {**files, **known, **options, "depth": depth, "versions": versions()}
 
     def align(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..alignment.alignment import Alignment, outline
+from ..alignment.alignment import Alignment
 from ..budget.time import move_flops
 from ..errors import InputRefused
 from ..files.checkpoint import Checkpoint
@@ -76,10 +76,6 @@ class Inputs:
         update = transport(alignment, self.delta, self.bases.windows.target, leave=job.leave, device=job.device, **how)
         return update if self.kind == "adapter" else update.as_tensors()
 
-    def outline(self) -> Alignment:
-        """What an alignment will hold, with blocks paired by position."""
-        return outline(*self.bases.geometries, self.bases.recipe())
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -131,7 +127,7 @@ def prepare(inputs: Inputs) -> Prepared:
     job, bases, tuned = inputs.job, inputs.bases, inputs.tuned
     behaviour = behaviour_of(bases.source, tuned, bases.target)
     alignment = _opened(inputs) if job.maps else None
-    draft = inputs.transport(alignment or inputs.outline())
+    draft = inputs.transport(alignment or inputs.bases.outline)
     first_change(draft)
     head = NewHead.of(draft, tuned, bases.target)
     check_left(job.leave, draft.coverage, bases.source, tuned)

@@ -48,6 +48,11 @@ class Aligning:
     tokens: int | None = option(None, "Calibration tokens.", unset="4 x the widest space", least=1)
     batch_size: int = option(8, "Samples per forward pass.", least=1)
     seed: int = option(0, "Which calibration samples are drawn.")
+    depth: str = option(
+        "similarity",
+        "Which source block feeds which target block: where depths differ, by similarity of what they add to the "
+        "residual; relative, evenly spread; or a JSON file, for each target block a source block, increasing, or null.",
+    )
     held_out: bool = option(True, "Measure the alignment on rows it has not seen.")
     skip_bad_inputs: bool = option(False, "Leave out images and lines that cannot be read, and count them.")
 

@@ -60,7 +60,7 @@ def rehearse(prepared: Prepared, fitted: Fit) -> Outcome:
             data = fitted.calibration()
             known = {"calibration": data.description, "tokens": data.tokens}
         check_values(*inputs.bases.checkpoints, inputs.tuned)
-        draft = inputs.transport(prepared.alignment or inputs.outline())
+        draft = inputs.transport(prepared.alignment or inputs.bases.outline)
         fates = draft.settled()
     return _outcome(prepared, fitted, fates, **known, warnings=[*warnings, *draft.warnings])
 
