@@ -42,9 +42,15 @@ GEOMETRY = {  # (width, heads, MLP width, pixels, patch) of source and target, a
     "l14-two-blocks": (B16, L14, 2),
     "l14": (B16, L14, 12),
 }
-OURS = "coherent", "paper"
+RECIPES = {
+    "coherent": tt.Recipe("coherent"),
+    "paper": tt.Recipe("paper"),
+    "effect": tt.Recipe("effect", prior="coherent"),
+    "effect-alone": tt.Recipe("effect", prior="none"),
+}
+OURS = tuple(RECIPES)
 WAYS = "official", "official-svd-cuda", *OURS
-BATCH = {"official": 32, "coherent": 8, "paper": 8}  # images a forward pass: theirs is one batch, ours the command's
+BATCH = {"official": 32, **dict.fromkeys(OURS, 8)}  # images a forward pass: theirs is one batch, ours the command's
 ON_CPU = [(geometry, 1, ("official", *OURS)) for geometry in ("small", "two-blocks", "full")]
 ON_CUDA = [("l14-two-blocks", 1, WAYS), ("l14", 1, OURS), ("l14", 20, OURS)]  # theirs takes minutes: with --full
 COMPARED = "mlp.fc2"  # the data determines its input and output fully: ours and theirs must agree there
@@ -103,7 +109,7 @@ def timed(way: str, given: Inputs, out: Path) -> dict:
         phases, gap = ("capture", "decompositions", "apply"), None
     else:
         pairs = [({"pixel_values": x}, {"pixel_values": y}) for x, y in batches]
-        alignment = tt.align(source, target, pairs, recipe=way)
+        alignment = tt.align(source, target, pairs, recipe=RECIPES[way])
         times.append(now())
         update = tt.transport(alignment, tt.Delta.between(source, tuned), target)
         moved = {}
@@ -112,7 +118,7 @@ def timed(way: str, given: Inputs, out: Path) -> dict:
             moved[name] = value if name.endswith(f"{COMPARED}.weight") else value[:0]
         phases, gap = (
             ("align", "transport"),
-            min(r.gap for r in alignment.reports if r.space.endswith((".middle", COMPARED))),
+            min((r.gap for r in alignment.reports if r.space.endswith((".middle", COMPARED))), default=None),
         )
         assert all(r.rank > 0 for r in alignment.reports)
     times.append(now())
