@@ -80,30 +80,34 @@ class UpdatedWeights:
 
     def __init__(self, base: Window, update: ComputedUpdate) -> None:
         self._base, self._update = base, update
-        self._made: dict[str, Tensor] = {}
+        self._made: dict[str, Tensor] = {}  # by the update's names
+        # where the tune is of a class with a head, and the target is a bare backbone, the update names it as that class
+        origin = getattr(update.target.tensors, "origin", str)
+        self._own = {origin(slot.stored): slot.stored for slot in update.target.slots.values()}
 
     def forget(self, *names: str) -> None:
-        """Make these anew when they are asked for, or all."""
+        """Make these, as the update names them, anew when they are asked for; or all."""
         for name in names or list(self._made):
             self._made.pop(name, None)
 
     def __getitem__(self, name: str) -> Tensor:
-        if not self._update.there(name):
+        own = self._own.get(name, name)
+        if not self._update.there(own):
             return self._base[name]
-        if name not in self._made:
-            self._made[name] = self._base[name].detach().cpu().to(self._update.dtype(name)) + self._update[name]
-        return self._made[name]
+        if own not in self._made:
+            self._made[own] = self._base[name].detach().cpu().to(self._update.dtype(own)) + self._update[own]
+        return self._made[own]
 
     def take(self, name: str, index: Tensor) -> Tensor:
         """The rows that ``index`` names (int64, ascending, each once), [len(index), ...]."""
-        found = self._base.take(name, index)
-        if not self._update.there(name):
+        found, own = self._base.take(name, index), self._own.get(name, name)
+        if not self._update.there(own):
             return found
-        found = found.detach().cpu().to(self._update.dtype(name), copy=True)
-        for tile in self._update.tiles(name) or (slice(0, shape_of(self._base, name)[0]),):
+        found = found.detach().cpu().to(self._update.dtype(own), copy=True)
+        for tile in self._update.tiles(own) or (slice(0, shape_of(self._base, name)[0]),):
             first, last = torch.searchsorted(index, torch.tensor([tile.start, tile.stop])).tolist()
             if first < last:
-                value = self._update.rows(name, tile) if self._update.tiles(name) else self._update[name]
+                value = self._update.rows(own, tile) if self._update.tiles(own) else self._update[own]
                 found[first:last] += value[index[first:last] - tile.start]
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,15 @@ def decided_streamed(
 ) -> Recipe:
     """The recipe with its prior chosen, by a pass over the first blocks before any map of the run is made.
 
+    Where no batch can be held out it stays as it is.
+
     Args:
         folder: for files of hidden states; None: they stay in memory.
         halves: attention and MLP of a block run one after the other.
     """
     held = data.held or (data.batches[-1] if len(data.batches) > 1 else None)
-    if held is None:
-        return replace(recipe, prior="none")
+    if held is None:  # nothing to tell by; fits repair a prior that is wrong
+        return recipe
     batches = [*(batch for batch in data.batches if batch is not held), held]
     wanted, solver = deciding(pairs), recipe.solver(*bases, pairs.blocks, recipe)
     grams, kept = recipe.solver.gram_sides(pairs, recipe, wanted), dict[str, Any]()
