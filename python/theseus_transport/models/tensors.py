@@ -133,6 +133,11 @@ class SeenTensors(Mapping[str, Tensor]):
         """The name, in what is read through, of what is seen as ``name``."""
         return name.removeprefix(self._prefix)
 
+    def stored(self, name: str) -> str:
+        """The name in what was read from in the first place, through all that it is seen through."""
+        inner = self.origin(name)
+        return str(getattr(self._tensors, "stored", str)(inner))
+
     def rows(self, name: str, rows: slice) -> Tensor:
         """Consecutive rows of a tensor."""
         seen = self._seen.get(name)

@@ -82,8 +82,8 @@ class UpdatedWeights:
         self._base, self._update = base, update
         self._made: dict[str, Tensor] = {}  # by the update's names
         # where the tune is of a class with a head, and the target is a bare backbone, the update names it as that class
-        origin = getattr(update.target.tensors, "origin", str)
-        self._own = {origin(slot.stored): slot.stored for slot in update.target.slots.values()}
+        stored = getattr(update.target.tensors, "stored", str)
+        self._own = {stored(slot.stored): slot.stored for slot in update.target.slots.values()}
 
     def forget(self, *names: str) -> None:
         """Make these, as the update names them, anew when they are asked for; or all."""

@@ -99,8 +99,8 @@ class UpdateSink:
         return {name for rule in rules if rule is not None for name in (rule.input, rule.output)}
 
     def held(self) -> Pair[set[str]]:
-        origin = getattr(self.update.target.tensors, "origin", str)  # the names the windows know
-        return Pair({self.update.source.slots[n].stored for n in self._late()}, set(map(origin, self._waiting())))
+        stored = getattr(self.update.target.tensors, "stored", str)  # the names the windows know
+        return Pair({self.update.source.slots[n].stored for n in self._late()}, set(map(stored, self._waiting())))
 
     def state(self) -> dict[str, Any]:
         rounding = [out.rounding.sums for out in self._outputs]
