@@ -22,7 +22,7 @@ Dense = Callable[[slice | None], dict[str, Tensor]]
 
 
 def plan_fits(update: ComputedUpdate, alignment: Alignment, *, only_targeted: bool) -> list[str]:
-    """Plan a fit for every writer that the tune's effect can reach; returns those that the tune itself did not change.
+    """Plan a fit for every writer that the tune's effect can reach; returns those that an adapter has no factors of.
 
     Args:
         only_targeted: of an adapter, only layers of the kinds that it has factors of.
@@ -30,16 +30,19 @@ def plan_fits(update: ComputedUpdate, alignment: Alignment, *, only_targeted: bo
     recipe, adapter = alignment.recipe, update.delta.adapter
     if not recipe.fits:
         return []
-    first = _first_block(update, alignment)
+    first, trained = _first_block(update, alignment), _trained(update)
+    slots = {layer.slot for layer in alignment.source.layers() if layer.name in trained}
     added = []
     for layer in writers(recipe, alignment.target.layers()):
         if f"{layer.name}.weight" not in update.target or not _reached(alignment, layer.block, first):
             continue
-        if adapter is not None and only_targeted and layer.slot not in _slots(update, alignment):
+        if adapter is not None and only_targeted and layer.slot not in slots:
             continue
-        if own := alignment.source.counterpart(layer, alignment.blocks[layer.block]):
+        _plan(update, layer)
+        own = alignment.source.counterpart(layer, alignment.blocks[layer.block])
+        if own:
             update.fits.feeds[own.name] = layer.name
-        if _plan(update, layer):
+        if own is None or own.name not in trained:
             added.append(layer.name)
     for layer in (layer for layer in alignment.target.layers() if layer.role == "head"):
         _plan_head(update, layer.name)
@@ -77,15 +80,15 @@ def _reached(alignment: Alignment, b: int, first: int) -> bool:
     return first == 0 or any(own is not None and own >= first for own in alignment.blocks[: b + 1])
 
 
-def _slots(update: ComputedUpdate, alignment: Alignment) -> set[str]:
-    adapter, family = update.delta.adapter, alignment.source.family
-    assert adapter is not None
-    names = {part for layer in adapter.parts for part in family.parts(family.canonical(layer))}
-    return {layer.slot for layer in alignment.source.layers() if layer.name in names}
+def _trained(update: ComputedUpdate) -> set[str]:
+    """Layers of the source that an adapter has factors of."""
+    adapter, family = update.delta.adapter, update.source_family
+    layers = adapter.parts if adapter else ()
+    return {part for layer in layers for part in family.parts(family.canonical(layer))}
 
 
-def _plan(update: ComputedUpdate, layer: Layer) -> bool:
-    """Put the fit in place of what the prior moves; returns whether there was no prior."""
+def _plan(update: ComputedUpdate, layer: Layer) -> None:
+    """Put the fit in place of what the prior moves."""
     weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
     planned = update.computations(update.target.slots[weight].stored)
     prior = planned.get(weight)
@@ -101,7 +104,6 @@ def _plan(update: ComputedUpdate, layer: Layer) -> bool:
     for name in names:
         if name in update.target:
             update.plan(name, computation)
-    return prior is None
 
 
 def _dense(
