@@ -23,8 +23,35 @@ def by_hand(family: str) -> str:
 
 WHOLE = "tests/streaming/test_stream_jobs.py::test_a_job_writes_what_whole_models_give[effect]"
 
+RIDGE = "tests/streaming/test_held_out_ridge.py::"
+DEPTHS = "tests/jobs/test_depths.py::"
+
 # fmt: off
 EFFECT_BUGS = [
+    ("samples that judge counted batch by batch",
+     f"{RIDGE}test_the_penalty_is_the_one_with_the_least_error_on_every_fourth_sample", STREAMS,
+     "                count += len(after)\n", ""),
+    ("those that judge left out of the fit",
+     f"{RIDGE}test_the_penalty_is_the_one_with_the_least_error_on_every_fourth_sample", STREAMS,
+     "normal = reduce(add, normals)", "normal = normals[0]"),
+    ("fitted though it helps on no other sample",
+     f"{RIDGE}test_where_an_effect_cannot_be_foretold_nothing_is_fitted", STREAMS,
+     "chosen_ridge(*normals, bias=bias) if", "(chosen_ridge(*normals, bias=bias) or RecipeChoices.ridge) if"),
+    ("rows of all samples taken for those of a few", "tests/activations/test_effects.py::"
+     "test_rows_of_samples_are_those_of_these_samples[grids]", "theseus_transport/activations/pairing_tokens.py",
+     "tokens.select(kept) if mixing is None else mixing.only(kept)",
+     "tokens.select(kept) if mixing is None else mixing"),
+    ("weights of other rows kept",
+     "tests/activations/test_row_mixing.py::test_only_keeps_the_rows_that_are_asked_for[[1, 2]-sparse]",
+     "theseus_transport/activations/row_mixing.py",
+     "None if self.weight is None else self.weight[entries]", "None if self.weight is None else self.weight[: int(entries.sum())]"),
+    ("the pairing not part of what a run goes on with",
+     f"{DEPTHS}test_a_pairing_is_read_by_the_command_and_part_of_what_a_run_goes_on_with",
+     "theseus_transport/jobs/bases.py", '"depth": depth, "versions"', '"versions"'),
+    ("a pairing that is told planned as compared", f"{DEPTHS}test_blocks_that_are_told_are_not_compared",
+     "theseus_transport/budget/sizes.py", "return self.blocks is None and not self.aligned and", "return not self.aligned and"),
+    ("two blocks of the target fed by one", f"{DEPTHS}test_a_file_that_is_no_pairing_is_refused_before_anything_runs"
+     "[[0, 1, 1, 2]]", "theseus_transport/alignment/restored.py", "if after <= before]", "if after < before]"),
     ("the effect in the source's units", by_hand("llama"), STREAMS,
      "(other / own) ** 0.5 if own > 0 else 0.0)", "1.0)"),
     ("the effect behind the block wanted behind attention", by_hand("llama"), STREAMS,
