@@ -59,7 +59,7 @@ def test_a_config_has_the_options_and_the_command_line_wins(root, maps, tmp_path
     [
         ("tokns: 3", "'tokns' is no option of apply; nearest is '.*'"),
         ("aplha: 3", "'aplha' is no option of apply; nearest is 'alpha'"),
-        ("calibration: builtin", "'calibration' is no option of apply"),
+        ("depth: relative", "'depth' is no option of apply"),
         ("out-dtype: float32\nout_dtype: float16", "gives 'out_dtype' twice"),
         ("alpha:", "'alpha' is None; give a value"),
         ("- alpha", "holds list, expected keys and values"),

@@ -44,6 +44,7 @@ app = typer.Typer(
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 ALIGNED = ("calibration", *names_of(Aligning))
+RUN_AGAIN = tuple(name for name in ALIGNED if name != "depth")  # of an alignment that is there, its blocks are paired
 MOVED = names_of(Moving)
 COMMON = (*names_of(Running), "dry_run")
 
@@ -80,9 +81,12 @@ def plan(dry_run: bool, as_json: bool, recipe: dict[str, Any], **given: Any) -> 
 
 
 @app.command()
-@options("maps", "tuned", "out", "other_source", "other_target", *MOVED, "verify_inputs", *COMMON)
+@options("maps", "tuned", "out", "other_source", "other_target", *MOVED, *RUN_AGAIN, "verify_inputs", *COMMON)
 def apply(dry_run: bool, as_json: bool, other_source: str | None, other_target: str | None, **given: Any) -> None:
-    """Move the update of TUNED through an alignment and write it to OUT."""
+    """Move the update of TUNED through an alignment and write it to OUT.
+
+    Where its recipe fits the effect of a tune, both models run again, on --calibration; else that is not read.
+    """
     with errors(as_json):
         from ..jobs.transport_job import Session
 

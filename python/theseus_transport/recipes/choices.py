@@ -36,8 +36,8 @@ class RecipeChoices:
             MLP ``contract``, or ``contract`` alone, which takes half of the work.
         ridge: weight of the fit's penalty on the update (``effect`` only), in units of the mean energy of what the
             layer reads; 0 chooses it by the error on a quarter of the samples, no update at all among the choices.
-        last: what is wanted behind the last block (``effect`` only), where both models have one head: ``heads`` what
-            changes the target's predictions as the source's change, ``residual`` what the map says, as elsewhere.
+        last: what is wanted behind the last block (``effect`` only), where both models share a vocabulary: ``heads``
+            what changes the target's predictions as the source's change, ``residual`` what the map says, as elsewhere.
         fit: fit the effect (``effect`` only); without it the prior alone moves.
     """
 

@@ -1,14 +1,14 @@
-"""The wanted effect behind the last block, where both models have one head: by what it does to predictions.
+"""The wanted effect behind the last block, where both models share a vocabulary: by what it does to predictions.
 
 The map Q of the residual there is made from all that both models show; what their heads read of it is a small part. The
-heads' own outputs correspond exactly, though, class by class or token by token. So Q is corrected, by the least change,
+heads' own outputs correspond exactly, though, token by token. So Q is corrected, by the least change,
 until what it wants of the target's logits is what the source's logits show: with heads W_S, W_T folded with the gains
 of the final norms, and outputs weighed by how often they occur,
 
     Q' = Q + (C - Q G) (G + mu)^-1        C = W_S^T P W_T [dS, dT]        G = W_T^T P W_T [dT, dT]
 
-Where the two networks are one in two writings, C = Q G, and nothing is corrected. Where heads have fewer outputs than
-the residual features, only the directions that they read change.
+Where the two networks are one in two writings, C = Q G, and nothing is corrected. A head over a few classes reads too
+little of the residual for this: on digits it costs 3 to 7 % of the ceiling's gain (one seed).
 """
 
 from __future__ import annotations

@@ -352,9 +352,9 @@ class Streams:
         return self._between[i]
 
     def _by_heads(self, point: WritePoint) -> WritePoint:
-        """What is wanted behind the last block, corrected by the heads where these have their outputs in common."""
+        """What is wanted behind the last block, corrected by the heads where these share a vocabulary."""
         head = self._head()
-        if head is None or self._solver.pairs.target.family.classes_read > 1:  # a head of several parts
+        if head is None or head.purpose != "vocabulary":  # of classes heads read too little, which costs points
             return point
         if not self._agree(head, self._batches[0]):
             return point
