@@ -23,11 +23,14 @@ from theseus_transport.streaming import passage as passage_module
 
 @pytest.fixture(scope="module")
 def root(models, tmp_path_factory):
-    """With a target of a block more."""
+    """With a target of a block more, and one whose head is much the source's."""
     root = tmp_path_factory.mktemp("models") / "with-deep"
     shutil.copytree(models, root)
     torch.manual_seed(3)
     tiny_models.llama("target", depth=3).save_pretrained(root / "deep")
+    tiny_models.tuned(tiny_models.LlamaForCausalLM.from_pretrained(root / "causal/source")).save_pretrained(
+        root / "near"
+    )
     return root
 
 
@@ -105,6 +108,7 @@ INTERRUPTED = {
     "effect at the best strength, lora": ("lora", "adapter", effect("auto", "auto")),
     "effect at two strengths": ("causal/tuned", "checkpoint", effect("none", ("auto", 0.5))),
     "effect at a block more": ("causal/tuned", "checkpoint", {"target": "deep", **effect("none")}),
+    "effect with a head": ("causal/tuned", "checkpoint", {"target": "near", **effect("coherent", "auto")}),
     "effect of rank 2": ("causal/tuned", "adapter", {"output": "adapter", "rank": 2, **effect("coherent")}),
 }
 
@@ -134,7 +138,7 @@ def test_interrupted_fits_of_applied_maps_go_on_to_the_same_bytes(tuned, alpha, 
     goes_on(replace(job, maps=str(tmp_path / "maps")), monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["full", "effect", "effect at the best strength"])
+@pytest.mark.parametrize("name", ["full", "effect", "effect at the best strength", "effect with a head"])
 @pytest.mark.parametrize("files", [False, True], ids=["in memory", "in files"])
 def test_a_run_interrupted_just_before_its_end_goes_on_to_the_same_bytes(name, files, root, tmp_path, monkeypatch):
     """When hidden states are gone: all that they tell has to be known."""
