@@ -3,8 +3,10 @@
 import pytest
 import theseus_transport as tt
 import torch
+from theseus_transport.recipes.effect import writers
+from theseus_transport.streaming.streams import Streams
 
-from .controls import adapter_error, cases, error
+from .controls import adapter_error, aligned, cases, error
 from .models import LORA_RANK, TOLERANCE
 from .pairs_llama import EXACT
 from .pairs_text import TEXT
@@ -30,3 +32,25 @@ def test_adapter_is_exact(pair, kind, tmp_path):
 @pytest.mark.parametrize("pair, kind", LORA[::5])
 def test_adapter_of_a_higher_rank_is_exact(pair, kind, tmp_path):
     assert adapter_error(pair, tmp_path, recipe=RECIPE, rank=2 * LORA_RANK + 1) <= TOLERANCE[torch.float64]
+
+
+FIRST = [next(case for case in DENSE if case.id.startswith(f"{family}-")) for family in TABLES]
+
+
+@pytest.mark.parametrize("pair, kind", FIRST)
+def test_every_writer_is_fitted_and_nothing_is_missing(pair, kind, monkeypatch):
+    """Of an effect that is there: fits that did not run would leave all as it is, too."""
+    asked, solve = {}, Streams._solve
+
+    def spied(streams, layer, *normals, wanted):
+        asked[layer.name] = wanted
+        solve(streams, layer, *normals, wanted=wanted)
+
+    monkeypatch.setattr(Streams, "_solve", spied)
+    source, tuned, target, _ = pair.sides(kind)
+    models = source.build(), tuned.build(), target.build()
+    update = tt.transport(aligned(pair, torch.float64, RECIPE), tt.Delta.between(*models[:2]), models[2])
+    layers = writers(RECIPE, update.target.geometry.layers())
+    expected = {layer.name for layer in layers if f"{layer.name}.weight" in update.target}
+    assert expected and asked.keys() == expected and all(wanted > 0 for wanted in asked.values())
+    assert expected <= update.fits.done and not update.fits.share.keys() & expected

@@ -8,7 +8,7 @@ import torch
 
 from . import pairs as p
 from . import pairs_llama, pairs_text, pairs_vision, pairs_vit
-from .controls import EVALUATION_SEED, aligned, error, moved_error
+from .controls import EVALUATION_SEED, adapter_error, aligned, error, moved_error
 from .families import DINO_REGISTERS
 from .families import LLAMA as LLAMA_NAMES
 from .models import Draw, Spec, base, batches, tune
@@ -145,6 +145,35 @@ def test_narrowing_loses_what_lies_outside_the_image(base):
 def test_paper_is_not_exact_even_between_models_that_differ_in_gains_only(table):
     pair = next(pair for pair in table.EXACT if pair.name == "identity-new-gains")
     assert 0.1 <= error(pair, "linear", recipe="paper") <= 3  # 0.5
+
+
+# Fits without a prior: random tunes of all layers are further from what a writer can do than trained ones.
+WITHOUT_PRIOR = {
+    "llama": (LLAMA, {"linear": (0.5, 0.85), "everything": (0.35, 0.7), "lora": (0.4, 0.85)}),
+    "gpt2": (pairs_text.UNTIED, {"linear": (0.2, 0.55), "everything": (0.15, 0.45), "lora": (0.3, 0.7)}),
+    "vit": (VIT, {"linear": (0.15, 0.45), "everything": (0.06, 0.3), "lora": (0.09, 0.35)}),
+    "dino": (pairs_vision.CLASSES, {"linear": (0.2, 0.6), "everything": (0.12, 0.4), "lora": (0.12, 0.4)}),
+}
+FITTED = [(family, kind) for family, (_, bounds) in WITHOUT_PRIOR.items() for kind in bounds]
+
+
+def without_prior(family, kind, folder, *moves):
+    pair, recipe = p.Pair("no prior", WITHOUT_PRIOR[family][0], moves), tt.Recipe("effect", prior="none")
+    return adapter_error(pair, folder, recipe=recipe) if kind == "lora" else error(pair, kind, recipe=recipe)
+
+
+@pytest.mark.parametrize("family, kind", FITTED)
+def test_fits_without_a_prior_leave_as_much_as_stated(family, kind, tmp_path):
+    low, high = WITHOUT_PRIOR[family][1][kind]
+    assert low <= without_prior(family, kind, tmp_path, p.residual(p.rotated, 1.7)) <= high
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "vit"])
+def test_what_fits_leave_does_not_depend_on_how_the_target_is_written(family, tmp_path):
+    """Of heads, neurons and directions nothing has to correspond; rounding apart, within a thousandth."""
+    rotated = without_prior(family, "linear", tmp_path, p.residual(p.rotated, 1.7))
+    moves = p.residual(), p.heads(p.heads_permuted), p.neurons(p.permuted_neurons)
+    assert without_prior(family, "linear", tmp_path, *moves) == pytest.approx(rotated, rel=1e-3)
 
 
 def test_zero_gain_of_the_target_is_refused_by_name():
