@@ -85,7 +85,7 @@ EFFECT_BUGS = [
      "                if i == self._loop.held:\n                    continue\n                after =",
      "                if False:\n                    continue\n                after ="),
     ("behind a prior nothing fitted", "tests/exact/test_effect.py::test_every_writer_is_fitted_and_nothing_is_missing"
-     "[llama-identity-linear]", STREAMS, "            if layer.name in self._fits:\n", "            if False:\n"),
+     "[llama-identity-new-gains-linear]", STREAMS, "            if layer.name in self._fits:\n", "            if False:\n"),
     ("a factor behind a writer left in its fit", "tests/exact/test_inexact.py::test_fits_without_a_prior_leave_as_much_as_stated"
      "[dino-linear]", STREAMS, "Fit(found.weight / factor[:, None],", "Fit(found.weight,"),
     ("a prior that its fit forgets",
