@@ -40,8 +40,8 @@ def job_of(root, tmp_path, tuned, **options):
     return Job(*folders, tmp_path / "out", str(root / "ids.safetensors"), **options)
 
 
-def effect(prior, alpha=1.0):
-    return {"recipe": tt.Recipe("effect", prior=prior), "alpha": alpha}
+def effect(prior, alpha=1.0, **choices):
+    return {"recipe": tt.Recipe("effect", prior=prior, **choices), "alpha": alpha}
 
 
 CASES = {
@@ -60,6 +60,7 @@ CASES = {
     "effect behind a prior": ("causal/tuned", "delta", {"output": "delta", **effect("coherent")}),
     "effect, lora": ("lora", "adapter", effect("none")),
     "effect behind a prior, lora": ("lora", "adapter", effect("coherent")),
+    "effect, its penalty chosen": ("lora", "adapter", effect("none", ridge=0)),
 }
 
 

@@ -115,7 +115,7 @@ class Fits:
         if row.note.startswith(ADDED):
             layer = own
             if layer in self.done - self.share.keys():
-                return TensorFate(row.tensor, "unchanged", "nothing was missing behind it")
+                return TensorFate(row.tensor, "unchanged", "nothing was missing behind it that a fit could make up for")
         share, kept = self.share.get(layer, 0.0), self.kept.get(layer, 1.0)
         known = {
             f"{percent(share)} of it fitted": share > 0 and row.fate == "transported",
