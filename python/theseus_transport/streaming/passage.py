@@ -32,7 +32,8 @@ from .changed_weights import TunedWeights, UpdatedWeights
 from .hidden_states import own_folder, temporary
 from .loop import Loop
 from .schedule import Visit, schedule
-from .streams import Arrived, Streams
+from .stream import Arrived
+from .streams import Streams
 from .window import Window
 
 Steps = Callable[[int], Callable[[], object]]  # number of steps -> call after every step

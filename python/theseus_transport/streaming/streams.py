@@ -7,11 +7,7 @@ All are fed the same tokens; nothing is ever run backwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,96 +17,23 @@ from torch import Tensor, nn
 from ..activations.effects import EffectMoment
 from ..activations.moments import Energy, add_energies
 from ..activations.pairing_tokens import Mixings, of_class_token, of_samples
-from ..linalg.ridge import Fit, Normal, chosen_ridge, ridge
-from ..models.base import Base
 from ..models.forward import state_of
 from ..models.geometry import Layer
 from ..models.pair import Pair
-from ..recipes.choices import RecipeChoices
 from ..recipes.effect import write_point, writers
 from ..recipes.solver import Solver
 from ..updates.computed import ComputedUpdate
 from .changed_weights import Scaled, TunedWeights, UpdatedWeights
-from .head_fit import HeadFit
 from .hidden_states import Hidden
-from .last_point import AGREE, Heads, agreement, frequencies
-from .loop import Loop, Side
+from .loop import Loop
+from .predictions import Predictions
 from .schedule import Visit
 from .skeleton import Weights
 from .stand_ins import Reached
-from .verdict import Head, Prediction, prediction, removed, shared_head, stored_head
+from .stream import Arrived, Stream, WritePoint, difference
+from .writer_fit import solve
 
-NOTHING = 100.0  # times the square of the recipe's floor: share of the effect's energy below which nothing is missing
 JUDGES = 4  # one sample of so many judges the penalty of fits to the others, where it is chosen
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """How much of the effect is there at a write point, on rows that no fit has seen: 1 - |missing|^2 / |wanted|^2.
-
-    Attributes:
-        layer: of the target, which writes there.
-        share: 1 is all of it, 0 as much as without any update.
-    """
-
-    layer: str
-    share: float
-
-
-@dataclass
-class WritePoint:
-    """What is known of the residual behind a layer: the map between the two models there, and the ratio of scales."""
-
-    q: Tensor  # [dS, dT]
-    scale: float
-
-
-class Stream:
-    """One model as changed, beside its base: its weights, and its hidden states."""
-
-    def __init__(self, side: Side, weights: Weights, name: str, batches: Sequence[int]) -> None:
-        """``batches``: the numbers of those that run through it, in order."""
-        self.side, self.weights, self.name = side, weights, name
-        self._places = {i: k for k, i in enumerate(batches)}
-        self.hidden: Hidden  # of these batches
-
-    def __getitem__(self, i: int) -> Tensor:
-        """Hidden states [samples, tokens, width] of batch ``i``."""
-        return self.hidden[self._places[i]]
-
-    def put(self, i: int, state: Tensor) -> None:
-        """Replace those of batch ``i``; batches come in order."""
-        self.hidden.put(self._places[i], state)
-
-    @contextmanager
-    def filled(self, b: int) -> Iterator[Callable[..., Any]]:
-        """Block ``b`` with this stream's weights."""
-        with self.side.skeleton.filled(b, weights=self.weights) as block:
-            yield block
-
-    def run(self, block: Callable[..., Any], b: int, i: int) -> Tensor:
-        """What block ``b`` makes of batch ``i``; the stream stays where it is."""
-        rest, named = self.side.calls[i][b]
-        return state_of(block(self[i].to(self.side.device), *rest, **named))
-
-    @contextmanager
-    def watched(self, b: int, layer: str) -> Iterator[dict[str, Tensor]]:
-        """What block ``b`` shows while it runs: ``read`` by ``layer``, ``between`` attention and MLP."""
-        seen: dict[str, Tensor] = {}
-
-        def note(what: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda module, given: seen.__setitem__(what, given[0])
-
-        f, inside = self.side.geometry.family, self.side.skeleton.inside
-        handles = [
-            inside(b, layer).register_forward_pre_hook(note("read")),
-            inside(b, f.mlp_norm).register_forward_pre_hook(note("between")),
-        ]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class Streams:
@@ -167,6 +90,8 @@ class Streams:
         source, target = loop.sides
         self.tuned = Stream(source, self._of_tuned, "tuned", self._batches)
         self.updated = Stream(target, self._of_updated, "updated", self._batches)
+        streams = self.tuned, self.updated
+        self._predictions = Predictions(loop, self._solver, self._update, streams, self._batches)
 
     def prepare(self, visit: Visit) -> None:
         """Before a visit's blocks run: from the first block that the tune changed the two models go their own ways."""
@@ -225,58 +150,18 @@ class Streams:
         return {alpha: Scaled(base, self._of_updated, alpha) for alpha in self._strengths}
 
     def fit_heads(self) -> None:
-        """Once all blocks ran: fit a head that the tune trained to what is missing of its change of predictions."""
-        planned = self._update.fits.heads
-        head = self._head() if self.active and planned else None
-        name = head and self._solver.pairs.target.family.heads[head.purpose]
-        if head is not None and name in planned and self._trained(head):
-            each = [self._four(head, i) for i in self._batches if i != self._loop.held]
-            read = [torch.cat([batch[k].read for batch in each]) for k in range(4)]
-            joined = [replace(one, read=rows) for one, rows in zip(each[0], read, strict=True)]
-            outputs = self._update.target.shape(f"{name}.weight")[0]
-            bias = f"{name}.bias" in self._update.target
-            fit = HeadFit(joined, planned[name].compute, head.outputs, outputs, bias)
-            self._update.fits.share[name] = fit.share(name)
-            self._update.fits.made[name] = fit
-            self._update.forget()
-        self._update.unchanged |= self._update.fits.reached(planned)
-
-    def _trained(self, head: Head) -> bool:
-        """Whether the tune changed a head whose outputs both bases agree on."""
-        stored = str(stored_head(self._solver.source, head.purpose))
-        if not self._of_tuned.changes([stored]):
-            return False
-        return self._agree(head, self._batches[0])
-
-    def _agree(self, head: Head, i: int) -> bool:
-        """Whether the heads of both bases have something in common, on batch ``i``."""
-        seen = [self._predicted(k, head, s.hidden[i], s.window, i) for k, s in enumerate(self._loop.sides)]
-        return agreement(head, *seen) >= AGREE
-
-    def _four(self, head: Head, i: int) -> list[Prediction]:
-        """What S+, S, T, and T+ with the head of its base predict of batch ``i``."""
-        source, target = self._loop.sides
-        updated = self._predicted(1, head, self.updated[i], self._of_updated, i)
-        return [
-            self._predicted(0, head, self.tuned[i], self._of_tuned, i),
-            self._predicted(0, head, source.hidden[i], source.window, i),
-            self._predicted(1, head, target.hidden[i], target.window, i),
-            replace(updated, weights=target.window),
-        ]
+        """Once all blocks ran: fit a head that the tune trained, if one is planned."""
+        if self.active:
+            self._predictions.fit_head(self._of_tuned)
+        self._update.unchanged |= self._update.fits.reached(self._update.fits.heads)
 
     def judge(self) -> None:
         """Once all blocks ran and all maps are there: how much of the divergence is removed, at every strength."""
         self.judged = True
-        if self._loop.held is None or not self.active or (head := self._head()) is None:
-            return
-        (source, target), held = self._loop.sides, self._held
-        before = self._predicted(1, head, target.hidden[held], target.window, held)
-        base = self._predicted(0, head, source.hidden[held], source.window, held)
-        effect = Pair(base, self._predicted(0, head, self.tuned[held], self._of_tuned, held))
-        states: dict[float, tuple[Tensor, Weights]] = {1.0: (self.updated[held], self._of_updated)}
-        states |= {alpha: (self._tried[alpha], weights) for alpha, weights in self._trials().items()}
-        updated = {alpha: self._predicted(1, head, *states[alpha], held) for alpha in sorted(states)}
-        self.removed = removed(head, before, effect, updated)
+        if self._loop.held is not None and self.active:
+            states: dict[float, tuple[Tensor, Weights]] = {1.0: (self.updated[self._held], self._of_updated)}
+            states |= {alpha: (self._tried[alpha], weights) for alpha, weights in self._trials().items()}
+            self.removed = self._predictions.removed(states, self._held)
 
     def _behind(self, name: str) -> bool:
         """Whether a stored tensor of the source lies behind the blocks."""
@@ -304,7 +189,7 @@ class Streams:
                 if point in self._solver.ruleset.maps:
                     self._point = self._found(point, visit, layer)
                     if point == "final" and self._recipe.last == "heads" and layer.name in self._fits:
-                        self._point = self._by_heads(self._point)
+                        self._point = self._predictions.corrected(self._point)
             if self._point is None:
                 continue
             points[layer.name] = self._point
@@ -350,36 +235,6 @@ class Streams:
             return self.tuned[i]
         assert self._between is not None
         return self._between[i]
-
-    def _by_heads(self, point: WritePoint) -> WritePoint:
-        """What is wanted behind the last block, corrected by the heads where these share a vocabulary."""
-        head = self._head()
-        if head is None or head.purpose != "vocabulary":  # of classes heads read too little, which costs points
-            return point
-        if not self._agree(head, self._batches[0]):
-            return point
-        target, windows = self._loop.sides.target, self._loop.sides.map(lambda side: side.window)
-        ids = [batch["input_ids"] for batch in target.batches if "input_ids" in batch]
-        weight = frequencies(torch.cat([x.flatten() for x in ids]) if ids else None, head.outputs)
-        own, other = point.q.shape
-        z = (other / own) ** 0.5  # z, unlike the residual, has the energy of its width
-        heads = Heads.of(self._bases, windows, head, weight)
-        return WritePoint(heads.corrected(z * point.q), point.scale / z)
-
-    @property
-    def _bases(self) -> Pair[Base]:
-        return Pair(self._solver.source, self._solver.target)
-
-    def _head(self) -> Head | None:
-        """The head that both bases have over the same outputs."""
-        rows = self._loop.rows[self._batches[0]]
-        return shared_head(self._bases, rows, one_tokenizer=self._update.one_tokenizer)
-
-    def _predicted(self, k: int, head: Head, state: Tensor, weights: Weights, i: int) -> Prediction:
-        """What a head makes of one side's hidden states behind its last block, on batch ``i``."""
-        side = self._loop.sides[k]
-        mask = side.batches[i].get("attention_mask")
-        return prediction(side, self._bases[k], head, state.to(side.device), weights, self._loop.rows[i][k], mask)
 
     def _rows(self, b: int | None, i: int) -> Mixings:
         """Which rows of batch ``i`` stand for each other: behind the last block those alone that the models read."""
@@ -440,7 +295,8 @@ class Streams:
         wanted = point.scale**2 * sum(float(moment.source_energy.sum()) for moment in moments)
         normals = [moment.missing(point.scale, point.q, centred=self._centred) for moment in moments]
         moments.clear()  # all but the Grams
-        self._solve(layer, normals, wanted=wanted)
+        solve(self._update, layer, normals, self._recipe, wanted=wanted)
+        self._of_updated.forget(*self._update.stored_in(layer.name))
 
     def _parts(self, rows: Mixings, states: Tensor, count: int) -> list[Mixings]:
         """The rows of a batch that are fitted, and those that judge a penalty that is to be chosen.
@@ -452,40 +308,6 @@ class Streams:
             return [rows]
         judge = torch.arange(count, count + len(states), device=self._loop.device) % JUDGES == JUDGES - 1
         return [of_samples(rows, states.shape[1], samples) for samples in (~judge, judge)]
-
-    def _solve(self, layer: Layer, normals: list[Normal], *, wanted: float) -> None:
-        """Solve for a writer's update, where anything is missing of an effect of energy ``wanted``.
-
-        Args:
-            normals: of the rows that are fitted and, where the penalty is chosen, of those that judge it; used up.
-        """
-        update, into = self._update, self._update.target
-        stored = {part: into.slots[n] for part in ("weight", "bias") if (n := f"{layer.name}.{part}") in into}
-        planned, rho = update.fits.planned[layer.name], self._recipe.ridge or None
-        bias, found = planned is None and "bias" in stored, None
-        if rho is None:
-            rho = chosen_ridge(*normals, bias=bias) if all(one.count for one in normals) else RecipeChoices.ridge
-        normal = reduce(add, normals)
-        normals.clear()
-        if rho is not None:
-            found = ridge(normal, rho, bias=bias)
-            if _explained(found, normal) <= NOTHING * self._recipe.floor**2 * wanted:
-                found = None
-        missing = found is not None
-        if found is None:
-            if planned is None or not planned.wider:
-                return
-            found = Fit(torch.zeros_like(normal.cross.mT), None)  # what the prior moved is cut as a fit is
-        if layer.scale and layer.scale in into:  # a factor behind the layer: the residual gets it times that
-            factor = into.need(layer.scale).to(found.weight)
-            factor = torch.where(factor == 0, torch.inf, factor)
-            found = Fit(found.weight / factor[:, None], None if found.bias is None else found.bias / factor)
-        there = {part: slot for part, slot in stored.items() if update.there(slot.stored)}
-        prior = {part: slot.view(update[slot.stored]).double() for part, slot in there.items()}
-        update.forget()
-        if missing or prior:
-            update.fits.put(layer.name, prior, found, normal, rho or RecipeChoices.ridge)
-        self._of_updated.forget(*(slot.stored for slot in stored.values()))
 
     def _upto(
         self, stream: Stream, block: Callable[..., Any], b: int, i: int, seen: Mapping[str, Tensor], *, between: bool
@@ -513,7 +335,7 @@ class Streams:
         own, other = self._states(visit, layer, held)
         mixings = self._rows(visit.target, held)
         pairs = Pair((self._tuned_state(visit, layer, held), own), (after, other))
-        effect, change = (_difference(*both, mixing) for both, mixing in zip(pairs, mixings, strict=True))
+        effect, change = (difference(*both, mixing) for both, mixing in zip(pairs, mixings, strict=True))
         if self._centred:
             effect, change = (x - x.mean(1, keepdim=True) for x in (effect, change))
         wanted = point.scale * effect @ point.q
@@ -556,16 +378,3 @@ class Streams:
     def committed(self) -> None:
         for stream in (self.tuned, self.updated) if self.active else ():
             stream.hidden.committed()
-
-
-def _explained(found: Fit, normal: Normal) -> float:
-    """The energy that a fit takes away from what is missing, and its penalty."""
-    energy = float((found.weight.T * normal.cross).sum())
-    return energy if found.bias is None else energy + float(found.bias @ normal.output_sum)
-
-
-def _difference(after: Tensor, before: Tensor, mixing: Any) -> Tensor:
-    """Rows of a change of hidden states, as they pair, in float64."""
-    rows = (after.to(before) - before).flatten(0, -2).double()
-    found: Tensor = rows if mixing is None else mixing(rows)
-    return found

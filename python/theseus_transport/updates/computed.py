@@ -140,6 +140,11 @@ class ComputedUpdate(Mapping[str, Tensor]):
         fitted = key.removesuffix(FIT)
         return fitted in self.fits.done if fitted != key else self.available.ready(key)
 
+    def stored_in(self, layer: str) -> set[str]:
+        """Stored names of the target's tensors of a layer."""
+        slots = self.target.slots
+        return {slots[name].stored for part in ("weight", "bias") if (name := f"{layer}.{part}") in slots}
+
     def there(self, name: str) -> bool:
         """Whether a stored tensor of the target moves, and what maps need for it is there; a fit may be to come."""
         return name in self and all(self.ready(key) for key in self.needs(name) if not key.endswith(FIT))
