@@ -1,9 +1,11 @@
 """Bugs to plant in the recipe `effect` as it streams, as in `bugs`: (name, test, file, old, new)."""
 
-STREAMS, LOOP, ALPHA, EFFECT, FITS, MERGED, WEIGHTS, VERDICT, LAST, PASSAGE = (
+STREAMS, WRITER, PREDICTIONS, LOOP, ALPHA, EFFECT, FITS, MERGED, WEIGHTS, VERDICT, LAST, PASSAGE = (
     f"theseus_transport/{name}.py"
     for name in (
         "streaming/streams",
+        "streaming/writer_fit",
+        "streaming/predictions",
         "streaming/loop",
         "updates/alpha",
         "recipes/effect",
@@ -35,10 +37,10 @@ EFFECT_BUGS = [
      f"{RIDGE}test_the_penalty_is_the_one_with_the_least_error_on_every_fourth_sample", STREAMS,
      "                count += len(after)\n", ""),
     ("those that judge left out of the fit",
-     f"{RIDGE}test_the_penalty_is_the_one_with_the_least_error_on_every_fourth_sample", STREAMS,
+     f"{RIDGE}test_the_penalty_is_the_one_with_the_least_error_on_every_fourth_sample", WRITER,
      "normal = reduce(add, normals)", "normal = normals[0]"),
     ("fitted though it helps on no other sample",
-     f"{RIDGE}test_where_an_effect_cannot_be_foretold_nothing_is_fitted", STREAMS,
+     f"{RIDGE}test_where_an_effect_cannot_be_foretold_nothing_is_fitted", WRITER,
      "chosen_ridge(*normals, bias=bias) if", "(chosen_ridge(*normals, bias=bias) or RecipeChoices.ridge) if"),
     ("rows of all samples taken for those of a few", "tests/activations/test_effects.py::"
      "test_rows_of_samples_are_those_of_these_samples[grids]", "theseus_transport/activations/pairing_tokens.py",
@@ -63,11 +65,11 @@ EFFECT_BUGS = [
     ("what is there not asked of the target", by_hand("llama"), STREAMS,
      "update(read, tuned, own, after, other,", "update(read, tuned, own, other, other,"),
     ("a fit that what follows does not see", by_hand("llama"), STREAMS,
-     "        self._of_updated.forget(*(slot.stored for slot in stored.values()))\n", ""),
+     "        self._of_updated.forget(*self._update.stored_in(layer.name))\n", ""),
     ("the map behind the block used behind attention", by_hand("llama"), EFFECT,
      'return f"{layer.block}.mlp" if layer.role == "output" else pairs.after(layer.block)',
      "return pairs.after(layer.block)"),
-    ("no bias fitted", by_hand("gpt2"), STREAMS,
+    ("no bias fitted", by_hand("gpt2"), WRITER,
      'planned is None and "bias" in stored', "False"),
     ("a mean over features that LayerNorm does not see fitted", by_hand("gpt2"), STREAMS,
      'self._centred = solver.pairs.target.family.norm == "layer"', "self._centred = False"),
@@ -87,7 +89,7 @@ EFFECT_BUGS = [
     ("behind a prior nothing fitted", "tests/exact/test_effect.py::test_every_writer_is_fitted_and_nothing_is_missing"
      "[llama-identity-new-gains-linear]", STREAMS, "            if layer.name in self._fits:\n", "            if False:\n"),
     ("a factor behind a writer left in its fit", "tests/exact/test_inexact.py::test_fits_without_a_prior_leave_as_much_as_stated"
-     "[dino-linear]", STREAMS, "Fit(found.weight / factor[:, None],", "Fit(found.weight,"),
+     "[dino-linear]", WRITER, "Fit(found.weight / factor[:, None],", "Fit(found.weight,"),
     ("a prior that its fit forgets",
      "tests/streaming/test_streams.py::test_a_fit_behind_a_prior_sees_what_the_prior_moved[llama]", FITS,
      "total = weight if moved is None else weight + moved.to(weight)", "total = weight"),
@@ -142,9 +144,9 @@ EFFECT_BUGS = [
     ("the source's tune taken away from what is wanted", f"{JUDGED}all_of_it_is_the_targets_logits_changed_as_the_sources",
      VERDICT, "before + source.target.logits(outputs) - source.source.logits(outputs)",
      "before - source.target.logits(outputs) + source.source.logits(outputs)"),
-    ("base and tune exchanged", f"{JUDGED}between_copies_of_a_model_all_of_it_arrives_at_strength_one[lora]", STREAMS,
-     "effect = Pair(base, self._predicted(0, head, self.tuned[held], self._of_tuned, held))",
-     "effect = Pair(self._predicted(0, head, self.tuned[held], self._of_tuned, held), base)"),
+    ("base and tune exchanged", f"{JUDGED}between_copies_of_a_model_all_of_it_arrives_at_strength_one[lora]", PREDICTIONS,
+     "effect = Pair(base, self._of(0, head, self._tuned[held], self._tuned.weights, held))",
+     "effect = Pair(self._of(0, head, self._tuned[held], self._tuned.weights, held), base)"),
     ("the worst strength taken", f"{JUDGED}between_copies_of_a_model_all_of_it_arrives_at_strength_one[lora]", ALPHA,
      "return max(removed, key=", "return min(removed, key="),
     ("one strength tried for all",

@@ -69,7 +69,7 @@ FIT_BUGS = [
     ("a share that a cut keeps told as all", f"{JOBS}what_was_fitted_and_what_a_rank_keeps_is_told_everywhere", RANKS,
      "return min(left / total, 1.0) if total", "return 1.0 if total"),
     ("a prior that is cut in no metric", f"{FACTORED}where_nothing_is_missing_the_prior_is_cut_in_the_metric_of_the_fit",
-     "theseus_transport/streaming/streams.py", "if planned is None or not planned.wider:", "if True:"),
+     "theseus_transport/streaming/writer_fit.py", "if planned is None or not planned.wider:", "if True:"),
     ("a scaling that the configuration does not say", f"{FACTORED}peft_loads_an_adapter_at_any_rank[llama-3-none]",
      "theseus_transport/updates/fits.py", "Factors(a, b / how.scaling, how.scaling)", "Factors(a, b, 1.0)"),
     ("cuts forgotten where a run goes on",

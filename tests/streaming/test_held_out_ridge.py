@@ -6,7 +6,7 @@ import torch
 from helpers import tiny_models
 from helpers.effect_by_hand import effect_by_hand, ridge
 from theseus_transport.linalg.ridge import GRID
-from theseus_transport.streaming import streams
+from theseus_transport.streaming import writer_fit
 
 IDS = torch.randint(1, tiny_models.VOCABULARY, (11, 24), generator=torch.Generator().manual_seed(5))
 LENGTHS = torch.tensor([24, 9, 17, 12, 24, 24, 5, 20, 24, 13, 24])
@@ -88,7 +88,7 @@ def test_fewer_than_four_samples_leave_the_default():
 
 
 def test_without_a_fit_what_the_prior_moved_is_cut_all_the_same(monkeypatch):
-    monkeypatch.setattr(streams, "chosen_ridge", lambda *sums, bias: None)
+    monkeypatch.setattr(writer_fit, "chosen_ridge", lambda *sums, bias: None)
     update = moved(*models(), batched(IDS), prior="coherent", ridge=0, rank=2)
     written = {name: value for name, value in update.items() if "o_proj" in name or "down_proj" in name}
     assert len(written) == 4 and all(torch.linalg.matrix_rank(value) == 2 for value in written.values())
