@@ -18,7 +18,7 @@ ROTATED = (p.residual(p.rotated, 1.7), *PERMUTED)
 def error(names, moves, **options) -> float:
     """Relative error of an `everything` update under a recipe."""
     source, tuned, target, _ = p.Pair("option", lambda: base(names), moves).sides("everything")
-    recipe = tt.Recipe(**options)
+    recipe = tt.Recipe("coherent", **options)
     alignment = tt.align(source.build(), target.build(), batches(source, seed=3), recipe=recipe)
     return moved_error(alignment, source, tuned, target, torch.float64)
 
@@ -26,7 +26,7 @@ def error(names, moves, **options) -> float:
 def fates(names, **options) -> dict[str, tuple[str, str]]:
     source, tuned, target, _ = p.Pair("option", lambda: base(names), ROTATED).sides("everything")
     models = source.build(), target.build()
-    alignment = tt.align(*models, batches(source, seed=3), recipe=tt.Recipe(**options))
+    alignment = tt.align(*models, batches(source, seed=3), recipe=tt.Recipe("coherent", **options))
     update = tt.transport(alignment, tt.Delta.between(models[0], tuned.build()), models[1])
     return {row.tensor: (row.fate, row.note) for row in update.coverage}
 
@@ -46,7 +46,7 @@ def test_regression_moves_less_where_maps_predict_badly():
     tuned, data = p.tune(source, "linear").build(), batches(source, seed=3)
     sizes = {}
     for scale in ("norm", "regression"):
-        alignment = tt.align(source.build(), target.build(), data, recipe=tt.Recipe(scale=scale))
+        alignment = tt.align(source.build(), target.build(), data, recipe=tt.Recipe("coherent", scale=scale))
         update = tt.transport(alignment, tt.Delta.between(source.build(), tuned), target.build())
         sizes[scale] = {name: float(value.norm()) for name, value in update.items()}
     assert sizes["norm"].keys() == sizes["regression"].keys()
@@ -75,7 +75,7 @@ def test_one_dense_map_of_the_context_is_exact_for_plain_heads():
 def test_dense_heads_need_plain_ones():
     source = base(LLAMA)
     with pytest.raises(tt.InputRefused, match="heads=dense needs plain heads, but the llama shares keys among heads"):
-        tt.align(source.build(), source.build(), batches(source, seed=3), recipe=tt.Recipe(heads="dense"))
+        tt.align(source.build(), source.build(), batches(source, seed=3), recipe=tt.Recipe("coherent", heads="dense"))
 
 
 def test_embeddings_and_head_can_be_left():
@@ -95,7 +95,7 @@ def test_completion_is_what_makes_few_token_types_exact():
     source, tuned, target, _ = p.Pair("few", lambda: base(LLAMA), moves).sides("everything")
     errors = {}
     for completion in ("deeper", "none"):
-        recipe = tt.Recipe(completion=completion)
+        recipe = tt.Recipe("coherent", completion=completion)
         alignment = tt.align(source.build(), target.build(), batches(source, seed=3, **few), recipe=recipe)
         errors[completion] = moved_error(alignment, source, tuned, target, torch.float64)
     assert errors["deeper"] <= EXACT and errors["none"] > 0.1

@@ -31,7 +31,7 @@ from ..updates.computed import ComputedUpdate
 from ..updates.fates import Computation, MovedFactors
 from ..updates.output import described_outputs
 from .bases import Fit
-from .outcome import Outcome, describe
+from .outcome import Clock, Outcome, describe
 from .prepared import Prepared
 from .settings import DTYPES
 from .verdict import doubts
@@ -71,9 +71,15 @@ def beside(prepared: Prepared, key: dict[str, Any], what: str) -> Iterator[tuple
         raise type(error)(f"{str(error) or 'interrupted'}; --resume goes on with {place}, or remove it") from error
 
 
-def add(prepared: Prepared, fitted: Fit, place: Path, key: dict[str, Any], progress: Progress) -> Outcome:
-    """Write the output of an update that lies in ``place``, at the strengths that follow from it."""
-    inputs, job = prepared.inputs, prepared.inputs.job
+def add(
+    prepared: Prepared, fitted: Fit, place: Path, key: dict[str, Any], progress: Progress, first: Outcome | None
+) -> Outcome:
+    """Write the output of an update that lies in ``place``, at the strengths that follow from it.
+
+    Args:
+        first: what it was made by; None: another process.
+    """
+    inputs, job, clock = prepared.inputs, prepared.inputs.job, Clock()
     known = read_manifest(place)["metadata"]
     made = Outcome(**known["outcome"])
     draft = inputs.transport(outline(*inputs.bases.geometries, Recipe(**made.job["recipe"]), made.blocks))
@@ -92,7 +98,7 @@ def add(prepared: Prepared, fitted: Fit, place: Path, key: dict[str, Any], progr
             step()
         told = describe(job, *inputs.bases.checkpoints, inputs.tuned) | {"recipe": made.job["recipe"]}
         told |= prepared.head.told if prepared.head else {}
-        outcome = replace(made, job=told, kind=inputs.kind, bytes_out=prepared.bytes_out, written=str(job.out))
+        outcome = replace(made, job=told, kind=inputs.kind, bytes_out=prepared.bytes_out)
         outcome.predicted_bytes, outcome.predicted_seconds = fitted.plan.peak, fitted.seconds
         outcome.plan = fitted.plan.choice.words
         outcome.alphas = [strength(*each) for each in zip(inputs.alphas, outputs, strict=True)]
@@ -101,6 +107,10 @@ def add(prepared: Prepared, fitted: Fit, place: Path, key: dict[str, Any], progr
         work.finish([ending(one, known["provenance"]) for one in each])
     rounded = [text for out in outputs for text in out.rounding.warnings()]
     outcome.warnings = [*made.warnings, *rounded]
+    clock.lap("write")
+    clock.stages(first.seconds if first else {})
+    clock.finish(outcome, job.out, *inputs.bases.windows, inputs.window)
+    outcome.bytes_read = (outcome.bytes_read or 0) + (first.bytes_read or 0 if first else 0)
     return outcome
 
 

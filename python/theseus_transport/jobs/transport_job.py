@@ -181,10 +181,10 @@ class Session:
             kind = "adapter" if inputs.kind == "adapter" else "delta"
             how: dict[str, Any] = {"alpha": 1.0, "output": kind, "out_dtype": "float32"}
             first = Session(replace(job, out=place, resume=resume, overwrite=overwrite, **how))
-            stem = None if kind == "adapter" else "model"
+            stem, made = None if kind == "adapter" else "model", None
             with suppress(AlreadyDone):
-                carry_out(first.prepared, first.fitted, progress, stem=stem, strengths=tried)
-            outcome = add(prepared, fitted, place, key, progress)
+                made = carry_out(first.prepared, first.fitted, progress, stem=stem, strengths=tried)
+            outcome = add(prepared, fitted, place, key, progress, made)
         self._finish()
         return outcome
 

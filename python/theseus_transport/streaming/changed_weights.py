@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from ..updates.computed import ComputedUpdate
 from ..updates.delta import Delta
 from ..updates.merged import Merged
 from .window import Window
+
+VOCABULARY = "the head over the vocabulary"  # name under which a tune's own is read, wherever it is stored
 
 
 class TunedWeights:
@@ -31,19 +33,40 @@ class TunedWeights:
             assert delta.adapter is not None
             merged = Merged(base, delta.adapter, family)
             self.tensors: Tensors = merged
-            names = {name: name for name in merged.changed if name in base}
+            stored = {family.canonical(name): name for name in merged.changed}
         else:
             self.tensors = delta.tuned
             stored = family.spelled(delta.tuned)
-            names = {name: stored[canonical] for canonical, name in family.spelled(base).items() if canonical in stored}
+        spelled = family.spelled(base)
+        names = {name: stored[canonical] for canonical, name in spelled.items() if canonical in stored}
         self._names = {
             name: own for name, own in names.items() if self._like(name, own) and not left(family.canonical(name))
         }
+        moved = {canonical: own for canonical, own in stored.items() if not left(canonical)}
+        self._head = self._head_of(delta, spelled, moved)
+
+    def _head_of(self, delta: Delta, base: Mapping[str, str], tuned: Mapping[str, str]) -> tuple[str, str | None]:
+        """The base's tensor that its head over the vocabulary is, and the tune's: it may have come apart from the
+        embedding, or joined it.
+
+        Args:
+            base, tuned: canonical names -> as stored; of the tune, what it may have changed.
+        """
+        head, token = f"{self._family.heads.get('vocabulary')}.weight", self._family.embedding("token")
+        table, whole = token.name if token else "", delta.tuned is not None and delta.adapted is None
+        joined = head not in tuned and (delta.ties or (whole and head not in base))
+        return base.get(head, base.get(table, "")), tuned.get(table if joined else head)
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the tune's head over the vocabulary."""
+        name, own = self._head
+        return shape_of(self._base, name)[0] if own is None else shape_of(self.tensors, own)[0]
 
     def _like(self, name: str, own: str) -> bool:
-        """Whether a tuned tensor can stand in the base's place: a table of a vocabulary may have gained rows."""
+        """Whether a tuned tensor can stand in the base's place: a table of a vocabulary may have other rows."""
         base, tuned = shape_of(self._base, name), shape_of(self.tensors, own)
-        return base == tuned or (len(base) == 2 and base[1:] == tuned[1:] and tuned[0] > base[0])
+        return base == tuned or (len(base) == len(tuned) == 2 and base[1:] == tuned[1:])
 
     def changes(self, names: Collection[str]) -> bool:
         """Whether any of these stored tensors differs from the base's; reads them up to the first rows that do."""
@@ -55,24 +78,35 @@ class TunedWeights:
         )
 
     def _same(self, name: str, rows: slice | None) -> bool:
-        base, tuned = rows_of(self._base, name, rows), rows_of(self.tensors, self._names[name], rows)
+        base, tuned = rows_of(self._base, name, rows), self[name] if rows is None else self.rows(name, rows)
         return torch.equal(tuned.to(base), base)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             return self._base[name]
-        return self.tensors[self._names[name]][: self._base.shapes[name][0] if self._base.shapes[name] else None]
+        shape, own = self._base.shapes[name], self._names[name]
+        return self.tensors[own] if shape == shape_of(self.tensors, own) else self.rows(name, slice(0, shape[0]))
 
     def take(self, name: str, index: Tensor) -> Tensor:
         """The rows that ``index`` names (int64, ascending, each once), [len(index), ...]."""
         if name not in self._names:
             return self._base.take(name, index)
         own, read = self._names[name], getattr(self.tensors, "take", None)
-        return self.tensors[own][index] if read is None else read(own, index)
+        there = index[index < shape_of(self.tensors, own)[0]]
+        found: Tensor = self.tensors[own][there] if read is None else read(own, there)
+        rest = index[len(there) :]
+        return torch.cat([found, self._base.take(name, rest).to(found)]) if len(rest) else found
 
     def rows(self, name: str, rows: slice) -> Tensor:
-        """Consecutive rows of a tensor, [rows, ...]."""
-        return rows_of(self.tensors, self._names[name], rows) if name in self._names else self._base.rows(name, rows)
+        """Consecutive rows of a tensor, [rows, ...]; those that the tune's table does not have are the base's."""
+        name, own = self._head if name == VOCABULARY else (name, self._names.get(name))
+        if own is None:
+            return self._base.rows(name, rows)
+        count = shape_of(self.tensors, own)[0]
+        found = rows_of(self.tensors, own, slice(min(rows.start, count), min(rows.stop, count)))
+        if rows.stop <= count:
+            return found
+        return torch.cat([found, self._base.rows(name, slice(max(rows.start, count), rows.stop)).to(found)])
 
 
 class UpdatedWeights:

@@ -18,7 +18,7 @@ from .last_point import AGREE, Heads, agreement, frequencies
 from .loop import Loop
 from .skeleton import Weights
 from .stream import Stream, WritePoint
-from .verdict import Head, Prediction, prediction, removed, shared_head, stored_head
+from .verdict import Head, Prediction, comes_apart, prediction, removed, shared_head, stored_head
 
 
 class Predictions:
@@ -37,9 +37,12 @@ class Predictions:
 
     @property
     def head(self) -> Head | None:
-        """The head that both bases have over the same outputs."""
-        rows = self._loop.rows[self._batches[0]]
-        return shared_head(self._bases, rows, one_tokenizer=self._update.one_tokenizer)
+        """The head that both bases have over the same outputs: of a vocabulary those that the tune has too."""
+        rows, tuned = self._loop.rows[self._batches[0]], self._tuned.weights
+        head = shared_head(self._bases, rows, one_tokenizer=self._update.one_tokenizer)
+        if head is None or head.purpose != "vocabulary" or not isinstance(tuned, TunedWeights):
+            return head
+        return replace(head, outputs=min(head.outputs, tuned.outputs))
 
     def corrected(self, point: WritePoint) -> WritePoint:
         """What is wanted behind the last block, corrected by the heads where these share a vocabulary."""
@@ -79,12 +82,12 @@ class Predictions:
         self._update.forget()
 
     def removed(self, states: Mapping[float, tuple[Tensor, Weights]], held: int) -> dict[float, float]:
-        """The share of divergence that is removed at every strength, on the batch that is held out.
+        """The share of divergence that is removed at every strength, on the batch that is held out; none without a head.
 
         Args:
             states: strength -> hidden states of the target behind its last block, and weights of its head.
         """
-        if (head := self.head) is None:
+        if (head := self.head) is None or (head.purpose == "vocabulary" and comes_apart(self._update)):
             return {}
         source, target = self._loop.sides
         before = self._of(1, head, target.hidden[held], target.window, held)

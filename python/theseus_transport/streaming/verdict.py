@@ -19,6 +19,8 @@ from ..activations.row_mixing import RowMixing
 from ..models.base import Base
 from ..models.pair import Pair
 from ..models.tensors import row_tiles, shape_of
+from ..updates.computed import ComputedUpdate
+from .changed_weights import VOCABULARY, TunedWeights
 from .loop import Side
 from .skeleton import Weights
 
@@ -69,6 +71,14 @@ def stored_head(base: Base, purpose: str) -> str | None:
     return slots[token.name].stored if tied and token else None
 
 
+def comes_apart(update: ComputedUpdate) -> bool:
+    """Whether the target's head, tied to its embedding, is not that under a moved adapter, which holds one of both."""
+    base, token = update.target, update.family.embedding("token")
+    if not base.geometry.tied or update.delta.adapter is None or update.dense or update.shared:
+        return False
+    return bool(update.carried_apart) or (token is not None and token.name in update.into)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a model predicts of some rows, tile by tile of its head: never all logits of a vocabulary at once.
@@ -104,6 +114,8 @@ def prediction(
     own = {part: weights[base.slots[name].stored].to(state) for part, name in names.items() if name in base.slots}
     z: Tensor = torch.func.functional_call(norm, own, (state,))
     stored, bias = stored_head(base, head.purpose), base.slots.get(f"{family.heads[head.purpose]}.bias")
+    if head.purpose == "vocabulary" and isinstance(weights, TunedWeights):
+        stored = VOCABULARY
     assert stored is not None
     return Prediction(_read(base, head, z, rows, mask), weights, stored, bias.stored if bias else None)
 

@@ -67,23 +67,30 @@ def matched(update: ComputedUpdate) -> float:
         InputRefused: no weight matrix moves, or what moves is zero.
     """
     update.compare(set(update.presumed))  # what does not change does not count
-    sums = [0.0] * 4
+    delta_s = weight_s = delta_t = weight_t = 0.0
+    into = dict.fromkeys(f"{layer}.weight" for layer in update.fits.planned)
     for name, of in _source_weights(update):
-        into, alpha = update.target.slots[update.moved[name]], update.alpha
-        for rows in row_tiles(update.source.shape(name)) or (None,):
-            sums[:2] = (total + squares(t) for total, t in zip(sums[:2], of(rows), strict=True))
-        for rows in update.tiles(into.stored) or (None,):
-            moved = rows_of(update, into.stored, rows)
-            sums[2] += squares(moved if rows else into.view(moved)) / alpha**2
-            sums[3] += squares(update.target.need(update.moved[name], rows))
-    if not all(sums):
+        tiles = row_tiles(update.source.shape(name)) or (None,)
+        change, before = (sum(each) for each in zip(*(map(squares, of(rows)) for rows in tiles), strict=True))
+        if change:
+            delta_s, weight_s = delta_s + change, weight_s + before
+        if name in update.moved:
+            into[update.moved[name]] = None
+    for name in into:
+        slot = update.target.slots[name]
+        if name not in update.computations(slot.stored):
+            continue
+        for rows in update.tiles(slot.stored) or (None,):
+            moved = rows_of(update, slot.stored, rows)
+            delta_t += squares(moved if rows else slot.view(moved)) / update.alpha**2
+            weight_t += squares(update.target.need(name, rows))
+    if not (delta_s and weight_s and delta_t and weight_t):
         raise InputRefused("alpha match needs weight matrices that change on both sides; give a number")
-    delta_s, weight_s, delta_t, weight_t = sums
     return math.sqrt(delta_s / weight_s * weight_t / delta_t)
 
 
 def _source_weights(update: ComputedUpdate) -> Iterator[tuple[str, Callable[[slice | None], tuple[Tensor, Tensor]]]]:
-    """Canonical name -> (delta, base) in float64, or rows of them, of every weight matrix that is transported."""
+    """Canonical name -> (delta, base) in float64, or rows of them, of every weight matrix that maps or fits move."""
     adapter, source, family = update.delta.adapter, update.source, update.source_family
     layers = adapter.layers() if adapter else ()
     spelled = {part: (la, slot) for la in layers for part, slot in family.parts(family.canonical(la)).items()}
@@ -100,8 +107,10 @@ def _source_weights(update: ComputedUpdate) -> Iterator[tuple[str, Callable[[sli
         before = source.need(name, rows)
         return fresh(rows_of(tuned, name, rows), source.device).sub_(before), before
 
-    for name, into in update.moved.items():
-        if into not in update.computations(update.target.slots[into].stored):
+    fitted = [family.canonical(row.tensor) for row in update.coverage if row.fate == "fitted"]
+    for name in dict.fromkeys([*update.moved, *(f"{own.removesuffix('.weight')}.weight" for own in fitted)]):
+        into = update.moved.get(name)
+        if into and into not in update.computations(update.target.slots[into].stored):
             continue  # presumed to have changed, and did not
         factored = name.removesuffix(".weight") in spelled
         matrix = name in source and len(source.shape(name)) > 1  # no bias, which may be the target's alone
