@@ -55,7 +55,7 @@ def test_a_norm_left_on_request_is_not_folded():
 @pytest.mark.parametrize("left, stays", [("bias", "weight"), ("weight", "bias")])
 def test_weight_and_bias_are_left_one_by_one(left, stays):
     source, target = (base(LLAMA, attention_bias=True, seed=seed) for seed in (0, 5))
-    alignment = align(source.build(), target.build(), batches(source, seed=3))
+    alignment = align(source.build(), target.build(), batches(source, seed=3), recipe="coherent")
     layer = "layers.0.self_attn.q_proj"
     delta = Delta.between(source.state, tune(source, "everything").state)
     update = transport(alignment, delta, target.state, leave=[f"{layer}.{left}"])
@@ -65,7 +65,7 @@ def test_weight_and_bias_are_left_one_by_one(left, stays):
 
 def test_a_bias_without_a_place_is_no_transport():
     source = base(LLAMA, attention_bias=True)
-    alignment = align(source.build(), base(LLAMA, seed=5).build(), batches(source, seed=3))
+    alignment = align(source.build(), base(LLAMA, seed=5).build(), batches(source, seed=3), recipe="coherent")
     name = "layers.0.self_attn.q_proj.bias"
     tuned = {**source.state, f"model.{name}": source.state[f"model.{name}"] + 1, "lm_head.weight": torch.zeros(60, 24)}
     update = transport(alignment, Delta.between(source.state, tuned), base(LLAMA, seed=5).state)

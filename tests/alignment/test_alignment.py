@@ -95,7 +95,10 @@ def test_recipes_that_do_not_exist() -> None:
     for wrong, message in (
         ({"name": "best"}, "recipe name is 'best'; choose one of effect, coherent, paper"),
         ({"scale": "sum"}, "recipe scale is 'sum'; choose one of norm, regression, none"),
-        ({"center": True}, "center belongs to the paper recipe; coherent aligns uncentred activations"),
+        (
+            {"name": "coherent", "center": True},
+            "center belongs to the paper recipe; coherent aligns uncentred activations",
+        ),
     ):
         with pytest.raises(InputRefused, match=message):
             Recipe(**wrong)
@@ -151,7 +154,7 @@ def test_enough_tokens_are_no_news(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("counts", [((4, 2), (4, 2)), ((4, 2), (8, 8)), ((8, 8), (4, 2))])
 def test_maps_by_heads_are_told_in_the_widths_of_the_models(counts: tuple[tuple[int, int], ...]) -> None:
     sides = [base(LLAMA, seed=s, num_attention_heads=n, num_key_value_heads=kv) for s, (n, kv) in enumerate(counts)]
-    made = align(*(side.build() for side in sides), batches(sides[0], seed=3))
+    made = align(*(side.build() for side in sides), batches(sides[0], seed=3), recipe="coherent")
     widths = [8 * heads for heads, _ in counts]  # heads of 8 features
     told = [r for r in made.reports if r.space.endswith((".context", ".query"))]
     assert len(told) == 4 and all([r.source, r.target] == widths for r in told)

@@ -9,6 +9,7 @@ from theseus_transport.files.result_folder import read_manifest
 from typer.testing import CliRunner
 
 FAST = ("--tokens", "128")
+COHERENT = (*FAST, "--recipe", "coherent")  # whose maps alone decide what is written
 
 
 def call(*arguments):
@@ -30,9 +31,9 @@ def refused(message, *arguments, code=3):
 
 
 def aligned(root, out):
-    """An alignment of the causal pair, as ``theseus align`` writes it."""
+    """An alignment of the causal pair by ``coherent``, as ``theseus align`` writes it."""
     sides = (root / "causal/source", root / "causal/target")
-    invoke("align", *sides, out, "--calibration", root / "ids.safetensors", *FAST)
+    invoke("align", *sides, out, "--calibration", root / "ids.safetensors", *COHERENT)
     return out
 
 

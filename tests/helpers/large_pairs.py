@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from theseus_transport.cli.main import main
 from theseus_transport.jobs.settings import Job
+from theseus_transport.recipes.recipe import Recipe
 from theseus_transport.streaming import passage
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -33,12 +34,17 @@ def written(
 
 def job_of(root: Path, out: str = "out", **options: object) -> Job:
     folders = (str(root / name) for name in ("source", "tuned", "target"))
-    return Job(*folders, root / out, str(root / "ids.safetensors"), **{"tokens": 192, "batch_size": 4, **options})
+    return Job(
+        *folders,
+        root / out,
+        str(root / "ids.safetensors"),
+        **{"tokens": 192, "batch_size": 4, "recipe": Recipe("coherent"), **options},
+    )
 
 
 def arguments(root: Path, out: str = "out") -> tuple[object, ...]:
     """The same job as the command's arguments."""
-    options = ("--calibration", root / "ids.safetensors", "--tokens", 192, "--batch-size", 4)
+    options = ("--calibration", root / "ids.safetensors", "--tokens", 192, "--batch-size", 4, "--recipe", "coherent")
     return ("transport", *(root / name for name in ("source", "tuned", "target", out)), *options)
 
 

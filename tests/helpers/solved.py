@@ -23,10 +23,10 @@ from torch import Tensor
 FEW = {"tokens": (3, 7, 11, 19, 23, 31, 42, 48, 55, 59)}  # 10 of 60: the first map is rank-poor
 FLOOR = 1e-12  # of models in float64
 RECIPES = {
-    "coherent": Recipe(floor=FLOOR),
-    "regression": Recipe(scale="regression", floor=FLOOR),
-    "dense": Recipe(heads="dense", scale="regression", floor=FLOOR),
-    "completed": Recipe(null="completed", floor=FLOOR),
+    "coherent": Recipe("coherent", floor=FLOOR),
+    "regression": Recipe("coherent", scale="regression", floor=FLOOR),
+    "dense": Recipe("coherent", heads="dense", scale="regression", floor=FLOOR),
+    "completed": Recipe("coherent", null="completed", floor=FLOOR),
     "paper": Recipe("paper", floor=FLOOR),
     "whitened": Recipe("paper", center=True, whiten_power=0.25, floor=FLOOR),
 }

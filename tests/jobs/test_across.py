@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import tiny_models
-from helpers.command import FAST, call, held, invoke, outcome_of, refused
+from helpers.command import COHERENT, FAST, call, held, invoke, outcome_of, refused
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -46,7 +46,7 @@ def root(tmp_path_factory):
 
 def moved(root, out, source, tuned, target, *options):
     folders = (root / name for name in (source, tuned, target))
-    invoke("transport", *folders, out, "--calibration", root / "ids.safetensors", *FAST, *options)
+    invoke("transport", *folders, out, "--calibration", root / "ids.safetensors", *COHERENT, *options)
     return outcome_of(out)
 
 
@@ -84,7 +84,7 @@ def test_a_block_that_only_a_guess_would_lose_is_moved(root, tmp_path):
     assert outcome["blocks"] == [1, 2]
     assert fates(outcome) == {"layers.2.self_attn.q_proj": ("transported", "as factors")}
     folders = (root / name for name in ("deep", "last", "shallow"))
-    invoke("transport", *folders, tmp_path / "dry", "--calibration", root / "ids.safetensors", *FAST, "--dry-run")
+    invoke("transport", *folders, tmp_path / "dry", "--calibration", root / "ids.safetensors", *COHERENT, "--dry-run")
 
 
 def test_coverage_is_of_what_was_written(root, tmp_path):
@@ -106,5 +106,15 @@ def test_one_part_of_a_fused_layer_can_be_left(root, tmp_path):
 def test_kinds_that_do_not_mix(root, tmp_path):
     folders = (root / name for name in ("two", "lora", "gpt2"))
     refused(
-        "whose norms are of kind rms, target is gpt2, whose norms are of kind layer", "transport", *folders, tmp_path
+        "whose norms are of kind rms, target is gpt2, whose norms are of kind layer",
+        *("transport", *folders, tmp_path, "--recipe", "coherent"),
     )
+
+
+def test_an_effect_moves_between_any_kinds(root, tmp_path):
+    """Only the residual stream has to correspond."""
+    folders = (root / name for name in ("two", "two-tuned", "gpt2"))
+    invoke("transport", *folders, tmp_path / "out", "--calibration", root / "ids.safetensors", *FAST)
+    assert outcome_of(tmp_path / "out")["job"]["recipe"]["prior"] == "none"
+    assert {fate for fate, _ in fates(outcome_of(tmp_path / "out")).values()} >= {"fitted", "transported"}
+    invoke("verify", tmp_path / "out")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import tiny_models
 from helpers.broken_inputs import edited
-from helpers.command import FAST, aligned, call, held, identical, invoke, outcome_of, refused
+from helpers.command import COHERENT, aligned, call, held, identical, invoke, outcome_of, refused
 from safetensors.torch import save_file
 from theseus_transport import Alignment, InputRefused
 from theseus_transport.cli.main import app
@@ -34,7 +34,7 @@ def test_apply_is_transport_to_the_byte(root, maps, tmp_path, tuned):
     ends = ("--alpha", "0.7")
     ids = root / "ids.safetensors"
     sides = (root / "causal/source", root / tuned, root / "causal/target")
-    invoke("transport", *sides, tmp_path / "whole", "--calibration", ids, *FAST, *ends)
+    invoke("transport", *sides, tmp_path / "whole", "--calibration", ids, *COHERENT, *ends)
     invoke("apply", maps, root / tuned, tmp_path / "parts", *ends)
     assert identical(tmp_path / "whole", tmp_path / "parts")
     assert (
@@ -58,7 +58,7 @@ def test_apply_tells_what_align_warned_of(root, maps, tmp_path):
     warned = Alignment.load(maps).provenance["warnings"]
     assert warned == outcome_of(maps)["warnings"] and any("calibration tokens for a widest space" in w for w in warned)
     for alpha in ("1", "match"):  # match aligns first
-        own = ("transport", *sides, tmp_path / f"transport-{alpha}", "--calibration", ids, *FAST, "--alpha", alpha)
+        own = ("transport", *sides, tmp_path / f"transport-{alpha}", "--calibration", ids, *COHERENT, "--alpha", alpha)
         for call_of in (own, ("apply", maps, root / "causal/tuned", tmp_path / f"apply-{alpha}", "--alpha", alpha)):
             told = json.loads(call(*call_of, "--json").stdout)
             assert [w for w in told["warnings"] if w in warned] == warned
@@ -111,7 +111,7 @@ def test_align_refuses_and_leaves_nothing(root, maps, tmp_path, monkeypatch):
     monkeypatch.setattr(Alignment, "record", lambda *_, **__: 1 / 0)  # what is written last
     with pytest.raises(ZeroDivisionError):
         CliRunner().invoke(
-            app, [str(a) for a in ("align", *sides, tmp_path / "out", *ids, *FAST)], catch_exceptions=False
+            app, [str(a) for a in ("align", *sides, tmp_path / "out", *ids, *COHERENT)], catch_exceptions=False
         )
     assert list(tmp_path.iterdir()) == [whole]
 
@@ -189,7 +189,9 @@ def test_matched_strength_moves_the_target_as_far_as_the_source(root, maps, tmp_
 def test_matched_strength_of_a_tied_source(root, tmp_path):
     """The head that an untied target gets from a tied source's embedding is no weight of the source's own."""
     sides = (root / "tied/source", root / "tied/tuned", root / "causal/target")
-    invoke("transport", *sides, tmp_path / "out", "--calibration", root / "ids.safetensors", *FAST, "--alpha", "match")
+    invoke(
+        "transport", *sides, tmp_path / "out", "--calibration", root / "ids.safetensors", *COHERENT, "--alpha", "match"
+    )
     assert 0 < outcome_of(tmp_path / "out")["job"]["alpha"] < 100
 
 
@@ -203,7 +205,7 @@ def test_a_family_that_keeps_layers_fused_and_transposed(tmp_path):
             tiny_models.tuned(model).save_pretrained(tmp_path / "tuned")
             tiny_models.adapter(tmp_path / "lora", model, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     save_file({"input_ids": torch.randint(0, 300, (24, 16))}, tmp_path / "ids.safetensors")
-    data = ("--calibration", tmp_path / "ids.safetensors", *FAST)
+    data = ("--calibration", tmp_path / "ids.safetensors", *COHERENT)
     invoke("align", tmp_path / "source", tmp_path / "target", tmp_path / "maps", *data)
     for tuned in ("lora", "tuned"):
         sides = (tmp_path / "source", tmp_path / tuned, tmp_path / "target")
@@ -249,7 +251,7 @@ def test_rounding_is_measured_and_named(root, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(root / "bf16/source", dtype=torch.float32)
     tiny_models.tuned(base, 1e-5).save_pretrained(tmp_path / "tuned")
     sides = (root / "bf16/source", tmp_path / "tuned", root / "bf16/target")
-    ids = ("--calibration", root / "ids.safetensors", *FAST)
+    ids = ("--calibration", root / "ids.safetensors", *COHERENT)
     first = call("transport", *sides, tmp_path / "out", *ids)
     assert "--out-dtype float32 or --output delta keeps it" in first.stdout
     rounding = outcome_of(tmp_path / "out")["alphas"][0]["rounding"]

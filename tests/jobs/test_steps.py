@@ -12,7 +12,7 @@ from theseus_transport.jobs.transport_job import Session, carry_out, check, fit,
 @pytest.fixture
 def job(models, tmp_path):
     sides = [str(models / "causal" / name) for name in ("source", "tuned", "target")]
-    return Job(*sides, tmp_path / "out", str(models / "ids.safetensors"), tokens=128)
+    return Job(*sides, tmp_path / "out", str(models / "ids.safetensors"), tokens=128, alpha=1.0)
 
 
 def test_steps_write_what_a_session_does(job, tmp_path):

@@ -87,7 +87,7 @@ def test_source_heads_with_one_target_head_keep_all() -> None:
 
 def updated(source: Spec, target: Spec) -> dict[str, Tensor]:
     models = source.build(), target.build()
-    alignment = tt.align(*models, batches(source, seed=3))
+    alignment = tt.align(*models, batches(source, seed=3), recipe="coherent")
     return dict(tt.transport(alignment, tt.Delta.between(models[0], tune(source, "linear").build()), models[1]))
 
 

@@ -260,7 +260,7 @@ def test_maps_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: pyte
 
 def test_an_outline_takes_a_pairing() -> None:
     geometries = CASES["llama-deeper"].geometries
-    guessed, told = outline(*geometries, Recipe()), outline(*geometries, Recipe(), [None, 0, 1, None])
+    guessed, told = (outline(*geometries, Recipe("coherent"), blocks) for blocks in (None, [None, 0, 1, None]))
     assert guessed.blocks == [0, None, 1, None] and guessed.draft
     assert told.blocks == [None, 0, 1, None] and not told.draft
     assert told.rules["layers.2.mlp.up_proj"].source == "layers.1.mlp.up_proj"

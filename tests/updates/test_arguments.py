@@ -176,7 +176,7 @@ def test_a_job_takes_no_string_to_leave(models, tmp_path):
         ({"seed": None}, "seed is None; give a whole number from 0"),
         ({"seed": 2**63}, "seed is 9223372036854775808; give a whole number"),
         ({"device": 3}, "device is '3'; give cpu, cuda or cuda:N"),
-        ({"alpha": "1"}, "alpha is 1; give a finite number other than 0, or match"),
+        ({"alpha": "1"}, "alpha is 1; give a finite number other than 0, match or auto"),
     ],
 )
 def test_numbers_of_a_job(models, tmp_path, options, message):
@@ -212,10 +212,10 @@ def test_a_delta_the_wrong_way_round(alignment, tmp_path):
 def test_reprs_are_for_people(alignment):
     delta = Delta.between(SOURCE.state, TUNED.state)
     update = transport(alignment, delta, TARGET.state, alpha=0.5)
-    layers = len([row for row in update.coverage if row.fate == "transported"])
+    layers = len([row for row in update.coverage if row.fate == "fitted"])
     assert repr(update).startswith(f"Update(llama of {SOURCE.build().config.num_hidden_layers} blocks, ")
-    assert f"-> llama of 2 blocks, 36 wide, alpha 0.5: {layers} transported" in repr(update)
-    assert repr(alignment).endswith(f"36 wide, recipe coherent, {len(alignment.maps)} maps)")
+    assert f"-> llama of 2 blocks, 36 wide, alpha 0.5: {layers} fitted" in repr(update)
+    assert repr(alignment).endswith(f"36 wide, recipe effect, {len(alignment.maps)} maps)")
     assert repr(delta) == f"Delta(full tune, {len(TUNED.state)} tensors)"
     assert all(len(repr(each)) < 160 for each in (update, alignment, delta))
     assert isinstance(repr(Recipe()), str)

@@ -127,7 +127,7 @@ PAIRS = {
 @cache
 def aligned(name: str, scale: str) -> Alignment:
     source, target = PAIRS[name]
-    return align(source.build(), target.build(), batches(source, seed=3), recipe=Recipe(scale=scale))
+    return align(source.build(), target.build(), batches(source, seed=3), recipe=Recipe("coherent", scale=scale))
 
 
 def seen(name: str, spec: Spec, layer: str) -> tuple[Tensor, Tensor]:

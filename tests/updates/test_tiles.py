@@ -49,7 +49,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @cache
 def aligned(pair: str) -> Alignment:
     source, target = PAIRS[pair]
-    return align(source.build(), target.build(), batches(source, seed=3, count=1, shape=(8, 16)))
+    return align(source.build(), target.build(), batches(source, seed=3, count=1, shape=(8, 16)), recipe="coherent")
 
 
 def moved(pair: str, **options: object) -> Update:
@@ -250,7 +250,7 @@ def big(norm: str, *, narrower: bool) -> Iterator[tuple[Move, dict[str, Tensor]]
     specs = [base(names, num_hidden_layers=1, **size) for size in sizes]
     sides = [Base.of(spec.build()) for spec in (reversed(specs) if narrower else specs)]
     own, into = (side.geometry for side in sides)
-    alignment = outline(own, into, Recipe())
+    alignment = outline(own, into, Recipe("coherent"))
     draw = Draw(3)
     own_sizes, into_sizes = own.weights(), into.weights()
     for role, ((out_s, in_s), (out_t, in_t)) in ((r, (own_sizes[r], into_sizes[r])) for r in own_sizes):
