@@ -13,7 +13,11 @@ from theseus_transport.jobs.transport_job import Session
 
 # Wide enough for BLAS and LAPACK to use several threads, heads of a width that aligns nothing.
 PAIR = ModelSizes("llama", 136, 300, 1, 4, 2, 300), ModelSizes("llama", 210, 500, 1, 5, 5, 300)
-RECIPES = {"completed": Recipe(null="completed"), "paper": Recipe("paper", whiten_power=0.25)}
+RECIPES = {
+    "completed": Recipe("coherent", null="completed"),
+    "paper": Recipe("paper", whiten_power=0.25),
+    "effect": Recipe("effect", prior="coherent"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def sizes_of(pair: tuple[ModelSizes, ModelSizes], *, device: str = "cpu") -> Siz
     tokens = 4 * max(max(la.width, la.middle) for la in geometries)
     rows = -(-tokens // 512) + 8
     extent = Extent(rows, Pair(512, 512), rows * 512 * 16)
-    return Sizes(opened, geometries, tt.Recipe(), opened[0], extent, torch.device(device))
+    return Sizes(opened, geometries, tt.Recipe("coherent"), opened[0], extent, torch.device(device))
 
 
 @pytest.fixture

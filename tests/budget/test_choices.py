@@ -36,7 +36,7 @@ def carried_out(job, **choice):
 JOBS = {
     "as asked": {},
     "depths that differ": {"target": "deeper"},
-    "completed": {"recipe": tt.Recipe(null="completed")},
+    "completed": {"recipe": tt.Recipe("coherent", null="completed")},
     "paper": {"recipe": tt.Recipe("paper", whiten_power=0.25)},
 }
 
@@ -64,7 +64,9 @@ def test_passes_before_the_loop_keep_hidden_states_in_files(root, tmp_path, monk
         begin(self, folder, name, resident=resident)
 
     monkeypatch.setattr(Hidden, "__init__", noted)
-    job = job_of(root, tmp_path / "out", recipe=tt.Recipe(null="completed"), offload_folder=tmp_path / "offload")
+    job = job_of(
+        root, tmp_path / "out", recipe=tt.Recipe("coherent", null="completed"), offload_folder=tmp_path / "offload"
+    )
     Session(replace(job, target=str(root / "deeper"))).run()
     assert set(begun) == {(True, False)}
     assert len(begun) > 6  # of both models: pairing of blocks, the sum over depth, the loop, and all beside it

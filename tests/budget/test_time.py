@@ -186,9 +186,9 @@ def test_other_depths_and_completed_maps_take_passes_more(root):
         effort = Effort.of(sides, geometries, recipe, {layer.name}, there, 1000, choice)
         return effort.passes, effort.whole, effort.tokens, effort.held, effort.rows
 
-    assert passes(geometries, Recipe(), Choice(8)) == (1, 0, 48, 16, (64, 64))
-    assert passes(geometries, Recipe(null="completed"), Choice(8, tiles=4))[:2] == (4, 1)
-    assert passes(Pair(replace(geometries[0], depth=1), geometries[1]), Recipe(), Choice(8))[:2] == (1, 1)
+    assert passes(geometries, Recipe("coherent"), Choice(8)) == (1, 0, 48, 16, (64, 64))
+    assert passes(geometries, Recipe("coherent", null="completed"), Choice(8, tiles=4))[:2] == (4, 1)
+    assert passes(Pair(replace(geometries[0], depth=1), geometries[1]), Recipe("coherent"), Choice(8))[:2] == (1, 1)
 
 
 def test_the_library_prints_nothing():

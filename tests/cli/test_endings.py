@@ -59,8 +59,8 @@ def one_thread() -> Iterator[None]:
 def test_an_interrupted_command_says_how_to_go_on(number: int, code: int, tmp_path: Path, one_thread: None) -> None:
     """A signal to a process of its own, behind a commit."""
     root = written(tmp_path, TINY, samples=128, length=16)  # 16 passes a block: it is at work when the signal comes
-    call = [*arguments(root), "--tokens", 1024, "--json"]
-    journal = root / ".out.theseus/journal.json"
+    call = [*arguments(root), "--recipe", "effect", "--tokens", 1024, "--json"]
+    journal = root / "..out.update.theseus/journal.json"  # beside the output, until the strength is known
     process = started(command, root, call)
     while process.is_alive() and not (journal.exists() and json.loads(journal.read_text())["step"] > 1):
         time.sleep(0.002)
@@ -71,7 +71,7 @@ def test_an_interrupted_command_says_how_to_go_on(number: int, code: int, tmp_pa
     assert json.loads(told)["exit_code"] == code and "--resume" in json.loads(told)["error"]
     assert "interrupted; run again with --resume to go on after step" in said and "Traceback" not in said
     invoke(*call, "--resume")
-    invoke(*arguments(root, "once"), "--tokens", 1024)
+    invoke(*arguments(root, "once"), "--recipe", "effect", "--tokens", 1024)
     assert identical(root / "out", root / "once")
 
 

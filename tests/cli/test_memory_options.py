@@ -96,19 +96,28 @@ def interrupts(monkeypatch):
     return lambda times: left.extend([KeyboardInterrupt()] * times)
 
 
-@pytest.mark.parametrize("what", ["causal/tuned", "lora", "maps", "match"])
+UNFINISHED = {  # what is moved, or made -> what lies there once it is interrupted, and how it is asked for
+    "causal/tuned": ("..out.update.theseus", ()),
+    "lora": ("..out.update.theseus", ()),
+    "maps": (".out.theseus", ()),
+    "at 1": (".out.theseus", ("--alpha", 1)),
+    "match": ("..out.update.theseus", ("--alpha", "match")),
+    "match by maps": ("..out.maps.theseus", ("--alpha", "match", "--recipe", "coherent")),
+}
+
+
+@pytest.mark.parametrize("what", UNFINISHED)
 def test_an_interrupted_command_goes_on_with_resume(root, tmp_path, interrupts, what):
     out = tmp_path / "out"
-    given, once = (transport(root, place, tuned=what) for place in (out, tmp_path / "once"))
+    unfinished, options = UNFINISHED[what]
+    tuned = "lora" if what == "lora" else "causal/tuned"
+    given, once = (transport(root, place, *options, tuned=tuned) for place in (out, tmp_path / "once"))
     if what == "maps":
         given, once = (("align", *g[1:2], *g[3:]) for g in (given, once))
-    if what == "match":
-        given, once = (transport(root, place, "--alpha", "match") for place in (out, tmp_path / "once"))
     invoke(*once)
     interrupts(1)
     said = call(*given)
     assert said.exit_code == 130 and "run again with --resume to go on after step 1, or remove" in said.stderr
-    unfinished = "..out.maps.theseus" if what == "match" else ".out.theseus"
     assert {path.name for path in tmp_path.iterdir()} == {"once", unfinished}
     refused("an unfinished run lies in", *given)
     interrupts(1)

@@ -97,7 +97,7 @@ def test_a_shard_changed_between_runs_is_refused_by_name(side, root, monkeypatch
 
 CHANGES = {
     "recipe": ({"recipe": tt.Recipe("paper")}, "recipe name"),
-    "field of the recipe": ({"recipe": tt.Recipe(embeddings="leave")}, "recipe embeddings|other tensors"),
+    "field of the recipe": ({"recipe": tt.Recipe("coherent", embeddings="leave")}, "recipe embeddings|other tensors"),
     "alpha": ({"alpha": 0.5}, "alphas"),
     "tokens": ({"tokens": 128}, "tokens"),
     "batch size": ({"batch_size": 2}, "batch size"),
