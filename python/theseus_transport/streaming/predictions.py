@@ -82,7 +82,7 @@ class Predictions:
         self._update.forget()
 
     def removed(self, states: Mapping[float, tuple[Tensor, Weights]], held: int) -> dict[float, float]:
-        """The share of divergence that is removed at every strength, on the batch that is held out; none without a head.
+        """By strength the share of divergence that is removed on the batch that is held out; {} where no head tells.
 
         Args:
             states: strength -> hidden states of the target behind its last block, and weights of its head.
