@@ -1,1 +1,1 @@
-"""From cross-moments to maps and scales: `coherent` and `paper`."""
+"""From cross-moments to maps and scales, and what is fitted behind them: `effect`, `coherent` and `paper`."""
