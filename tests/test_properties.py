@@ -170,7 +170,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module, tt.Alignment]:
         batches = [{"input_ids": torch.randint(0, tiny_models.VOCABULARY, (8, 16))} for _ in range(2)]
     else:
         batches = [{"pixel_values": torch.randn(40, 3, 8, 8, dtype=torch.float64)}]
-    return source, target, tt.align(source, target, batches)
+    return source, target, tt.align(source, target, batches, recipe="coherent")  # maps, whose moves have laws
 
 
 def tuned(name: str, *changes: tuple[float, int]) -> dict[str, Tensor]:

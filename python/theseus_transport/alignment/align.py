@@ -50,7 +50,7 @@ def align(
             bits run in float32, as the command runs them, and are as they were afterwards.
         batches: keyword arguments of the forward pass (``input_ids`` and ``attention_mask``, or ``pixel_values``), the
             same for both models or a pair (source, target).
-        recipe: its name, as ``coherent``, or a :class:`Recipe`; ``null`` and ``floor`` override its fields. The default
+        recipe: its name (``effect``), or a :class:`Recipe`; ``null`` and ``floor`` override its fields. The default
             floor is 1e-6, and 1e-12 where both models are in float64.
         depth: which source block feeds which target block: ``similarity``, where depths differ, of what blocks add to
             the residual; ``relative``, evenly spread; or for each target block a source block, increasing, or None.

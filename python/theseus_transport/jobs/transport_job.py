@@ -221,10 +221,14 @@ def _moved(
 
 
 def key_of(inputs: Inputs, fitted: Fit, data: Calibration | None, recipe: Recipe) -> dict[str, Any]:
-    """All that decides what is written; see :meth:`Fit.key`."""
+    """All that decides what is written, a prior as it was asked for; see :meth:`Fit.key`."""
     job = inputs.job
     known = {"MAPS": read_manifest(job.maps)["files"]} if job.maps else {}  # by content
-    known |= {"alphas": [alpha.asked for alpha in inputs.alphas], "recipe": asdict(recipe), **options_of(job)}
+    known |= {
+        "alphas": [alpha.asked for alpha in inputs.alphas],
+        "recipe": asdict(recipe) | {"prior": job.recipe.prior},
+    }
+    known |= options_of(job)
     return fitted.key(data, inputs.tuned, whole=job.verify_inputs, **known)
 
 
