@@ -68,7 +68,9 @@ def beside(prepared: Prepared, key: dict[str, Any], what: str) -> Iterator[tuple
     except (KeyboardInterrupt, ResourceError) as error:
         if not place.exists():
             raise
-        raise type(error)(f"{str(error) or 'interrupted'}; --resume goes on with {place}, or remove it") from error
+        left = [str(path) for path in (workplace_of(out), place) if path.exists() and str(path) not in str(error)]
+        cure = f"--resume goes on with {' and '.join(left)}, or remove {'them' if left[1:] else 'it'}"
+        raise type(error)(f"{str(error) or 'interrupted'}; {cure}") from error
 
 
 def add(

@@ -39,10 +39,15 @@ class TunedWeights:
             stored = family.spelled(delta.tuned)
         spelled = family.spelled(base)
         names = {name: stored[canonical] for canonical, name in spelled.items() if canonical in stored}
+        token = family.embedding("token")
+        table = stored.get(token.name) if token else None
+        self._rows = shape_of(self.tensors, table)[0] if table else None  # of the tune's vocabulary
         self._names = {
             name: own for name, own in names.items() if self._like(name, own) and not left(family.canonical(name))
         }
-        moved = {canonical: own for canonical, own in stored.items() if not left(canonical)}
+        moved = {
+            name: own for name, own in stored.items() if not left(name) and spelled.get(name) in (None, *self._names)
+        }
         self._head = self._head_of(delta, spelled, moved)
 
     def _head_of(self, delta: Delta, base: Mapping[str, str], tuned: Mapping[str, str]) -> tuple[str, str | None]:
@@ -64,9 +69,10 @@ class TunedWeights:
         return shape_of(self._base, name)[0] if own is None else shape_of(self.tensors, own)[0]
 
     def _like(self, name: str, own: str) -> bool:
-        """Whether a tuned tensor can stand in the base's place: a table of a vocabulary may have other rows."""
+        """Whether a tuned tensor can stand in the base's place: a vocabulary's may have more rows, or as few as all."""
         base, tuned = shape_of(self._base, name), shape_of(self.tensors, own)
-        return base == tuned or (len(base) == len(tuned) == 2 and base[1:] == tuned[1:])
+        grown = len(base) == len(tuned) == 2 and base[1:] == tuned[1:] and tuned[0] > base[0]
+        return base == tuned or grown or (base[1:] == tuned[1:] and tuned[0] == self._rows)
 
     def changes(self, names: Collection[str]) -> bool:
         """Whether any of these stored tensors differs from the base's; reads them up to the first rows that do."""
