@@ -13,10 +13,11 @@ from theseus_transport.files.result_folder import make_private, refuse_foreign
 from theseus_transport.files.run_record import signed
 from theseus_transport.jobs.settings import Job
 from theseus_transport.jobs.transport_job import Session
+from theseus_transport.recipes.recipe import Recipe
 from theseus_transport.streaming.hidden_states import Hidden, own_folder, temporary
 from theseus_transport.streaming.passage import Passage
 
-OPTIONS = {"tokens": 64, "batch_size": 4}
+OPTIONS = {"tokens": 64, "batch_size": 4, "recipe": Recipe("coherent")}  # one step, whose folder lies beside the output
 
 
 def job_of(models: Path, out: Path, **options: object) -> Job:
@@ -103,10 +104,13 @@ def interrupt(step: int) -> None:
         raise KeyboardInterrupt
 
 
-def test_maps_beside_the_output_are_not_followed(models: Path, tmp_path: Path, victim: Path) -> None:
-    (tmp_path / ".out.maps").symlink_to(victim)
+@pytest.mark.parametrize("recipe, place", [("coherent", ".out.maps"), ("effect", ".out.update")])
+def test_a_first_step_beside_the_output_is_not_followed(
+    models: Path, tmp_path: Path, victim: Path, recipe: str, place: str
+) -> None:
+    (tmp_path / place).symlink_to(victim)
     with pytest.raises(InputRefused, match="is in the way"):
-        Session(job_of(models, tmp_path / "out", alpha="match")).run()
+        Session(job_of(models, tmp_path / "out", alpha="match", recipe=Recipe(recipe))).run()
     assert kept(victim)
 
 
