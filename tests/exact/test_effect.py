@@ -4,7 +4,7 @@ import pytest
 import theseus_transport as tt
 import torch
 from theseus_transport.recipes.effect import writers
-from theseus_transport.streaming.streams import Streams
+from theseus_transport.streaming import streams
 
 from .controls import adapter_error, aligned, cases, error
 from .models import LORA_RANK, TOLERANCE
@@ -40,13 +40,13 @@ FIRST = [next(case for case in DENSE if case.id.startswith(f"{family}-")) for fa
 @pytest.mark.parametrize("pair, kind", FIRST)
 def test_every_writer_is_fitted_and_nothing_is_missing(pair, kind, monkeypatch):
     """Of an effect that is there: fits that did not run would leave all as it is, too."""
-    asked, solve = {}, Streams._solve
+    asked, solve = {}, streams.solve
 
-    def spied(streams, layer, *normals, wanted):
+    def spied(update, layer, *rest, wanted):
         asked[layer.name] = wanted
-        solve(streams, layer, *normals, wanted=wanted)
+        solve(update, layer, *rest, wanted=wanted)
 
-    monkeypatch.setattr(Streams, "_solve", spied)
+    monkeypatch.setattr(streams, "solve", spied)
     source, tuned, target, _ = pair.sides(kind)
     models = source.build(), tuned.build(), target.build()
     update = tt.transport(aligned(pair, torch.float64, RECIPE), tt.Delta.between(*models[:2]), models[2])

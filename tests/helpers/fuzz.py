@@ -127,7 +127,7 @@ class World:
 
     def seen(self) -> dict[str, tuple[int, ...]]:
         """What lies there, by name: everything but what a case may write."""
-        ours = re.compile(r"^\.?(out|begun|offload)(\W|$)")
+        ours = re.compile(r"^\.{0,2}(out|begun|offload)(\W|$)")
         return {
             str(path.relative_to(self.root)): (stat.st_mode, stat.st_size, S_ISDIR(stat.st_mode) or stat.st_mtime_ns)
             for path in self.root.rglob("*")

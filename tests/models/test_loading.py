@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_models
-from helpers.command import call
+from helpers.command import COHERENT, call
 from theseus_transport.calibration.chat import ChatTemplate
 from theseus_transport.calibration.text import Tokenizer
 from theseus_transport.errors import InputRefused
@@ -126,7 +126,7 @@ def test_what_a_file_names_is_not_fetched(models: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     source, lora, target = (models / name for name in ("causal/source", "lora", "causal/target"))
     ids = ("--calibration", models / "ids.safetensors", "--tokens", 64)
-    assert call("align", source, target, tmp_path / "maps", *ids).exit_code == 0
+    assert call("align", source, target, tmp_path / "maps", *ids, *COHERENT).exit_code == 0
     assert call("apply", tmp_path / "maps", lora, tmp_path / "moved").exit_code == 0
     for name in ("maps/theseus.json", "maps/alignment.json", "moved/theseus.json"):
         text = (tmp_path / name).read_text()

@@ -65,7 +65,7 @@ class Moving:
         None,
         f"Strength of the update; several, as 0.5,1,2, fill OUT/alpha-0.5, ...; match is where {MATCH}; auto is where "
         f"{AUTO}.",
-        unset="auto for effect, else 1",
+        unset="auto for effect with rows held out, else 1",
     )
     output: Literal["auto", "adapter", "checkpoint", "delta"] = option(
         "auto", "What to write; auto writes what TUNED is."
@@ -154,8 +154,9 @@ class Job(Running, Moving, Aligning):
 
     @property
     def strength(self) -> Alpha | tuple[Alpha, ...]:
-        """As it was asked for; else ``auto`` where the recipe fits, 1 where it does not."""
-        return ("auto" if self.recipe.fits else 1.0) if self.alpha is None else self.alpha
+        """As it was asked for; else ``auto`` where the recipe fits and there are rows to choose by, 1 elsewhere."""
+        unasked: Alpha = "auto" if self.recipe.fits and self.held_out else 1.0
+        return unasked if self.alpha is None else self.alpha
 
     @property
     def alignment(self) -> AlignJob:
