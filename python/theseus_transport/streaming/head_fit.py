@@ -18,6 +18,7 @@ from ..linalg.ridge import Normal, ridge
 from ..models.tensors import row_tiles
 from .verdict import Prediction
 
+CHUNK = 1 << 20  # logits of each model that are made at a time
 RHO = 1e-1  # of the ridge: a head reads all that is noise in the residual as well
 Part = Callable[[slice | None], dict[str, Tensor]]
 
@@ -65,13 +66,19 @@ class HeadFit:
 
     def _fit(self, outputs: slice, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(dW [outputs, width], b [outputs] or None) beside what is moved already."""
-        tuned, source, target, updated = (one.logits(outputs) for one in self.wanted)
-        z = self.wanted[-1].read.double()
-        missing = tuned - source + target - updated - z @ weight.to(z).T
-        if bias is not None:
-            missing -= bias.to(z)
+        z, count = self.wanted[-1].read.double(), outputs.stop - outputs.start
+        cross, total = z.new_empty(z.shape[1], count), z.new_empty(count)
+        step = max(1, CHUNK // max(1, len(z)))
+        for first in range(0, count, step):  # logits of all rows and of a few outputs at a time
+            part = slice(first, min(first + step, count))
+            span = slice(outputs.start + part.start, outputs.start + part.stop)
+            tuned, source, target, updated = (one.logits(span) for one in self.wanted)
+            missing = tuned - source + target - updated - z @ weight[part].to(z).T
+            if bias is not None:
+                missing -= bias[part].to(z)
+            cross[:, part], total[part] = z.T @ missing, missing.sum(0)
         if not self._gram:
             self._gram.append(z.T @ z)
-        normal = Normal(self._gram[0], z.T @ missing, z.sum(0), missing.sum(0), len(z))
+        normal = Normal(self._gram[0], cross, z.sum(0), total, len(z))
         found: Any = ridge(normal, RHO, bias=self.with_bias and bias is not None)
         return found.weight.to(weight), None if found.bias is None else found.bias.to(weight)
