@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..models.base import Base
 from ..models.pair import Pair
-from ..models.tensors import row_tiles
+from ..models.tensors import PIECE
 from .verdict import Head, Prediction, stored_head
 from .window import Window
 
@@ -52,7 +52,9 @@ class Heads:
         widths = bases.map(lambda base: base.geometry.width)
         cross, gram = (torch.zeros(width, widths.target, dtype=torch.float64) for width in widths)
         means = [torch.zeros(width, dtype=torch.float64) for width in widths]
-        for tile in row_tiles((head.outputs, max(widths))) or (slice(0, head.outputs),):
+        step = max(1, PIECE // max(widths))
+        for first in range(0, head.outputs, step):
+            tile = slice(first, min(first + step, head.outputs))
             p = weight[tile, None]
             read = zip(windows, names, gains, strict=True)
             own, other = (window.rows(name, tile).double().cpu() * gain for window, name, gain in read)

@@ -18,7 +18,7 @@ from ..activations.pairing_tokens import Mixings
 from ..activations.row_mixing import RowMixing
 from ..models.base import Base
 from ..models.pair import Pair
-from ..models.tensors import row_tiles, shape_of
+from ..models.tensors import PIECE, shape_of
 from ..updates.computed import ComputedUpdate
 from .changed_weights import VOCABULARY, TunedWeights
 from .loop import Side
@@ -35,9 +35,9 @@ class Head:
     outputs: int
 
     def tiles(self, *predictions: Prediction) -> tuple[slice, ...]:
-        """Of outputs, so that rows of each of these heads fit."""
-        widest = max(each.read.shape[1] for each in predictions)
-        return row_tiles((self.outputs, widest)) or (slice(0, self.outputs),)
+        """Of outputs, so few that weights and logits of each of these heads are small."""
+        step = max(1, PIECE // max(max(each.read.shape) for each in predictions))
+        return tuple(slice(first, min(first + step, self.outputs)) for first in range(0, self.outputs, step))
 
 
 def shared_head(bases: Pair[Base], rows: Mixings, *, one_tokenizer: bool) -> Head | None:
